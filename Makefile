@@ -1,0 +1,48 @@
+# Works in a fresh clone with Python >= 3.11 and make; `setup` installs the rest into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/setup-done
+SEEDS ?= 0,1,2
+# One thread per process: environment workers and the policy share the cores, and threads fighting over them are slower.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help setup test demo three-seeds benchmark wheel lint clean
+
+help:
+	@echo "make setup        install into .venv, and a Vulkan driver where there is none"
+	@echo "make demo         the benchmark in small: three methods, one seed, one report"
+	@echo "make three-seeds  the same over 3 seeds: the table in the README"
+	@echo "make test         the tests"
+	@echo "make benchmark    the speed ratios"
+	@echo "make wheel        dist/*.whl"
+	@echo "make lint         ruff"
+	@echo "make clean        remove .venv and what builds left; runs/ and videos/ stay"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml requirements.lock scripts/install.py
+	$(PYTHON) scripts/install.py
+	@touch $@
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+demo: $(STAMP)
+	$(BIN)/robot-forgetting run --multirun method=sft,reinforce,grpo seed=0 sweep=demo budget=demo
+	$(BIN)/robot-forgetting report runs/demo/* output=runs/demo/report.html
+
+three-seeds: $(STAMP)
+	$(BIN)/robot-forgetting run --multirun method=sft,reinforce,grpo seed=$(SEEDS) sweep=three-seeds budget=demo
+	$(BIN)/robot-forgetting report runs/three-seeds/* output=runs/three-seeds/report.html
+
+benchmark: $(STAMP)
+	$(BIN)/python -m pytest tests/benchmarks -s
+
+wheel: $(STAMP)
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation -w dist .
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache

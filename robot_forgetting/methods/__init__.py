@@ -1,0 +1,1 @@
+"""Fine-tuning methods and penalties, one file each."""

@@ -1,0 +1,1 @@
+"""Reports, computed from run folders alone."""

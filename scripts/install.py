@@ -1,0 +1,198 @@
+"""Sets the project up: virtual environment, locked packages, a Vulkan driver that SAPIEN can render with.
+
+Run by `make setup` with any Python >= 3.11; needs only the standard library. Safe to run again.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+TORCH = "torch==2.13.0"
+TORCH_CPU = "https://download.pytorch.org/whl/cpu"
+LAVAPIPE = (24, 3)  # older ones lack what SAPIEN 3 asks of a device
+DRIVER_PACKAGES = ["mesa-vulkan-drivers", "libvulkan1", "libegl1"]
+
+
+class Failure(Exception):
+    """One line that says what is wrong and what to type."""
+
+
+def run(*command: str | Path, **options) -> subprocess.CompletedProcess:
+    return subprocess.run([str(part) for part in command], **options)
+
+
+def output(*command: str) -> str:
+    """Standard output of a command, or nothing where it is missing or fails."""
+    try:
+        result = run(*command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return result.stdout if result.returncode == 0 else ""
+
+
+def has_nvidia_gpu() -> bool:
+    return "GPU 0" in output("nvidia-smi", "-L")
+
+
+# --- system packages (Debian, Ubuntu) ---
+
+
+def as_root() -> list[str] | None:
+    """The prefix that makes a command run as root: nothing, sudo, or None where neither works."""
+    if os.geteuid() == 0:
+        return []
+    if shutil.which("sudo") and (sys.stdin.isatty() or run("sudo", "-n", "true", capture_output=True).returncode == 0):
+        return ["sudo"]
+    return None
+
+
+def apt_get(*arguments: str) -> None:
+    """apt-get without questions. Where the rights are missing: one line with the exact command to type."""
+    command = ["apt-get", "-qq", "-y", "-o", "DPkg::Lock::Timeout=120", *arguments]
+    prefix = as_root()
+    if prefix is None:
+        raise Failure(f"not root, and no sudo; have an administrator type: {shlex.join(command)}; then `make setup`")
+    result = run(*prefix, "env", "DEBIAN_FRONTEND=noninteractive", *command, capture_output=True, text=True)
+    if result.returncode:
+        reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
+        raise Failure(f"`{shlex.join(command)}` failed: {reason}")
+
+
+def version(text: str) -> tuple[int, ...]:
+    """'1:25.0.7-2~bpo12+1' -> (25, 0)."""
+    head = text.split(":")[-1].split("-")[0].split("~")[0].split(".")
+    return tuple(int(part) for part in head[:2] if part.isdigit())
+
+
+def installed_version(package: str) -> tuple[int, ...]:
+    status, _, number = output("dpkg-query", "-W", "-f=${db:Status-Abbrev}|${Version}", package).partition("|")
+    return version(number) if status.startswith("ii") else ()
+
+
+def available_versions(package: str) -> dict[tuple[int, ...], str]:
+    """Version -> the suite that offers it ('bookworm-backports')."""
+    rows = [line.split("|") for line in output("apt-cache", "madison", package).splitlines()]
+    return {version(row[1].strip()): row[2].split()[1].split("/")[0] for row in rows if len(row) == 3}
+
+
+def add_backports(codename: str) -> None:
+    """Adds Debian's backports as an apt source, from the mirror that this machine uses already."""
+    targets = output("apt-get", "indextargets", "--format", "$(REPO_URI)|$(RELEASE)|$(CREATED_BY)").splitlines()
+    mirrors = [line.split("|")[0] for line in targets if line.split("|")[1:] == [codename, "Packages"]]
+    mirror = mirrors[0] if mirrors else "http://deb.debian.org/debian"
+    source = (
+        f"Types: deb\nURIs: {mirror}\nSuites: {codename}-backports\nComponents: main\n"
+        "Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg\n"
+    )
+    path = f"/etc/apt/sources.list.d/{codename}-backports.sources"
+    prefix = as_root()
+    if prefix is None:
+        raise Failure(f"lavapipe >= 24.3 comes from {codename}-backports; have an administrator add it as an apt source")
+    run(*prefix, "tee", path, input=source, text=True, stdout=subprocess.DEVNULL, check=True)
+
+
+def vulkan_driver() -> str:
+    """Sees to a Vulkan driver and says which; ``Failure`` where there is none and none can be installed."""
+    if has_nvidia_gpu():
+        return "the NVIDIA driver's"
+    if not shutil.which("apt-get"):
+        found = [*Path("/usr/share/vulkan/icd.d").glob("*.json"), *Path("/etc/vulkan/icd.d").glob("*.json")]
+        if sys.platform == "darwin" or found:
+            return "the system's"
+        raise Failure("no Vulkan driver found; install Mesa's lavapipe >= 24.3 with the system's package manager")
+    present = {package: installed_version(package) for package in DRIVER_PACKAGES}
+    if all(present.values()) and present["mesa-vulkan-drivers"] >= LAVAPIPE:
+        return "lavapipe " + ".".join(map(str, present["mesa-vulkan-drivers"]))
+    apt_get("update")
+    good = {number: suite for number, suite in available_versions(DRIVER_PACKAGES[0]).items() if number >= LAVAPIPE}
+    codename = output("sh", "-c", ". /etc/os-release && echo $VERSION_CODENAME").strip()
+    if not good and codename == "bookworm":
+        add_backports(codename)
+        apt_get("update")
+        good = {number: suite for number, suite in available_versions(DRIVER_PACKAGES[0]).items() if number >= LAVAPIPE}
+    if not good:
+        raise Failure("this release offers no lavapipe >= 24.3; use Debian 12+, Ubuntu 24.04+ or a machine with a GPU")
+    suite = good[max(good)]
+    apt_get("install", "--no-install-recommends", *(["-t", suite] if "backports" in suite else []), *DRIVER_PACKAGES)
+    return "lavapipe " + ".".join(map(str, installed_version("mesa-vulkan-drivers")))
+
+
+# --- Python packages ---
+
+
+def make_venv() -> Path:
+    """Creates .venv where it is missing or broken; on Debian/Ubuntu installs python3-venv first where needed."""
+    python = VENV / "bin" / "python"
+    if python.exists() and run(python, "-m", "pip", "--version", capture_output=True).returncode == 0:
+        return python
+    if run(sys.executable, "-c", "import ensurepip, venv", capture_output=True).returncode:
+        if not shutil.which("apt-get"):
+            raise Failure(f"{sys.executable} has no `ensurepip`; install it, or type: make setup PYTHON=/another/python3")
+        apt_get("update")
+        apt_get("install", f"python{sysconfig.get_python_version()}-venv")
+    run(sys.executable, "-m", "venv", "--clear", VENV, check=True)
+    return python
+
+
+def torch_source() -> list[str]:
+    """pip options that find the right build: without an NVIDIA GPU the CPU build, whose versions end in '+cpu'.
+
+    A '+cpu' version sorts above the plain one, so an *extra* source is enough. It is added only where it answers (else
+    pip would retry for minutes); without it pip takes what its own configuration offers.
+    """
+    if has_nvidia_gpu() or sys.platform != "linux":
+        return []
+    probe = f"import urllib.request; urllib.request.urlopen('{TORCH_CPU}/torch/', timeout=3)"
+    try:  # in a child, because a name server that does not answer is not bound by urlopen's time limit
+        reachable = run(sys.executable, "-c", probe, capture_output=True, timeout=6).returncode == 0
+    except subprocess.TimeoutExpired:
+        reachable = False
+    return ["--extra-index-url", TORCH_CPU] if reachable else []
+
+
+def install_packages(python: Path) -> None:
+    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    for what, arguments in (
+        # --no-deps: the lock is complete, and mani-skill's mplib, which is not used, has no build for Python >= 3.13.
+        ("locked packages", ["--no-deps", "-r", ROOT / "requirements.lock"]),
+        (TORCH, [TORCH, *torch_source()]),
+        ("this project", ["--no-deps", "--no-build-isolation", "-e", ROOT]),
+    ):
+        print(f"setup: installing {what}", flush=True)
+        if run(*pip, *arguments).returncode:
+            raise Failure(f"pip could not install {what} (its message is above); mend that and type `make setup` again")
+
+
+def main() -> int:
+    started = time.monotonic()
+    if sys.version_info < (3, 11):
+        print(f"setup: Python 3.11 or newer is needed, {sys.executable} is {sys.version.split()[0]}; ", file=sys.stderr)
+        print("setup: type: make setup PYTHON=python3.12 (or where yours is)", file=sys.stderr)
+        return 2
+    try:
+        print("setup: Vulkan driver:", vulkan_driver(), flush=True)
+        driver_problem = None
+    except Failure as failure:  # not the end: policies and reports work without pictures; said last, where it is seen
+        driver_problem = failure
+    try:
+        install_packages(make_venv())
+    except (Failure, subprocess.CalledProcessError) as failure:
+        print(f"setup: {failure}", file=sys.stderr)
+        return 2
+    if driver_problem:
+        print(f"setup: robot tasks cannot be rendered yet: {driver_problem}", file=sys.stderr)
+    print(f"setup: done in {time.monotonic() - started:.0f} s; `.venv/bin/robot-forgetting doctor` checks every part")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
