@@ -1,0 +1,113 @@
+"""The summary of a run folder, computed from its rows alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from robot_forgetting.metrics.statistics import paired_difference, retention, wilson
+from robot_forgetting.records import SCHEMA_VERSION, RunFolder
+
+ROLES = ("new", "prior", "held_out")
+DECODES = ("sampled", "greedy")
+
+
+def summarise(folder: RunFolder) -> dict:
+    """summary.json: success with Wilson intervals, forgetting on paired seeds, divergence. Pure function of the rows.
+
+    An errored episode counts as a failure and is listed under ``errors``.
+    """
+    episodes = folder.episodes()
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "success": success_table(episodes),
+        "forgetting": forgetting_table(episodes),
+        "divergence": latest(folder.rows("divergence"), ("stage", "iteration", "task", "states", "measure", "unit")),
+        "errors": [
+            {key: row.get(key) for key in ("stage", "iteration", "task", "decode", "episode", "seed", "error")}
+            for row in episodes
+            if row.get("error")
+        ],
+    }
+
+
+def latest(rows: Iterable[Mapping], keys: tuple[str, ...]) -> list[dict]:
+    """Rows without repetition of ``keys``: of two, the later one counts (an iteration that was repeated)."""
+    return list({tuple(row.get(key) for key in keys): dict(row) for row in rows}.values())
+
+
+def succeeded(row: Mapping) -> bool:
+    return bool(row.get("success")) and not row.get("error")
+
+
+def outcomes(episodes: Iterable[Mapping]) -> dict[tuple, dict[int, bool]]:
+    """(stage, iteration, task, role, decode) -> {seed: success}, in the order base to final, new to held-out."""
+    groups: dict[tuple, dict[int, bool]] = {}
+    for row in episodes:
+        key = (row["stage"], row.get("iteration", 0), row["task"], row.get("role", "new"), row.get("decode", "sampled"))
+        groups.setdefault(key, {})[row["seed"]] = succeeded(row)
+    return dict(sorted(groups.items(), key=lambda item: _order(*item[0])))
+
+
+def _order(stage: int, iteration: int, task: str, role: str, decode: str) -> tuple:
+    def place(names: tuple[str, ...], name: str) -> int:
+        return names.index(name) if name in names else len(names)
+
+    return stage, iteration, place(DECODES, decode), place(ROLES, role), task
+
+
+def success_table(episodes: Iterable[Mapping]) -> list[dict]:
+    """Success per stage, iteration, task and decode with its Wilson interval and n."""
+    table = []
+    for (stage, iteration, task, role, decode), seeds in outcomes(episodes).items():
+        successes, n = sum(seeds.values()), len(seeds)
+        low, high = wilson(successes, n)
+        table.append(
+            {
+                "stage": stage,
+                "iteration": iteration,
+                "task": task,
+                "role": role,
+                "decode": decode,
+                "n": n,
+                "successes": successes,
+                "rate": successes / n,
+                "low": low,
+                "high": high,
+            }
+        )
+    return table
+
+
+def forgetting_table(episodes: Iterable[Mapping]) -> list[dict]:
+    """Base minus fine-tuned success per task on the seeds both were tried on; negative where a task was learned.
+
+    lost, gained: seeds on which only the base, only the fine-tuned policy succeeds. low, high: see
+    ``metrics.statistics.paired_difference``. A task without a common seed has no row.
+    """
+    groups = outcomes(episodes)
+    table = []
+    for (stage, iteration, task, role, decode), seeds in groups.items():
+        base = groups.get((0, 0, task, role, decode), {})
+        common = sorted(set(base) & set(seeds))
+        if stage == 0 or not common:
+            continue
+        pair = paired_difference([base[seed] for seed in common], [seeds[seed] for seed in common])
+        table.append(
+            {
+                "stage": stage,
+                "iteration": iteration,
+                "task": task,
+                "role": role,
+                "decode": decode,
+                "n": pair.n,
+                "base": pair.first,
+                "fine_tuned": pair.second,
+                "forgetting": pair.difference,
+                "low": pair.low,
+                "high": pair.high,
+                "lost": pair.only_first,
+                "gained": pair.only_second,
+                "retention": retention(pair.first, pair.second),
+            }
+        )
+    return table
