@@ -1,0 +1,84 @@
+"""Fine-tuning methods and penalties: what data, what loss. The optimiser loop is in ``train.py``."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from robot_forgetting.policy import Action, Policy
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows for one optimiser step.
+
+    obs: the policy's observation columns, N rows
+    action: N decisions (sampled, or a demonstration's)
+    advantage: [N] or None; reward-like weight of a decision
+    extra: further [N, ...] tensors a method wants to carry to its own loss
+    """
+
+    obs: dict
+    action: Action
+    advantage: Tensor | None = None
+    extra: dict[str, Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self.action)
+
+    def __getitem__(self, index: slice) -> Batch:
+        return replace(
+            self,
+            obs={key: column[index] for key, column in self.obs.items()},
+            action=self.action[index],
+            advantage=None if self.advantage is None else self.advantage[index],
+            extra=None if self.extra is None else {key: value[index] for key, value in self.extra.items()},
+        )
+
+
+class Method(ABC):
+    """A way to adapt a policy to a task. One iteration = one ``collect`` and one optimiser step per batch it returns.
+
+    The design's ``collect`` returned a single batch; a sequence of them makes an iteration the unit of checkpointing
+    (nothing half-used has to survive a restart) without a second hook.
+    """
+
+    iterations: int
+
+    def begin(self, policy: Policy, task, past: Sequence) -> None:
+        """Called once before the first iteration (and again after a restart, before ``load_state_dict``)."""
+
+    @abstractmethod
+    def collect(self, policy: Policy, task, iteration: int) -> Sequence[Batch]:
+        """The iteration's batches. Must depend on (policy, state, iteration) only, so that a restart repeats it."""
+
+    @abstractmethod
+    def loss(self, policy: Policy, batch: Batch) -> Tensor:
+        """Scalar: the mean over the batch's rows."""
+
+    def end(self, policy: Policy, task) -> None:
+        """Called once after the last iteration."""
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers about the last ``collect`` for train.jsonl (rollout success, reward, ...)."""
+        return {}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        if state:
+            raise ValueError(f"{type(self).__name__} has no state, but the checkpoint holds {sorted(state)}")
+
+
+class Penalty(ABC):
+    """Rides on any method: a scalar added to its loss."""
+
+    def begin(self, policy: Policy, task, past: Sequence) -> None: ...
+
+    @abstractmethod
+    def __call__(self, policy: Policy, batch: Batch) -> Tensor:
+        """Scalar, already multiplied by its coefficient."""

@@ -1,0 +1,115 @@
+"""Autoregressive categorical policies: the interface that a classifier, a language model and a VLA share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Action:
+    """N decisions of up to T tokens.
+
+    tokens: [N, T] int64, indices into the policy's action vocabulary (0 .. V-1)
+    mask: [N, T] bool, True where a token counts
+    log_prob: [N, T] float, natural logarithm under the policy that sampled it, or None
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    log_prob: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index) -> Action:
+        log_prob = None if self.log_prob is None else self.log_prob[index]
+        return Action(self.tokens[index], self.mask[index], log_prob)
+
+    def to(self, device) -> Action:
+        log_prob = None if self.log_prob is None else self.log_prob.to(device)
+        return Action(self.tokens.to(device), self.mask.to(device), log_prob)
+
+    @staticmethod
+    def cat(actions: Sequence[Action]) -> Action:
+        log_probs = [action.log_prob for action in actions]
+        return Action(
+            torch.cat([action.tokens for action in actions]),
+            torch.cat([action.mask for action in actions]),
+            None if any(log_prob is None for log_prob in log_probs) else torch.cat(log_probs),
+        )
+
+
+@dataclass(frozen=True)
+class ConventionSpec:
+    """What an action and an observation mean; a task and a policy declare one each and they are compared first.
+
+    ``None`` in a field means "any" (a policy that resizes images itself declares ``image_size=None``).
+    """
+
+    action_dimensions: int | None = None
+    action_mode: str | None = None  # "delta" or "absolute"
+    rotation: str | None = None  # "axis_angle", "euler_xyz", ...
+    gripper: str | None = None  # "+1 opens" or "+1 closes"
+    image_size: int | None = None  # pixels, square
+    control_hz: float | None = None
+    statistics: str | None = None  # a task: the key it expects
+
+    def mismatches(self, other: ConventionSpec) -> list[str]:
+        """Fields on which both sides commit themselves and disagree, as 'field: mine, theirs'."""
+        pairs = ((name, getattr(self, name), getattr(other, name)) for name in self.__dataclass_fields__)
+        return [f"{name}: {a!r} against {b!r}" for name, a, b in pairs if None not in (a, b) and a != b]
+
+
+class Policy(nn.Module, ABC):
+    """Maps observations to a distribution over token sequences.
+
+    ``obs`` is a dict of equally long columns that only the policy looks into. Robot tasks give
+    ``image`` (uint8 [N, H, W, 3]) and ``instruction`` (list of N strings).
+    """
+
+    name: str = "policy"
+
+    @abstractmethod
+    def act(self, obs: dict, *, temperature: float = 1.0, noise: Tensor | None = None) -> Action:
+        """Samples one decision per observation, without gradients, batched.
+
+        temperature: 0 is greedy; otherwise logits are divided by it. ``log_prob`` is at that temperature.
+        noise: [N, T] uniform numbers in [0, 1), turned into tokens by inverse CDF, so that an episode's actions
+            depend on its own seed and not on the batch it happened to be in. Default: torch's global generator.
+        """
+
+    @abstractmethod
+    def logits(self, obs: dict, action: Action) -> Tensor:
+        """Teacher-forced logits over the action vocabulary, [N, T, V] float32, differentiable."""
+
+    def log_prob(self, obs: dict, action: Action) -> Tensor:
+        """Log-probability of each token in nats at temperature 1, [N, T], differentiable; zero where masked."""
+        logits = self.logits(obs, action)
+        chosen = logits.gather(-1, action.tokens.unsqueeze(-1)).squeeze(-1)
+        return (chosen - logits.logsumexp(-1)) * action.mask
+
+    @abstractmethod
+    def decode(self, action: Action, *, statistics: str | None = None) -> Sequence:
+        """Tokens to what the environment takes: a label, a text, or un-normalised commands [N, 7] float32."""
+
+    def encode(self, commands, *, statistics: str | None = None) -> Action:
+        """The inverse of ``decode``: demonstrations' commands to tokens (nearest bin)."""
+        raise TypeError(f"policy '{self.name}' cannot turn demonstrations into tokens; it lacks `encode`")
+
+    @abstractmethod
+    def base(self) -> AbstractContextManager:
+        """Inside the context this object *is* the frozen base policy (LoRA: adapters off; else: swapped weights)."""
+
+    @abstractmethod
+    def convention(self) -> ConventionSpec:
+        """What this policy assumes of a task."""
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
