@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from robot_forgetting.policies.openvla_decode import WIDEST_FUSED, FusedLlama
 from robot_forgetting.policies.openvla_vision import DINOV2_LARGE, SIGLIP_SO400M, Projector, TowerConfig, VisionBackbone
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -193,35 +194,65 @@ class OpenVLAModel(nn.Module):
         """
         count_tokens = tokens or self.config.action_tokens
         hidden = self.embed(input_ids, pixel_values)
-        count, prompt_length, _ = hidden.shape
+        count, prompt_length, width = hidden.shape
         length = prompt_length + count_tokens - 1
         mask = self._mask(attention_mask, prompt_length)
-        shape = (self.config.num_layers, 2, count, self.config.num_heads, length, self.config.head_dim)
-        cache = hidden.new_empty(shape)
+        cache = hidden.new_empty(
+            self.config.num_layers, 2, count, self.config.num_heads, length, self.config.head_dim
+        )
         if mask is None:
             position = torch.arange(length, device=hidden.device)
         else:
             mask = F.pad(mask, (0, count_tokens - 1), value=True)
             position = self._positions(mask)
-        cos, sin = self._rotary(position, hidden.dtype)
+        rotary = self._rotary(position, hidden.dtype)
+        decoder = self._fused_decode if width <= WIDEST_FUSED else self._plain_decode
+        state, step_forward = decoder(hidden, mask, rotary, cache)
         rows = self._head_rows()
-        embeddings = self.language_model.model.embed_tokens
-        prefill_mask = None if mask is None else self._causal(mask[:, :prompt_length])
-        hidden = self._layers(
-            hidden, cos[..., :prompt_length, :], sin[..., :prompt_length, :], prefill_mask, cache, 0, last_only=True
-        )
         bins, log_probs = [], []
         for step in range(count_tokens):
-            logits = self._head(hidden[:, -1], rows)
+            logits = self._head(state, rows)
             chosen, log_prob = sample_bins(logits, temperature, None if noise is None else noise[:, step])
             bins.append(chosen)
             log_probs.append(log_prob)
             if step + 1 < count_tokens:
-                at = prompt_length + step
-                hidden = embeddings(self.bins_to_ids(chosen).unsqueeze(1))
-                seen = None if mask is None else mask[:, None, None, : at + 1]
-                hidden = self._layers(hidden, cos[..., at : at + 1, :], sin[..., at : at + 1, :], seen, cache, at)
+                embedding = self.language_model.model.embed_tokens(self.bins_to_ids(chosen))
+                state = step_forward(embedding, prompt_length + step)
         return torch.stack(bins, 1), torch.stack(log_probs, 1)
+
+    def _fused_decode(self, hidden: Tensor, mask: Tensor | None, rotary: tuple, cache: Tensor):
+        """The prompt's last state, and a function from (next embedding, its place) to the next state."""
+        llama = FusedLlama(self.language_model.model, self.config.num_heads, self.config.rms_norm_eps)
+        length = hidden.shape[1]
+        cos, sin = (x.unsqueeze(1) if mask is None else x.transpose(1, 2) for x in rotary)  # [(N,) L, 1, D]
+        bias = None
+        if mask is not None:
+            bias = torch.zeros(mask.shape, dtype=hidden.dtype, device=hidden.device).masked_fill_(~mask, -torch.inf)
+            bias = bias.repeat_interleave(self.config.num_heads, 0).unsqueeze(1)
+        prefill_mask = None if mask is None else self._causal(mask[:, :length])
+        state = llama.prefill(hidden, cos[..., :length, :, :], sin[..., :length, :, :], prefill_mask, cache)
+
+        def step(embedding: Tensor, at: int) -> Tensor:
+            here = slice(at, at + 1)
+            seen = None if bias is None else bias[:, :, : at + 1]
+            x = llama.step(embedding, cos[..., here, :, :], sin[..., here, :, :], seen, cache, at)
+            return x * llama.final_scale
+
+        return state * llama.final_scale, step
+
+    def _plain_decode(self, hidden: Tensor, mask: Tensor | None, rotary: tuple, cache: Tensor):
+        """The same as ``_fused_decode`` through the submodules themselves, without a copy of any weight."""
+        cos, sin = rotary
+        length = hidden.shape[1]
+        prefill_mask = None if mask is None else self._causal(mask[:, :length])
+        state = self._layers(hidden, cos[..., :length, :], sin[..., :length, :], prefill_mask, cache, 0, last_only=True)
+
+        def step(embedding: Tensor, at: int) -> Tensor:
+            here = slice(at, at + 1)
+            seen = None if mask is None else mask[:, None, None, : at + 1]
+            return self._layers(embedding.unsqueeze(1), cos[..., here, :], sin[..., here, :], seen, cache, at)[:, -1]
+
+        return state[:, -1], step
 
     # ---- the Llama's layers, without transformers' per-call cost
 
