@@ -19,6 +19,8 @@ VENV = ROOT / ".venv"
 TORCH = "torch==2.13.0"
 TORCH_CPU = "https://download.pytorch.org/whl/cpu"
 LAVAPIPE = (24, 3)  # older ones lack what SAPIEN 3 asks of a device
+APT_UPDATE = "apt-get -qq update"
+APT_INSTALL = "apt-get -qq install -y --no-install-recommends -o DPkg::Lock::Timeout=120 "
 DRIVER_PACKAGES = ["mesa-vulkan-drivers", "libvulkan1", "libegl1"]
 
 
@@ -55,16 +57,16 @@ def as_root() -> list[str] | None:
     return None
 
 
-def apt_get(*arguments: str) -> None:
-    """apt-get without questions. Where the rights are missing: one line with the exact command to type."""
-    command = ["apt-get", "-qq", "-y", "-o", "DPkg::Lock::Timeout=120", *arguments]
+def apt(*lines: str) -> None:
+    """Runs apt lines as root, without questions. Where the rights are missing: one line with what to type."""
+    script = " && ".join(["export DEBIAN_FRONTEND=noninteractive", *lines])
     prefix = as_root()
     if prefix is None:
-        raise Failure(f"not root, and no sudo; have an administrator type: {shlex.join(command)}; then `make setup`")
-    result = run(*prefix, "env", "DEBIAN_FRONTEND=noninteractive", *command, capture_output=True, text=True)
+        raise Failure(f"no rights to install packages; have an administrator type: sudo sh -c {shlex.quote(script)}")
+    result = run(*prefix, "sh", "-c", script, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if result.returncode:
         reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
-        raise Failure(f"`{shlex.join(command)}` failed: {reason}")
+        raise Failure(f"apt said '{reason}'; try it by hand: sudo sh -c {shlex.quote(script)}")
 
 
 def version(text: str) -> tuple[int, ...]:
@@ -78,26 +80,21 @@ def installed_version(package: str) -> tuple[int, ...]:
     return version(number) if status.startswith("ii") else ()
 
 
-def available_versions(package: str) -> dict[tuple[int, ...], str]:
-    """Version -> the suite that offers it ('bookworm-backports')."""
-    rows = [line.split("|") for line in output("apt-cache", "madison", package).splitlines()]
-    return {version(row[1].strip()): row[2].split()[1].split("/")[0] for row in rows if len(row) == 3}
+def lavapipe_lines() -> list[str]:
+    """The apt lines that install lavapipe; Debian 12 has a new enough one only in its backports.
 
-
-def add_backports(codename: str) -> None:
-    """Adds Debian's backports as an apt source, from the mirror that this machine uses already."""
-    targets = output("apt-get", "indextargets", "--format", "$(REPO_URI)|$(RELEASE)|$(CREATED_BY)").splitlines()
-    mirrors = [line.split("|")[0] for line in targets if line.split("|")[1:] == [codename, "Packages"]]
-    mirror = mirrors[0] if mirrors else "http://deb.debian.org/debian"
-    source = (
-        f"Types: deb\nURIs: {mirror}\nSuites: {codename}-backports\nComponents: main\n"
-        "Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg\n"
-    )
-    path = f"/etc/apt/sources.list.d/{codename}-backports.sources"
-    prefix = as_root()
-    if prefix is None:
-        raise Failure(f"lavapipe >= 24.3 comes from {codename}-backports; have an administrator add it as an apt source")
-    run(*prefix, "tee", path, input=source, text=True, stdout=subprocess.DEVNULL, check=True)
+    Backports are added from the mirror that this machine uses already.
+    """
+    target = ""
+    lines = []
+    if output("sh", "-c", ". /etc/os-release && echo $VERSION_CODENAME").strip() == "bookworm":
+        target = "-t bookworm-backports "
+        rows = output("apt-get", "indextargets", "--format", "$(REPO_URI) $(RELEASE)").splitlines()
+        mirrors = {release: uri for uri, release in (row.split() for row in rows if len(row.split()) == 2)}
+        if "bookworm-backports" not in mirrors:
+            source = f"deb {mirrors.get('bookworm', 'http://deb.debian.org/debian')} bookworm-backports main"
+            lines = [f"echo '{source}' > /etc/apt/sources.list.d/bookworm-backports.list"]
+    return [*lines, APT_UPDATE, APT_INSTALL + target + " ".join(DRIVER_PACKAGES)]
 
 
 def vulkan_driver() -> str:
@@ -112,18 +109,11 @@ def vulkan_driver() -> str:
     present = {package: installed_version(package) for package in DRIVER_PACKAGES}
     if all(present.values()) and present["mesa-vulkan-drivers"] >= LAVAPIPE:
         return "lavapipe " + ".".join(map(str, present["mesa-vulkan-drivers"]))
-    apt_get("update")
-    good = {number: suite for number, suite in available_versions(DRIVER_PACKAGES[0]).items() if number >= LAVAPIPE}
-    codename = output("sh", "-c", ". /etc/os-release && echo $VERSION_CODENAME").strip()
-    if not good and codename == "bookworm":
-        add_backports(codename)
-        apt_get("update")
-        good = {number: suite for number, suite in available_versions(DRIVER_PACKAGES[0]).items() if number >= LAVAPIPE}
-    if not good:
-        raise Failure("this release offers no lavapipe >= 24.3; use Debian 12+, Ubuntu 24.04+ or a machine with a GPU")
-    suite = good[max(good)]
-    apt_get("install", "--no-install-recommends", *(["-t", suite] if "backports" in suite else []), *DRIVER_PACKAGES)
-    return "lavapipe " + ".".join(map(str, installed_version("mesa-vulkan-drivers")))
+    apt(*lavapipe_lines())
+    found = installed_version("mesa-vulkan-drivers")
+    if found < LAVAPIPE:
+        raise Failure(f"this release offers lavapipe {'.'.join(map(str, found))}, 24.3 is needed: use a newer one")
+    return "lavapipe " + ".".join(map(str, found))
 
 
 # --- Python packages ---
@@ -136,9 +126,10 @@ def make_venv() -> Path:
         return python
     if run(sys.executable, "-c", "import ensurepip, venv", capture_output=True).returncode:
         if not shutil.which("apt-get"):
-            raise Failure(f"{sys.executable} has no `ensurepip`; install it, or type: make setup PYTHON=/another/python3")
-        apt_get("update")
-        apt_get("install", f"python{sysconfig.get_python_version()}-venv")
+            raise Failure(
+                f"{sys.executable} lacks `ensurepip`; install it, or type: make setup PYTHON=/another/python3"
+            )
+        apt(APT_UPDATE, f"{APT_INSTALL}python{sysconfig.get_python_version()}-venv")
     run(sys.executable, "-m", "venv", "--clear", VENV, check=True)
     return python
 
@@ -174,9 +165,9 @@ def install_packages(python: Path) -> None:
 
 def main() -> int:
     started = time.monotonic()
-    if sys.version_info < (3, 11):
-        print(f"setup: Python 3.11 or newer is needed, {sys.executable} is {sys.version.split()[0]}; ", file=sys.stderr)
-        print("setup: type: make setup PYTHON=python3.12 (or where yours is)", file=sys.stderr)
+    if sys.version_info < (3, 11):  # noqa: UP036  (this script is what finds out)
+        found = f"{sys.executable} is {sys.version.split()[0]}"
+        print(f"setup: Python >= 3.11 is needed, {found}; type: make setup PYTHON=python3.12", file=sys.stderr)
         return 2
     try:
         print("setup: Vulkan driver:", vulkan_driver(), flush=True)

@@ -1,0 +1,95 @@
+"""Checks of a configuration's plain values before anything is built: types, ranges, constructor arguments."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import types
+import typing
+
+from robot_forgetting.errors import UserError
+
+ROOT_TYPES = {
+    "seed": int, "episodes": int | None, "seed_start": int | None, "num_envs": int, "processes": int, "render": str,
+    "sweep": str, "run_dir": str | None, "output": str | None, "golden": str | None, "device": str, "debug": bool,
+    "prior": list, "held_out": list,
+}  # fmt: skip
+LEAST = {"seed": 0, "episodes": 1, "seed_start": 0, "num_envs": 1, "processes": 1, "temperature": 0}
+
+
+def check_root(plain: dict) -> None:
+    values = {**plain, "temperature": (plain.get("decode") or {}).get("temperature")}
+    for key, kind in {**ROOT_TYPES, "temperature": float}.items():
+        value = values.get(key)
+        shown = "decode.temperature" if key == "temperature" else key
+        if not _fits(value, kind):
+            raise UserError(f"{shown}={value} is not {_kind_name(kind)}")
+        if key in LEAST and value is not None and value < LEAST[key]:
+            raise UserError(f"{shown}={value} is too small; the least is {LEAST[key]}")
+
+
+def check_node(node, path: str, where: str) -> None:
+    """Compares a `_target_` node with its constructor: unknown arguments, missing ones, wrong types."""
+    if isinstance(node, list):
+        for index, item in enumerate(node):
+            check_node(item, f"{path}.{index}", where)
+    if not isinstance(node, dict):
+        return
+    for key, value in node.items():
+        check_node(value, f"{path}.{key}", where)
+    if "_target_" not in node:
+        return
+    target = _locate(str(node["_target_"]), where)
+    given = {key: value for key, value in node.items() if not key.startswith("_")}
+    try:
+        parameters = inspect.signature(target, eval_str=True).parameters
+    except (TypeError, ValueError, NameError):  # no signature, or annotations that cannot be evaluated
+        return
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        for key in given.keys() - parameters.keys():
+            raise UserError(f"unknown key '{path}.{key}'; {target.__name__} takes: {', '.join(parameters)}")
+    for key, parameter in parameters.items():
+        if key in given and not _fits(given[key], parameter.annotation):
+            raise UserError(f"{path}.{key}={given[key]} is not {_kind_name(parameter.annotation)}")
+        needed = parameter.default is parameter.empty and parameter.kind in (0, 1, 3)
+        if needed and key not in given and not node.get("_partial_"):
+            raise UserError(f"{where} lacks '{key}', which {target.__name__} needs; add it to its yaml")
+
+
+def _locate(dotted: str, where: str):
+    module, _, name = dotted.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except Exception as error:  # a user's module may fail in any way while it is imported
+        raise UserError(
+            f"{where}: cannot import '{dotted}' ({' '.join(str(error).split())}); "
+            "modules are found in the current folder and in those of hydra.searchpath"
+        ) from error
+
+
+def _fits(value, kind) -> bool:
+    """Whether a plain value suits an annotation; annotations other than int, float, bool, str, list are not judged."""
+    options = getattr(kind, "__args__", ()) if _is_union(kind) else (kind,)
+    judged = {int, float, bool, str, list, dict, type(None), None}
+    if any(option not in judged for option in options):
+        return True
+    for option in options:
+        if option in (None, type(None)):
+            if value is None:
+                return True
+        elif option is float:
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                return True
+        elif type(value) is option:
+            return True
+    return False
+
+
+def _is_union(kind) -> bool:
+    return isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
+
+
+def _kind_name(kind) -> str:
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", list: "a list [a, b]"}
+    options = getattr(kind, "__args__", ()) if _is_union(kind) else (kind,)
+    return " or ".join(words.get(option, "null" if option is type(None) else "a mapping") for option in options)
