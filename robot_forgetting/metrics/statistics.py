@@ -134,23 +134,84 @@ def bootstrap(
     return float(low), float(high)
 
 
-def mean_over_runs(
-    values: Sequence[float], variances: Sequence[float] | None = None, confidence: float = 0.95
-) -> tuple[float, float | None, float | None]:
-    """Mean over k runs with Student's t interval (k - 1 degrees); no interval from one run.
-
-    A percentile bootstrap of three runs is far too narrow, so small k takes t. ``variances`` (of each run's value, from
-    its episodes) put a floor under the spread: three runs that agree by luck do not give an interval of width 0.
-    """
-    from scipy.stats import t  # imported here: it takes half a second
-
+def mean_over_runs(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float | None, float | None]:
+    """Mean over k runs with Student's t interval (k - 1 degrees); (mean, None, None) from one run."""
     values = np.asarray(values, dtype=float)
     k, mean = len(values), float(values.mean())
     if k < 2:
         return mean, None, None
-    variance = max(float(values.var(ddof=1)), float(np.mean(variances)) if variances is not None else 0.0)
-    half = float(t.ppf(0.5 + confidence / 2, k - 1)) * math.sqrt(variance / k)
+    half = _t_quantile(confidence, k - 1) * math.sqrt(float(values.var(ddof=1)) / k)
     return mean, mean - half, mean + half
+
+
+def mean_of_intervals(intervals: Sequence[tuple[float, float, float]]) -> tuple[float, float, float]:
+    """Mean of independent estimates (value, low, high), with their limits squared and added (MOVER, Zou 2008).
+
+    low = mean - sqrt(sum (value - low)^2) / T, and likewise high. Used for the mean over prior tasks.
+    """
+    values = np.asarray(intervals, dtype=float)
+    mean, count = values[:, 0].mean(), len(values)
+    low = mean - math.sqrt(((values[:, 0] - values[:, 1]) ** 2).sum()) / count
+    high = mean + math.sqrt(((values[:, 2] - values[:, 0]) ** 2).sum()) / count
+    return float(mean), float(low), float(high)
+
+
+def crossed_mean(
+    tasks: Sequence[np.ndarray], single: Sequence[tuple[float, float, float]], confidence: float = 0.95
+) -> tuple[float, float, float]:
+    """Mean over runs (training seeds) and initial states, where all runs are tested on the same initial states.
+
+    tasks: per task a matrix [k runs, n initial states] of outcomes or differences; the mean is over tasks, then runs
+    single: (value, low, high) of each run alone; from one run its interval is returned
+
+    SE^2 = s_runs^2 / k + (1/T^2) sum_t s_states,t^2 / n_t, from the variances of the run means and of the state means.
+    Neither the runs nor the states are taken for the only ones possible (Owen 2007, crossed random effects; conservative,
+    as the interaction counts twice). Student's t with Welch-Satterthwaite degrees. A spread that is zero by luck does not
+    give a narrow interval: half a width is at least the single runs' mean one over sqrt(k).
+    """
+    singles = np.asarray(single, dtype=float)
+    k = len(singles)
+    if k == 1:
+        return tuple(map(float, singles[0]))
+    mean = float(singles[:, 0].mean())
+    runs = float(singles[:, 0].var(ddof=1)) / k
+    states, freedom = 0.0, 0.0
+    for matrix in tasks:
+        n = matrix.shape[1]
+        if n > 1:
+            part = float(matrix.mean(0).var(ddof=1)) / n / len(tasks) ** 2
+            states, freedom = states + part, freedom + part**2 / (n - 1)
+    total, freedom = runs + states, freedom + runs**2 / (k - 1)
+    half = _t_quantile(confidence, total**2 / freedom) * math.sqrt(total) if freedom else 0.0
+    below = float((singles[:, 0] - singles[:, 1]).mean()) / math.sqrt(k)
+    above = float((singles[:, 2] - singles[:, 0]).mean()) / math.sqrt(k)
+    return mean, mean - max(half, below), mean + max(half, above)
+
+
+def ratio_interval(
+    first: tuple[float, float, float], second: tuple[float, float, float]
+) -> tuple[float | None, float | None]:
+    """Limits of first / second from (value, low, high) of two rates, as if independent (MOVER-R, Donner and Zou 2012).
+
+    Outcomes on the same initial states go together, so for paired rates these limits are too wide rather than too
+    narrow. None where there is no finite limit, as when the second rate may be 0.
+    """
+    (p, low, high), (q, base_low, base_high) = first, second
+
+    def limit(edge: float, base_edge: float, sign: int) -> float | None:
+        denominator = base_edge * (2 * q - base_edge)
+        root = (p * q) ** 2 - edge * base_edge * (2 * p - edge) * (2 * q - base_edge)
+        if denominator <= 1e-12 or root < 0:
+            return None
+        return max((p * q + sign * math.sqrt(root)) / denominator, 0.0)
+
+    return limit(low, base_high, -1), limit(high, base_low, 1)
+
+
+def _t_quantile(confidence: float, degrees: float) -> float:
+    from scipy.stats import t  # imported here: it takes half a second
+
+    return float(t.ppf(0.5 + confidence / 2, degrees))
 
 
 def minimum_detectable_difference(

@@ -1,0 +1,71 @@
+"""GRPO: group-relative advantages and a clipped ratio (Shao et al. 2024, arXiv 2402.03300)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from robot_forgetting.errors import UserError
+from robot_forgetting.method import Batch, Method
+from robot_forgetting.methods.on_policy import RolloutPlan, minibatches, sample_rollouts
+from robot_forgetting.policy import Policy
+
+
+class GRPO(Method):
+    """Advantages are relative to the group of episodes that start in the same state.
+
+    A = (R - group mean), divided by the group's std if ``scale_by_std`` (GRPO; without: Dr. GRPO, Liu et al. 2025), so a
+    group that always succeeds or always fails teaches nothing. Per token:
+    loss = -min(r A, clip(r, 1 - clip, 1 + clip) A), r = pi / pi_sampled; mean over tokens, so that, as in Dr. GRPO, a
+    decision weighs the same in a long episode as in a short one. No KL term: penalties are separate.
+    """
+
+    def __init__(
+        self,
+        *,
+        iterations: int,
+        groups: int,
+        group_size: int,
+        optimiser,
+        minibatch_size: int = 512,
+        epochs: int = 1,
+        clip: float = 0.2,
+        scale_by_std: bool = True,
+        num_envs: int = 16,
+        seed: int = 0,
+    ):
+        if group_size < 2:
+            raise UserError(f"grpo compares episodes within a group: group_size must be at least 2, not {group_size}")
+        self.iterations, self.optimiser, self.seed = iterations, optimiser, seed
+        self.plan = RolloutPlan(groups, group_size, num_envs, seed)
+        self.minibatch_size, self.epochs, self.clip, self.scale_by_std = minibatch_size, epochs, clip, scale_by_std
+        self._metrics: dict[str, float] = {}
+
+    def collect(self, policy: Policy, task, iteration: int) -> Sequence[Batch]:
+        rollouts = sample_rollouts(policy, task, self.plan, iteration)
+        advantage = group_advantages(rollouts.rewards, self.plan.group_size, self.scale_by_std)
+        batch = rollouts.batch(advantage)
+        self._metrics = {**rollouts.metrics(), "used_decisions": 0 if batch is None else len(batch)}
+        return minibatches(batch, size=self.minibatch_size, epochs=self.epochs, seed=[self.seed, iteration])
+
+    def loss(self, policy: Policy, batch: Batch) -> Tensor:
+        log_prob = policy.log_prob(batch.obs, batch.action)
+        ratio = (log_prob - batch.action.log_prob.to(log_prob.device)).exp()
+        advantage = batch.advantage.to(log_prob.device).unsqueeze(1)
+        clipped = ratio.clamp(1 - self.clip, 1 + self.clip)
+        gain = torch.minimum(ratio * advantage, clipped * advantage) * batch.action.mask.to(log_prob.device)
+        return -gain.sum() / batch.action.mask.sum()
+
+    def metrics(self) -> dict[str, float]:
+        return self._metrics
+
+
+def group_advantages(rewards: Tensor, group_size: int, scale_by_std: bool) -> Tensor:
+    """[E] rewards, a group's in a row, to [E] advantages with group mean 0 (and, if scaled, group std 1)."""
+    grouped = rewards.view(-1, group_size)
+    centred = grouped - grouped.mean(1, keepdim=True)
+    if scale_by_std:
+        centred = centred / grouped.std(1, keepdim=True, unbiased=False).clamp_min(1e-6)
+    return centred.flatten()

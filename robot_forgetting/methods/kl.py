@@ -1,0 +1,39 @@
+"""KL-to-base penalties, exact over the action vocabulary; they ride on any method."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from robot_forgetting.errors import UserError
+from robot_forgetting.method import Batch, Penalty
+from robot_forgetting.metrics.divergence import forward_kl, reverse_kl
+from robot_forgetting.policy import Policy
+
+
+class KL(Penalty):
+    """coefficient * mean over the batch's tokens of KL between base and current token distributions, in nats.
+
+    direction "forward": KL(pi_0 || pi); "reverse": KL(pi || pi_0). Both are taken exactly at each token, given the
+    batch's earlier tokens (sampled by the policy under RL, the expert's under SFT), on the batch's states.
+    """
+
+    def __init__(self, *, coefficient: float, direction: str = "forward"):
+        if direction not in ("forward", "reverse"):
+            raise UserError(f"unknown KL direction '{direction}'; choose one of: forward, reverse")
+        if coefficient < 0:
+            raise UserError(f"the KL coefficient must not be negative: {coefficient}")
+        self.coefficient = coefficient
+        self.divergence = {"forward": forward_kl, "reverse": reverse_kl}[direction]
+
+    def begin(self, policy: Policy, task, past: Sequence) -> None:
+        pass
+
+    def __call__(self, policy: Policy, batch: Batch) -> Tensor:
+        with torch.no_grad(), policy.base():
+            base = policy.logits(batch.obs, batch.action)
+        values = self.divergence(base, policy.logits(batch.obs, batch.action))
+        mask = batch.action.mask.to(values.device)
+        return self.coefficient * (values * mask).sum() / mask.sum()

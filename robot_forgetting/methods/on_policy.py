@@ -1,0 +1,95 @@
+"""What the on-policy methods share: rollouts of the current policy as a batch of decisions with episode rewards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from robot_forgetting.errors import UserError
+from robot_forgetting.method import Batch
+from robot_forgetting.methods.sft import take
+from robot_forgetting.policy import Policy
+from robot_forgetting.rollout import Episode, EpisodeKey, columns, rollout
+
+
+@dataclass(frozen=True)
+class RolloutPlan:
+    """How many episodes an iteration samples.
+
+    groups: initial states; group_size: episodes from each; num_envs: simulated at once
+    A seed of training never meets an initial state of evaluation: states come from the task's training split, after the
+    first 500,000, which demonstrations use.
+    """
+
+    groups: int
+    group_size: int
+    num_envs: int = 16
+    seed: int = 0
+
+    def __post_init__(self):
+        if min(self.groups, self.group_size, self.num_envs) < 1:
+            raise UserError("groups, group_size and num_envs must be at least 1")
+
+    def keys(self, task, iteration: int) -> list[EpisodeKey]:
+        """[groups * group_size] keys, a group's episodes in a row; the same for the same (seed, iteration)."""
+        states = task.seeds("train")
+        rng = np.random.default_rng([self.seed, iteration, 0x901])
+        chosen = rng.integers(len(states) // 2, len(states), size=self.groups)
+        streams = rng.integers(2**31, size=(self.groups, self.group_size))
+        return [EpisodeKey(states[int(s)], int(stream)) for s, row in zip(chosen, streams, strict=True) for stream in row]
+
+
+@dataclass
+class Rollouts:
+    """episodes in the order of the plan's keys; rewards [E]; lengths [E]."""
+
+    episodes: list[Episode]
+
+    @property
+    def rewards(self) -> Tensor:
+        return torch.tensor([float(episode.success) for episode in self.episodes])
+
+    @property
+    def lengths(self) -> Tensor:
+        return torch.tensor([episode.steps for episode in self.episodes])
+
+    def metrics(self) -> dict[str, float]:
+        return {
+            "rollout_success": self.rewards.mean().item(),
+            "episodes": len(self.episodes),
+            "env_steps": int(self.lengths.sum()),
+            "errors": sum(episode.error is not None for episode in self.episodes),
+        }
+
+    def batch(self, advantage: Tensor) -> Batch:
+        """All decisions whose episode has a non-zero advantage [E], in episode order; the rest teach nothing."""
+        kept = [(e, a) for e, a in zip(self.episodes, advantage, strict=True) if abs(a) > 1e-8 and e.steps]
+        if not kept:
+            return None
+        rows = [row for episode, _ in kept for row in episode.observations[: episode.steps]]
+        action = type(kept[0][0].actions[0]).cat([episode.action() for episode, _ in kept])
+        weights = torch.cat([value.repeat(episode.steps) for episode, value in kept])
+        return Batch(columns(rows), action, weights)
+
+
+def sample_rollouts(policy: Policy, task, plan: RolloutPlan, iteration: int) -> Rollouts:
+    """Runs the iteration's episodes at temperature 1, i.e. from the distribution whose log-probabilities the loss uses."""
+    keys = plan.keys(task, iteration)
+    policy.eval()
+    finished = {episode.key: episode for episode in rollout(policy, task, keys, num_envs=plan.num_envs)}
+    return Rollouts([finished[key] for key in keys])
+
+
+def minibatches(batch: Batch | None, *, size: int, epochs: int, seed: list[int]) -> list[Batch]:
+    """Shuffled parts of nearly equal size, at most ``size`` rows, for each epoch."""
+    if batch is None:
+        return []
+    rng, parts = np.random.default_rng(seed), max(1, -(-len(batch) // size))
+    return [
+        take(batch, torch.from_numpy(rows))
+        for _ in range(epochs)
+        for rows in np.array_split(rng.permutation(len(batch)), parts)
+    ]

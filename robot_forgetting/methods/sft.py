@@ -1,0 +1,92 @@
+"""Supervised fine-tuning (behaviour cloning) on the scripted expert's demonstrations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from robot_forgetting.errors import UserError
+from robot_forgetting.method import Batch, Method
+from robot_forgetting.policy import Action, Policy
+
+
+def smoothed_nll(logits: Tensor, tokens: Tensor, sigma: float) -> Tensor:
+    """Cross-entropy against a Gaussian over neighbouring bins, [N, T] nats per token.
+
+    logits: [N, T, V]; tokens: [N, T]; sigma: in bins, 0 gives the negative log-likelihood. Only for ordered
+    vocabularies such as action bins, where being one bin off is almost right.
+    """
+    log_probs = logits.log_softmax(-1)
+    if sigma == 0:
+        return -log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    distance = torch.arange(logits.shape[-1], device=logits.device) - tokens.unsqueeze(-1)
+    target = torch.softmax(-(distance.float() ** 2) / (2 * sigma**2), dim=-1)
+    return -(target * log_probs).sum(-1)
+
+
+class SFT(Method):
+    """Minimises the (smoothed) negative log-likelihood of the expert's tokens.
+
+    demonstrations: how many successful expert episodes, from the task's training seeds
+    label_sigma: see ``smoothed_nll``; the shipped base policy was trained with the same value
+    """
+
+    def __init__(
+        self,
+        *,
+        iterations: int,
+        steps_per_iteration: int,
+        batch_size: int,
+        demonstrations: int,
+        optimiser,
+        label_sigma: float = 0.0,
+        seed: int = 0,
+    ):
+        if min(iterations, steps_per_iteration, batch_size, demonstrations) < 1:
+            raise UserError("sft: iterations, steps_per_iteration, batch_size and demonstrations must be at least 1")
+        self.iterations, self.steps, self.batch_size = iterations, steps_per_iteration, batch_size
+        self.demonstrations, self.optimiser = demonstrations, optimiser
+        self.label_sigma, self.seed = label_sigma, seed
+        self._data: Batch | None = None
+
+    def begin(self, policy: Policy, task, past: Sequence) -> None:
+        # Another seed means other demonstrations too: the spread over seeds then includes the data's.
+        start = self.seed * 10_000
+        self._data = encode_demonstrations(policy, task, task.demonstrations(self.demonstrations, start=start))
+
+    def collect(self, policy: Policy, task, iteration: int) -> Sequence[Batch]:
+        rng = np.random.default_rng([self.seed, iteration, 0x5F7])
+        rows = rng.integers(len(self._data), size=(self.steps, self.batch_size))
+        return [take(self._data, torch.from_numpy(index)) for index in rows]
+
+    def loss(self, policy: Policy, batch: Batch) -> Tensor:
+        nll = smoothed_nll(policy.logits(batch.obs, batch.action), batch.action.tokens, self.label_sigma)
+        return (nll * batch.action.mask).sum() / batch.action.mask.sum()
+
+
+def encode_demonstrations(policy: Policy, task, demonstrations) -> Batch:
+    """Expert episodes as one batch of decisions: pictures, instruction, the policy's tokens of the expert's commands."""
+    episodes = list(demonstrations)
+    if not episodes:
+        raise UserError(f"task '{task.name}' gave no demonstrations; nothing to clone")
+    commands = np.concatenate([episode.commands for episode in episodes])
+    obs = {
+        "image": np.concatenate([episode.images for episode in episodes]),
+        "instruction": [episode.instruction for episode in episodes for _ in episode.commands],
+    }
+    return Batch(obs, policy.encode(commands, statistics=getattr(task, "statistics", None)))
+
+
+def take(batch: Batch, index: Tensor) -> Batch:
+    """Rows of a batch by index, in that order."""
+    rows = index.tolist()
+    obs = {
+        key: [column[i] for i in rows] if isinstance(column, list) else column[rows] for key, column in batch.obs.items()
+    }
+    action: Action = batch.action[index]
+    advantage = None if batch.advantage is None else batch.advantage[index]
+    extra = None if batch.extra is None else {key: value[index] for key, value in batch.extra.items()}
+    return Batch(obs, action, advantage, extra)

@@ -1,0 +1,107 @@
+"""A robot task on ManiSkill3, described by plain values: a yaml file is enough to add one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from robot_forgetting.errors import UserError
+from robot_forgetting.policy import ConventionSpec
+from robot_forgetting.robot.simulation import SimulationSpec
+from robot_forgetting.task import Demonstration, Task, VectorEnv
+
+STATISTICS = "maniskill_panda"
+
+
+class ManiSkillTask(Task):
+    """A stock or user-defined ManiSkill environment with an instruction, a camera, and perhaps an expert.
+
+    env_id: the environment's registered id
+    expert: "package.module.function" that maps the unwrapped environment to a 7-D command, or None
+    modules: imported in the workers first (a module that registers ``env_id``); the expert's is added
+    spawn: "stock" (ManiSkill's initial states), or a name the environment's own ``spawn`` argument understands
+    camera: eye and target in metres, fov in radians; the square picture has ``image_size`` pixels a side
+    render: "low_poly" or "stock"; demonstrations and evaluation share it
+    noise: disturbance of demonstrations, see ``workers._demonstrate``
+    processes: worker processes (default: one per core, at most 2 per 16 environments)
+    """
+
+    def __init__(
+        self,
+        name: str,
+        env_id: str,
+        instruction: str,
+        *,
+        expert: str | None = None,
+        modules: list[str] | tuple[str, ...] = (),
+        spawn: str = "stock",
+        max_steps: int = 60,
+        camera: dict | None = None,
+        image_size: int = 64,
+        render: str = "low_poly",
+        env_arguments: dict | None = None,
+        noise: dict | None = None,
+        statistics: str = STATISTICS,
+        processes: int | None = None,
+    ):
+        if max_steps < 1:
+            raise UserError(f"task '{name}': max_steps must be at least 1, not {max_steps}")
+        self.name, self.instruction, self.max_steps, self.spawn = name, instruction, max_steps, spawn
+        self.statistics = statistics
+        self.noise = dict(noise or {"small": 0.05, "kick": 0.3, "kick_probability": 0.15})
+        self.processes = processes or max(1, min(2, os.cpu_count() or 1))
+        arguments = dict(env_arguments or {})
+        if spawn != "stock" or "spawn" in arguments:
+            arguments["spawn"] = spawn
+        expert_module = [expert.rpartition(".")[0]] if expert else []
+        self.spec = SimulationSpec(
+            env_id=env_id,
+            instruction=instruction,
+            max_steps=max_steps,
+            image_size=image_size,
+            camera={key: value for key, value in (camera or CAMERA).items()},
+            render=render,
+            modules=tuple(dict.fromkeys([*modules, *expert_module])),
+            env_arguments=arguments,
+            expert=expert,
+        )
+
+    def convention(self) -> ConventionSpec:
+        return ConventionSpec(
+            action_dimensions=7,
+            action_mode="delta",
+            rotation="euler_xyz",
+            gripper="+1 opens",
+            image_size=self.spec.image_size,
+            control_hz=20.0,
+            statistics=self.statistics,
+        )
+
+    def make_env(self, num_envs: int, *, render: bool = False) -> VectorEnv:
+        from dataclasses import replace
+
+        from robot_forgetting.robot.workers import ManiSkillVectorEnv
+
+        return ManiSkillVectorEnv(replace(self.spec, video=render), num_envs, self.processes)
+
+    def demonstrations(self, count: int, *, split: str = "train", start: int = 0) -> Iterator[Demonstration]:
+        from robot_forgetting.robot.workers import demonstrate
+
+        if self.spec.expert is None:
+            yield from super().demonstrations(count, split=split, start=start)
+        seeds, found, tried = self.seeds(split), 0, 0
+        while found < count:
+            block = [seeds[start + tried + i] for i in range(max(8, count - found))]
+            for seed, success, images, commands in demonstrate(self.spec, block, self.noise, self.processes):
+                if success and found < count:
+                    found += 1
+                    yield Demonstration(images, commands, self.instruction, seed)
+            tried += len(block)
+            if tried >= 40 and found < tried / 20:
+                raise UserError(
+                    f"the expert of task '{self.name}' succeeded in {found} of {tried} episodes; "
+                    "lower its noise or correct it (robot-forgetting check shows how often it succeeds)"
+                )
+
+
+CAMERA = {"eye": [0.38, 0.22, 0.36], "target": [-0.01, 0.0, 0.04], "fov": 0.75}

@@ -1,0 +1,288 @@
+"""Worker processes that hold simulations, and the ``VectorEnv`` over them.
+
+Processes are spawned once and kept for the life of the program (importing torch and SAPIEN costs seconds); a worker
+holds the environments of one task at a time. Pictures come back through the pipes as raw bytes of the pickled numpy
+arrays: at 64 px that is 12 KiB per step, far below the cost of drawing them.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import traceback
+from multiprocessing.connection import Connection, wait
+
+import numpy as np
+
+from robot_forgetting.errors import UserError
+from robot_forgetting.robot.simulation import Simulation, SimulationSpec
+from robot_forgetting.task import Transition, VectorEnv
+
+SPAWN = multiprocessing.get_context("spawn")
+START_SECONDS = 120.0
+
+
+class Worker:
+    """One process. ``call`` sends a request; ``receive`` returns its answer or raises what went wrong there."""
+
+    def __init__(self, index: int):
+        self.index = index
+        self.connection, child = SPAWN.Pipe()
+        # One thread each: several processes share the cores, and two torch threads on a busy core are slower than one.
+        with _environment(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1"):
+            self.process = SPAWN.Process(target=_serve, args=(child,), daemon=True)
+            self.process.start()
+        child.close()
+        self.key: tuple | None = None  # what the worker holds at present
+
+    def call(self, verb: str, *arguments) -> None:
+        try:
+            self.connection.send((verb, *arguments))
+        except (BrokenPipeError, OSError) as error:
+            raise WorkerDied(self._epitaph()) from error
+
+    def receive(self):
+        try:
+            status, answer = self.connection.recv()
+        except (EOFError, ConnectionResetError) as error:
+            raise WorkerDied(self._epitaph()) from error
+        if status == "user_error":
+            raise UserError(answer)
+        if status == "error":
+            raise RuntimeError(answer)
+        return answer
+
+    def close(self) -> None:
+        self.connection.close()
+        self.process.kill()
+        self.process.join()
+
+    def _epitaph(self) -> str:
+        self.process.join(timeout=5)
+        return f"a simulator process died (exit code {self.process.exitcode})"
+
+
+class WorkerDied(UserError):
+    """A simulator process ended without an answer (a crash in native code, or the kernel's out-of-memory killer)."""
+
+    def __init__(self, what: str):
+        super().__init__(f"{what}; run `robot-forgetting doctor`, and try fewer environments with num_envs=8")
+
+
+class WorkerPool:
+    """The program's workers, started when first needed."""
+
+    def __init__(self):
+        self._workers: dict[int, Worker] = {}
+
+    def __getitem__(self, index: int) -> Worker:
+        worker = self._workers.get(index)
+        if worker is None or not worker.process.is_alive():
+            worker = self._workers[index] = Worker(index)
+        return worker
+
+    def close(self) -> None:
+        for worker in self._workers.values():
+            worker.close()
+        self._workers.clear()
+
+
+POOL = WorkerPool()
+atexit.register(POOL.close)
+
+
+class _environment:
+    """Sets environment variables for the child that is started inside."""
+
+    def __init__(self, **values: str):
+        self.values = values
+
+    def __enter__(self) -> None:
+        self.before = {key: os.environ.get(key) for key in self.values}
+        os.environ.update(self.values)
+
+    def __exit__(self, *exception) -> None:
+        for key, value in self.before.items():
+            if value is None:
+                del os.environ[key]
+            else:
+                os.environ[key] = value
+
+
+class ManiSkillVectorEnv(VectorEnv):
+    """``num_envs`` simulations of one task over ``processes`` workers; a worker's slots form a group.
+
+    A simulation that raises ends its episode with ``error`` set and is rebuilt; a worker that dies ends the episodes of
+    its whole group so, and is replaced.
+    """
+
+    def __init__(self, spec: SimulationSpec, num_envs: int, processes: int):
+        if num_envs < 1:
+            raise UserError(f"num_envs must be at least 1, not {num_envs}")
+        processes = max(1, min(processes, num_envs))
+        self.spec = spec
+        slots = np.array_split(np.arange(num_envs), processes)
+        self.groups = [[int(slot) for slot in group] for group in slots]
+        self._busy: dict[Connection, tuple[int, list[int]]] = {}
+        self._dead: list[tuple[int, list[int]]] = []
+        for group in range(processes):
+            self._start(group)
+        for group in range(processes):
+            POOL[group].receive()
+
+    def _start(self, group: int) -> None:
+        worker = POOL[group]
+        # A previous user may have left in the middle of a request; its answer must not be taken for ours.
+        while worker.connection.poll(0) or getattr(worker, "pending", False):
+            worker.connection.recv()
+            worker.pending = False
+        worker.call("make", self.spec, len(self.groups[group]))
+
+    def request(self, group: int, resets: dict[int, int], commands: dict[int, np.ndarray]) -> None:
+        worker, first = POOL[group], self.groups[group][0]
+        slots = [*resets, *commands]
+        try:
+            worker.call(
+                "advance",
+                {slot - first: seed for slot, seed in resets.items()},
+                {slot - first: command for slot, command in commands.items()},
+            )
+        except WorkerDied:
+            self._dead.append((group, slots))
+            return
+        worker.pending = True
+        self._busy[worker.connection] = (group, slots)
+
+    def wait(self) -> tuple[int, list[Transition]]:
+        if self._dead:
+            group, slots = self._dead.pop()
+            return group, self._replace(group, slots)
+        connection = wait(list(self._busy))[0]
+        group, slots = self._busy.pop(connection)
+        worker, first = POOL[group], self.groups[group][0]
+        try:
+            answers = worker.receive()
+        except WorkerDied:
+            return group, self._replace(group, slots)
+        finally:
+            worker.pending = False
+        return group, [Transition(slot=first + local, **answer) for local, answer in answers]
+
+    def _replace(self, group: int, slots: list[int]) -> list[Transition]:
+        self._start(group)
+        POOL[group].receive()
+        size = self.spec.image_size
+        blank = {"image": np.zeros((size, size, 3), np.uint8), "instruction": self.spec.instruction}
+        return [
+            Transition(slot, blank, done=True, error="the simulator process died during this episode") for slot in slots
+        ]
+
+    def close(self) -> None:
+        """Waits for answers still under way; the workers live on for the next task."""
+        for connection in list(self._busy):
+            group, _ = self._busy.pop(connection)
+            try:
+                POOL[group].receive()
+            except (UserError, RuntimeError):
+                pass  # the episode it belonged to is being abandoned
+            POOL[group].pending = False
+
+
+def demonstrate(spec: SimulationSpec, seeds: list[int], noise: dict, processes: int):
+    """Runs the expert on ``seeds`` over the workers; yields (seed, success, images [L, H, W, 3], commands [L, 7]) in order."""
+    for group in range(processes):
+        POOL[group].call("make", spec, 1)
+    for group in range(processes):
+        POOL[group].receive()
+    queues = {group: seeds[group::processes] for group in range(processes)}
+    for group, queue in queues.items():
+        if queue:
+            POOL[group].call("demonstrate", queue[0], noise)
+            POOL[group].pending = True
+    for index, seed in enumerate(seeds):
+        worker, queue = POOL[index % processes], queues[index % processes]
+        answer = worker.receive()
+        worker.pending = False
+        done = index // processes + 1
+        if done < len(queue):
+            worker.call("demonstrate", queue[done], noise)
+            worker.pending = True
+        yield seed, *answer
+
+
+def _serve(connection: Connection) -> None:
+    """A worker's main loop. Requests are answered in order, one answer each."""
+    import signal
+
+    import torch
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business; it closes the pipe
+    torch.set_num_threads(1)
+    spec, simulations = None, []
+    while True:
+        try:
+            verb, *arguments = connection.recv()
+        except (EOFError, OSError):
+            os._exit(0)  # SAPIEN's teardown at interpreter exit can hang; there is nothing left to save
+        try:
+            if verb == "make":
+                new_spec, count = arguments
+                if new_spec != spec:
+                    for simulation in simulations:
+                        simulation.close()
+                    simulations = []
+                simulations += [Simulation(new_spec) for _ in range(count - len(simulations))]
+                spec, answer = new_spec, None
+            elif verb == "advance":
+                answer = _advance(simulations, spec, *arguments)
+            elif verb == "demonstrate":
+                answer = _demonstrate(simulations[0], *arguments)
+            connection.send(("ok", answer))
+        except UserError as error:
+            connection.send(("user_error", str(error)))
+        except Exception:
+            connection.send(("error", traceback.format_exc()))
+
+
+def _advance(simulations: list[Simulation], spec: SimulationSpec, resets: dict, commands: dict) -> list:
+    answers = []
+    for slot, seed in resets.items():
+        answers.append((slot, _guarded(simulations, spec, slot, lambda s, seed=seed: {"observation": s.reset(seed)})))
+    for slot, command in commands.items():
+
+        def step(simulation, command=command):
+            observation, reward, success, done, info = simulation.step(command)
+            return {"observation": observation, "reward": reward, "success": success, "done": done, "info": info}
+
+        answers.append((slot, _guarded(simulations, spec, slot, step)))
+    return answers
+
+
+def _guarded(simulations: list[Simulation], spec: SimulationSpec, slot: int, action) -> dict:
+    """Runs one slot's work; an exception there ends that episode only, and the slot gets a fresh environment."""
+    try:
+        return action(simulations[slot])
+    except Exception as error:
+        blank = {"image": np.zeros((spec.image_size, spec.image_size, 3), np.uint8), "instruction": spec.instruction}
+        simulations[slot] = Simulation(spec)
+        return {"observation": blank, "done": True, "error": f"{type(error).__name__}: {error}".splitlines()[0]}
+
+
+def _demonstrate(simulation: Simulation, seed: int, noise: dict) -> tuple[bool, np.ndarray, np.ndarray]:
+    """One expert episode. The executed command is disturbed, the recorded one is the expert's (DART, Laskey et al. 2017).
+
+    noise: {"small": sigma of every step, "kick": sigma of rare large ones, "kick_probability"} in command units
+    """
+    rng = np.random.default_rng([seed, 0xDA27])
+    observation, success, done = simulation.reset(seed), False, False
+    images, commands = [], []
+    while not done:
+        command = simulation.expert_command()
+        images.append(observation["image"])
+        commands.append(command)
+        disturbed = command.astype(np.float64)
+        disturbed[:3] += rng.normal(0, noise["small"], 3)
+        disturbed[:3] += rng.normal(0, noise["kick"], 3) * (rng.random() < noise["kick_probability"])
+        observation, _, success, done, _ = simulation.step(disturbed)
+    return success, np.stack(images), np.stack(commands)
