@@ -11,9 +11,12 @@ from scipy import stats
 from robot_forgetting.metrics.statistics import (
     bootstrap,
     clustered_mean,
+    crossed_mean,
+    mean_of_intervals,
     mean_over_runs,
     minimum_detectable_difference,
     paired_difference,
+    ratio_interval,
     retention,
     wilson,
 )
@@ -110,12 +113,63 @@ def test_bootstrap():
 
 
 def test_mean_over_runs():
-    mean, low, high = mean_over_runs([0.6, 0.7, 0.8])
     expected = stats.t.interval(0.95, 2, loc=0.7, scale=0.1 / math.sqrt(3))
-    assert (mean, low, high) == pytest.approx((0.7, *expected))
+    assert mean_over_runs([0.6, 0.7, 0.8]) == pytest.approx((0.7, *expected))
     assert mean_over_runs([0.6]) == (0.6, None, None)
-    _, low, high = mean_over_runs([0.5, 0.5, 0.5], [0.0025] * 3)  # equal by luck: the episodes' own error remains
-    assert (low, high) == pytest.approx(stats.t.interval(0.95, 2, loc=0.5, scale=0.05 / math.sqrt(3)))
+
+
+def test_mean_of_intervals():
+    assert mean_of_intervals([(0.5, 0.4, 0.7)]) == pytest.approx((0.5, 0.4, 0.7))
+    assert mean_of_intervals([(0.5, 0.2, 0.6), (0.7, 0.3, 0.7)]) == pytest.approx((0.6, 0.35, 0.65))  # 3-4-5 below
+
+
+def rate(outcomes):
+    return (np.mean(outcomes), *wilson(int(np.sum(outcomes)), len(outcomes)))
+
+
+def test_crossed_mean_of_one_run_is_its_own_interval():
+    outcomes = np.array([[1.0, 0, 1, 1]])
+    assert crossed_mean([outcomes], [rate(outcomes[0])]) == rate(outcomes[0])
+
+
+def test_crossed_mean_by_hand():
+    matrix = np.array([[1.0, 1, 0, 0], [1, 1, 1, 0]])  # runs 0.5, 0.75; states 1, 1, 0.5, 0
+    runs, states = 0.03125 / 2, (0.6875 / 3) / 4  # variances of the means
+    degrees = (runs + states) ** 2 / (runs**2 / 1 + states**2 / 3)
+    half = stats.t.ppf(0.975, degrees) * math.sqrt(runs + states)
+    assert crossed_mean([matrix], [rate(row) for row in matrix]) == pytest.approx((0.625, 0.625 - half, 0.625 + half))
+
+
+def test_crossed_mean_never_has_no_width():
+    matrix = np.ones((3, 50))
+    mean, low, high = crossed_mean([matrix], [rate(row) for row in matrix])
+    assert (mean, high) == (1, 1)
+    assert low == pytest.approx(1 - (1 - wilson(50, 50)[0]) / math.sqrt(3))
+
+
+def test_crossed_interval_covers():
+    """Runs differ, initial states differ, and both are new in every repetition."""
+    generator = np.random.default_rng(0)
+    hits = 0
+    for _ in range(300):
+        chance = 0.6 + generator.normal(0, 0.05, size=(3, 1)) + generator.normal(0, 0.15, size=(1, 50))
+        matrix = (generator.random((3, 50)) < chance).astype(float)
+        _, low, high = crossed_mean([matrix], [rate(row) for row in matrix])
+        hits += low <= 0.6 <= high
+    assert hits / 300 >= 0.94
+
+
+def test_ratio_interval():
+    assert ratio_interval((0.5, 0.5, 0.5), (0.8, 0.8, 0.8)) == pytest.approx((0.625, 0.625))
+    # Without error in the base it is the numerator's interval divided by it.
+    assert ratio_interval((0.5, 0.4, 0.6), (0.8, 0.8, 0.8)) == pytest.approx((0.5, 0.75))
+    # Large samples: the delta method on the logarithm
+    p, q, n = 0.5, 0.8, 10_000
+    error = 1.96 * math.sqrt((1 - p) / (p * n) + (1 - q) / (q * n))
+    expected = p / q * math.exp(-error), p / q * math.exp(error)
+    assert ratio_interval((p, *wilson(5000, n)), (q, *wilson(8000, n))) == pytest.approx(expected, rel=1e-3)
+    low, high = ratio_interval((0.5, 0.2, 0.8), (0.0, *wilson(0, 10)))
+    assert (low, high) == (None, None)
 
 
 def test_minimum_detectable_difference():

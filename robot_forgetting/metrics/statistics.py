@@ -165,8 +165,8 @@ def crossed_mean(
     single: (value, low, high) of each run alone; from one run its interval is returned
 
     SE^2 = s_runs^2 / k + (1/T^2) sum_t s_states,t^2 / n_t, from the variances of the run means and of the state means.
-    Neither the runs nor the states are taken for the only ones possible (Owen 2007, crossed random effects; conservative,
-    as the interaction counts twice). Student's t with Welch-Satterthwaite degrees. A spread that is zero by luck does not
+    Neither the runs nor the states are taken for the only ones possible (crossed random effects; conservative,
+    as the interaction counts twice). Student's t with Welch-Satterthwaite degrees. A spread of zero by luck does not
     give a narrow interval: half a width is at least the single runs' mean one over sqrt(k).
     """
     singles = np.asarray(single, dtype=float)
