@@ -1,0 +1,256 @@
+"""OpenVLA as a policy: pictures and an instruction in, seven action tokens out. `openvla-7b` and `openvla-nano` are one class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from robot_forgetting.errors import UserError
+from robot_forgetting.policies import openvla_checkpoint, openvla_lora
+from robot_forgetting.policies.openvla_checkpoint import Checkpoint, parse_dtype
+from robot_forgetting.policies.openvla_model import OpenVLAConfig, OpenVLAModel
+from robot_forgetting.policies.openvla_processor import ActionBins, ImageProcessor, Statistics
+from robot_forgetting.policies.openvla_tokenizer import PromptTokenizer, train_small_tokenizer
+from robot_forgetting.policies.openvla_vision import dinov2_tower, siglip_tower
+from robot_forgetting.policy import Action, ConventionSpec, Policy
+
+LARGEST_COPY_BYTES = 2 * 10**9
+PANDA_STATISTICS = {"maniskill_panda": {"action": {"q01": [-1.0] * 7, "q99": [1.0] * 7, "mask": [True] * 7}}}
+
+
+class OpenVLAPolicy(Policy):
+    """A VLA whose action vocabulary is its 256 action bins (bin 0 is the lowest command value) and T = 7.
+
+    checkpoint: a Hub id or a folder in the published layout (or what ``openvla_checkpoint.load`` returns)
+    statistics: key of the ranges used where ``decode`` and ``encode`` are given none; null: the only one there is
+    dtype: float32, bfloat16 or float16; device: auto, cpu, cuda, cuda:1 ...
+    lora: null for full fine-tuning, or {rank, alpha, targets}; see ``openvla_lora.add``
+    keep_base: whether full fine-tuning keeps a copy of the base weights for ``base()``; null: up to 2 GB
+    action_mode, rotation, gripper, control_hz: what the checkpoint's actions mean, compared with the task's
+    check_images: refuse a checkpoint that gives the same actions for a black and a white picture
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | Checkpoint,
+        *,
+        name: str = "openvla",
+        statistics: str | None = None,
+        dtype: str = "float32",
+        device: str = "auto",
+        lora: dict | None = None,
+        keep_base: bool | None = None,
+        action_mode: str | None = "delta",
+        rotation: str | None = None,
+        gripper: str | None = None,
+        control_hz: float | None = None,
+        gradient_checkpointing: bool = False,
+        check_images: bool = True,
+    ):
+        super().__init__()
+        self.name = name
+        place = _device(device)
+        if not isinstance(checkpoint, Checkpoint):
+            checkpoint = openvla_checkpoint.load(checkpoint, dtype=parse_dtype(dtype), device=place)
+        self.source, self.tokenizer = checkpoint.source, checkpoint.tokenizer
+        self.model: OpenVLAModel = checkpoint.model.to(place).eval()
+        config = self.config = checkpoint.model.config
+        self.model.gradient_checkpointing = gradient_checkpointing
+        self.statistics = Statistics(config.norm_stats)
+        if statistics is not None:
+            self.statistics.dimensions(statistics)  # an unknown key lists the choices
+        self.key = statistics or self.statistics.only_key()
+        self._prompts = PromptTokenizer(self.tokenizer, config.pad_token_id)
+        self._pictures = ImageProcessor(config.image_size, config.image_resize_strategy, config.means, config.stds)
+        self._bins = ActionBins(config.action_bins)
+        self._spec = dict(action_mode=action_mode, rotation=rotation, gripper=gripper, control_hz=control_hz)
+        if check_images:
+            self.check_sees()
+        self.lora = lora
+        self._in_base = False
+        self._base_weights: list[Tensor] | None = None
+        if lora is not None:
+            openvla_lora.add(self.model, **lora)
+        else:
+            unused = set(map(id, self.model.unused_parameters()))
+            for parameter in self.model.parameters():
+                parameter.requires_grad_(id(parameter) not in unused)
+            size = sum(p.numel() * p.element_size() for p in self.trainable_parameters())
+            if keep_base or (keep_base is None and size <= LARGEST_COPY_BYTES):
+                self._base_weights = [parameter.detach().clone() for parameter in self.trainable_parameters()]
+
+    def trainable_parameters(self) -> list[torch.nn.Parameter]:
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    # ---- Policy
+
+    @torch.no_grad()
+    def act(self, obs: dict, *, temperature: float = 1.0, noise: Tensor | None = None) -> Action:
+        ids, mask, pixels = self._inputs(obs)
+        tokens = self.config.action_tokens
+        if temperature:
+            noise = torch.rand(len(ids), tokens) if noise is None else noise[:, :tokens]
+            noise = noise.to(self.device)
+        bins, log_prob = self.model.generate_actions(ids, mask, pixels, temperature=temperature, noise=noise)
+        return Action(bins, torch.ones_like(bins, dtype=torch.bool), log_prob)
+
+    def logits(self, obs: dict, action: Action) -> Tensor:
+        ids, mask, pixels = self._inputs(obs)
+        return self.model.action_logits(ids, mask, pixels, action.tokens.to(self.device))
+
+    def decode(self, action: Action, *, statistics: str | None = None) -> np.ndarray:
+        """Commands in the task's units, [N, 7] float32."""
+        values = self._bins.decode(action.tokens.cpu().numpy())
+        return self.statistics.unnormalise(values, self._key(statistics)).astype(np.float32)
+
+    def encode(self, commands, *, statistics: str | None = None) -> Action:
+        commands, key = np.asarray(commands, dtype=np.float64), self._key(statistics)
+        if commands.ndim != 2 or commands.shape[1] != self.statistics.dimensions(key):
+            raise UserError(f"commands must be [N, {self.statistics.dimensions(key)}]; these are {list(commands.shape)}")
+        bins = torch.from_numpy(self._bins.encode(self.statistics.normalise(commands, key)))
+        return Action(bins, torch.ones_like(bins, dtype=torch.bool))
+
+    @contextmanager
+    def base(self) -> Iterator[None]:
+        if self._in_base:
+            yield
+            return
+        self._in_base = True
+        try:
+            with torch.no_grad(), self._as_base():
+                yield
+        finally:
+            self._in_base = False
+
+    def convention(self) -> ConventionSpec:
+        dimensions = self.statistics.dimensions(self.key) if self.key else self.config.action_tokens
+        return ConventionSpec(action_dimensions=dimensions, statistics=self.statistics.only_key(), **self._spec)
+
+    # ---- beyond Policy
+
+    def check_sees(self) -> None:
+        """``UserError`` unless a black and a white picture give different action logits."""
+        size = self.config.image_size
+        images = np.stack([np.zeros((size, size, 3), np.uint8), np.full((size, size, 3), 255, np.uint8)])
+        obs = {"image": images, "instruction": ["pick up the cube"] * 2}
+        tokens = torch.full((2, self.config.action_tokens), self.config.action_bins // 2)
+        with torch.no_grad():
+            black, white = self.logits(obs, Action(tokens, tokens >= 0))
+        if not (torch.isfinite(black).all() and torch.isfinite(white).all()):
+            raise UserError(f"policy '{self.name}' ({self.source}) computes logits that are not finite; its weights are broken")
+        if torch.allclose(black, white, rtol=1e-5, atol=1e-6):
+            raise UserError(
+                f"policy '{self.name}' ({self.source}) gives the same action logits for a black and a white picture: it does "
+                "not see; its vision tower or projector is not loaded"
+            )
+
+    def save(self, folder, *, dtype: str | None = None) -> None:
+        """Writes the whole policy in the published layout, or with LoRA the adapter alone in peft's."""
+        if self.lora is not None:
+            openvla_lora.save(folder, self.model, base=self.source)
+        else:
+            openvla_checkpoint.save(folder, self.model, self.tokenizer, dtype=dtype and parse_dtype(dtype))
+
+    def _inputs(self, obs: dict) -> tuple[Tensor, Tensor | None, Tensor]:
+        for column in ("image", "instruction"):
+            if column not in obs:
+                raise UserError(f"policy '{self.name}' needs observations with '{column}'; this task gives {sorted(obs)}")
+        device, weight = self.device, self.model.projector.fc1.weight
+        pixels = self._pictures(obs["image"], device, weight.dtype)
+        ids, mask = self._prompts(obs["instruction"])
+        if len(ids) != len(pixels):
+            raise UserError(f"{len(pixels)} pictures but {len(ids)} instructions in one observation batch")
+        return ids.to(device), None if mask is None else mask.to(device), pixels
+
+    def _key(self, statistics: str | None) -> str:
+        key = statistics or self.key
+        if key is None:
+            raise UserError(
+                f"policy '{self.name}' has several statistics; give policy.statistics=, one of: "
+                + ", ".join(self.statistics.keys)
+            )
+        return key
+
+    @contextmanager
+    def _as_base(self) -> Iterator[None]:
+        if self.lora is not None:
+            with openvla_lora.disabled(self.model):
+                yield
+            return
+        if self._base_weights is None:
+            raise UserError(f"policy '{self.name}' keeps no copy of its base weights; use policy.lora or policy.keep_base=true")
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        """Exchanges trainable weights and the base's by pointer; nothing is copied, and twice is the identity."""
+        for index, parameter in enumerate(self.trainable_parameters()):
+            parameter.data, self._base_weights[index] = self._base_weights[index], parameter.data
+
+
+def new_nano(
+    *,
+    name: str = "openvla-nano",
+    image_size: int = 64,
+    patch_size: int = 16,
+    dino_dim: int = 128,
+    dino_depth: int = 5,
+    registers: int = 4,
+    siglip_dim: int = 128,
+    siglip_depth: int = 5,
+    vision_heads: int = 4,
+    mlp_ratio: float = 4.0,
+    hidden_size: int = 128,
+    num_layers: int = 3,
+    num_heads: int = 4,
+    intermediate_size: int = 352,
+    text_tokens: int = 768,
+    instructions: list | None = None,
+    norm_stats: dict | None = None,
+    **options,
+) -> OpenVLAPolicy:
+    """A small OpenVLA with random weights (torch's generator) and a tokenizer of its own, for training from scratch.
+
+    Depths count the last block, which is stored but, as in OpenVLA, never computed.
+    options: the keyword arguments of ``OpenVLAPolicy``
+    """
+    bins, padding = 256, 64
+    vocabulary = text_tokens + bins
+    dino_mlp, siglip_mlp = int(dino_dim * mlp_ratio), int(siglip_dim * mlp_ratio)
+    config = OpenVLAConfig(
+        dino=dinov2_tower(dino_dim, dino_depth, vision_heads, patch_size, image_size,
+                          registers=registers, mlp_hidden=dino_mlp, layer_scale=1.0),
+        siglip=siglip_tower(siglip_dim, siglip_depth, vision_heads, patch_size, image_size, siglip_mlp, attention_pool=False),
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        intermediate_size=intermediate_size,
+        vocab_size=vocabulary + padding,
+        pad_to_multiple_of=padding,
+        pad_token_id=vocabulary,
+        action_bins=bins,
+        norm_stats=norm_stats or PANDA_STATISTICS,
+    )  # fmt: skip
+    model = OpenVLAModel(config)
+    model.initialise()
+    tokenizer = train_small_tokenizer(instructions or [], text_tokens=text_tokens, action_bins=bins)
+    return OpenVLAPolicy(Checkpoint(model, tokenizer), name=name, **options)
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"unknown device '{device}'; use auto, cpu, cuda or cuda:1") from error
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device={device}, but torch finds no usable CUDA GPU; use device=cpu, or install a CUDA torch")
+    return place

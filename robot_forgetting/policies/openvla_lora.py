@@ -1,0 +1,122 @@
+"""LoRA adapters (Hu et al., 2021, arXiv:2106.09685) on an OpenVLA, by peft; saved in peft's layout."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from robot_forgetting.errors import UserError
+from robot_forgetting.files import disk, read_json
+
+ADAPTER = "default"
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PREFIX = "base_model.model."  # what peft puts before every name
+
+
+def add(model: nn.Module, *, rank: int = 32, alpha: int = 16, targets: list | None = None, adapter: str | None = None) -> None:
+    """Freezes the model and adds adapters, initially without effect.
+
+    targets: endings of layer names ("q_proj", "attn.qkv"); null: every linear layer that is computed, as OpenVLA's
+        own fine-tuning does, except the head
+    adapter: folder of a saved adapter to start from; rank, alpha and targets then come from it
+    """
+    if adapter is not None:
+        config = _saved_config(Path(adapter))
+    else:
+        if rank < 1 or alpha <= 0:
+            raise UserError(f"lora needs a rank of at least 1 and a positive alpha, not rank={rank}, alpha={alpha}")
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=_names(model, targets), bias="none")
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    inject_adapter_in_model(config, model, ADAPTER)
+    model.lora_config = config
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(f".{ADAPTER}." in name)
+    if adapter is not None:
+        load_weights(model, Path(adapter))
+
+
+def _names(model: nn.Module, targets: list | None) -> list[str]:
+    unused = set(map(id, model.unused_parameters()))
+    linear = [
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and id(module.weight) not in unused
+    ]
+    if targets is None:
+        return [name for name in linear if not name.endswith("lm_head")]
+    for target in targets:
+        if not any(name == target or name.endswith("." + target) for name in linear):
+            endings = sorted({re.sub(r".*\.(\d+|language_model|model|projector)\.", "", name) for name in linear})
+            raise UserError(f"lora.targets: no layer is called '{target}'; layers: {', '.join(endings)}")
+    return [name for name in linear if any(name == target or name.endswith("." + target) for target in targets)]
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Inside, the adapters have no effect."""
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+def save(folder: str | Path, model: nn.Module, *, base: str) -> None:
+    """adapter_config.json and adapter_model.safetensors, as ``peft.PeftModel.from_pretrained`` reads them."""
+    folder = Path(folder)
+    tensors = {
+        PREFIX + name.replace(f".{ADAPTER}.", "."): parameter.detach().cpu().contiguous()
+        for name, parameter in model.named_parameters()
+        if f".{ADAPTER}." in name
+    }
+    model.lora_config.base_model_name_or_path = base
+    with disk(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        model.lora_config.save_pretrained(folder)
+
+
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Weights of a saved adapter into the adapters that the model has; every name must fit."""
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{folder / WEIGHTS} is missing or corrupt ({error}); save the adapter again") from error
+    expected = {
+        PREFIX + name.replace(f".{ADAPTER}.", "."): parameter
+        for name, parameter in model.named_parameters()
+        if f".{ADAPTER}." in name
+    }
+    problems = [f"missing {name}" for name in expected if name not in tensors]
+    problems += [f"unexpected {name}" for name in tensors if name not in expected]
+    problems += [
+        f"{name} has shape {list(tensors[name].shape)} instead of {list(parameter.shape)}"
+        for name, parameter in expected.items()
+        if name in tensors and tensors[name].shape != parameter.shape
+    ]
+    if problems:
+        raise UserError(f"the adapter in {folder} does not fit this policy: {'; '.join(problems)}")
+    with torch.no_grad():
+        for name, parameter in expected.items():
+            parameter.copy_(tensors[name])
+
+
+def _saved_config(folder: Path) -> LoraConfig:
+    if not (folder / CONFIG).exists():
+        raise UserError(f"{folder} has no {CONFIG}; give the folder of a saved LoRA adapter")
+    read_json(folder / CONFIG)
+    try:
+        return LoraConfig.from_pretrained(str(folder))
+    except (TypeError, ValueError, KeyError) as error:
+        raise UserError(f"{folder / CONFIG} is no LoRA configuration ({error}); save the adapter again") from error
