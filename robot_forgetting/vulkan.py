@@ -1,6 +1,6 @@
 """Which Vulkan device SAPIEN renders with, found out by rendering: `python -m robot_forgetting.vulkan` prints JSON.
 
-Broken drivers end a process (abort, segmentation fault, hang), so everything here runs in a child; ``probe`` is the way in.
+Broken drivers end a process (abort, segmentation fault, hang), so all of it runs in a child; ``probe`` is the way in.
 """
 
 from __future__ import annotations
@@ -66,11 +66,16 @@ def render() -> dict:
     """Renders a box in front of the camera; the picture has to show more than one colour."""
     import sapien
 
+    from robot_forgetting.robot import shaders
+
     started = time.monotonic()
+    shaders.install()
+    sapien.render.set_camera_shader_dir("minimal")
+    sapien.render.set_picture_format("Color", "r8g8b8a8unorm")
     scene = sapien.Scene()
     scene.set_ambient_light([0.5, 0.5, 0.5])
     builder = scene.create_actor_builder()
-    builder.add_box_visual(half_size=[0.1, 0.1, 0.1])
+    builder.add_box_visual(half_size=[0.1, 0.1, 0.1], material=[0.8, 0.3, 0.2])
     builder.set_initial_pose(sapien.Pose([1.0, 0.0, 0.0]))
     builder.build_static(name="box")
     camera = scene.add_camera("camera", 32, 32, 1.0, 0.01, 10.0)
@@ -84,7 +89,7 @@ def render() -> dict:
         "version": "",
         **found,
         "icd": installable_drivers(),
-        "blank": bool(picture.std() < 1e-3),
+        "blank": bool(picture.std() < 1),
         "seconds": round(time.monotonic() - started, 2),
     }
 
@@ -149,8 +154,8 @@ def physical_devices() -> list[dict]:
         driver = _DriverProperties(sType=1000196000)
         properties = _Properties(sType=1000059001, pNext=ctypes.addressof(driver))
         vulkan.vkGetPhysicalDeviceProperties2(ctypes.c_void_p(device), ctypes.byref(properties))
-        names = (properties.deviceName, driver.driverName, driver.driverInfo)
-        rows.append(dict(zip(("device", "driver", "version"), (name.decode(errors="replace") for name in names))))
+        row = {"device": properties.deviceName, "driver": driver.driverName, "version": driver.driverInfo}
+        rows.append({key: value.decode(errors="replace") for key, value in row.items()})
     vulkan.vkDestroyInstance(instance, None)
     return rows
 

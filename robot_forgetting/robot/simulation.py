@@ -68,9 +68,10 @@ class Simulation:
         from mani_skill.utils import sapien_utils
 
         if spec.render == "low_poly":
-            from robot_forgetting.robot import low_poly
+            from robot_forgetting.robot import low_poly, shaders
 
             low_poly.install()
+            shaders.install()
         for module in spec.modules:
             importlib.import_module(module)
         pose = sapien_utils.look_at(spec.camera["eye"], spec.camera["target"])
