@@ -1,4 +1,4 @@
-"""OpenVLA as a policy: pictures and an instruction in, seven action tokens out. `openvla-7b` and `openvla-nano` are one class."""
+"""OpenVLA as a policy: pictures and an instruction in, seven action tokens out; 7B and nano are one class."""
 
 from __future__ import annotations
 
@@ -110,7 +110,9 @@ class OpenVLAPolicy(Policy):
     def encode(self, commands, *, statistics: str | None = None) -> Action:
         commands, key = np.asarray(commands, dtype=np.float64), self._key(statistics)
         if commands.ndim != 2 or commands.shape[1] != self.statistics.dimensions(key):
-            raise UserError(f"commands must be [N, {self.statistics.dimensions(key)}]; these are {list(commands.shape)}")
+            raise UserError(
+                f"commands must be [N, {self.statistics.dimensions(key)}]; these are {list(commands.shape)}"
+            )
         bins = torch.from_numpy(self._bins.encode(self.statistics.normalise(commands, key)))
         return Action(bins, torch.ones_like(bins, dtype=torch.bool))
 
@@ -141,11 +143,13 @@ class OpenVLAPolicy(Policy):
         with torch.no_grad():
             black, white = self.logits(obs, Action(tokens, tokens >= 0))
         if not (torch.isfinite(black).all() and torch.isfinite(white).all()):
-            raise UserError(f"policy '{self.name}' ({self.source}) computes logits that are not finite; its weights are broken")
+            raise UserError(
+                f"policy '{self.name}' ({self.source}) computes logits that are not finite; its weights are broken"
+            )
         if torch.allclose(black, white, rtol=1e-5, atol=1e-6):
             raise UserError(
-                f"policy '{self.name}' ({self.source}) gives the same action logits for a black and a white picture: it does "
-                "not see; its vision tower or projector is not loaded"
+                f"policy '{self.name}' ({self.source}) gives the same action logits for a black and a white picture: "
+                "it does not see; its vision towers or projector are not trained, or not loaded"
             )
 
     def save(self, folder, *, dtype: str | None = None) -> None:
@@ -158,7 +162,9 @@ class OpenVLAPolicy(Policy):
     def _inputs(self, obs: dict) -> tuple[Tensor, Tensor | None, Tensor]:
         for column in ("image", "instruction"):
             if column not in obs:
-                raise UserError(f"policy '{self.name}' needs observations with '{column}'; this task gives {sorted(obs)}")
+                raise UserError(
+                    f"policy '{self.name}' needs observations with '{column}'; this task gives {sorted(obs)}"
+                )
         device, weight = self.device, self.model.projector.fc1.weight
         pixels = self._pictures(obs["image"], device, weight.dtype)
         ids, mask = self._prompts(obs["instruction"])
@@ -182,7 +188,9 @@ class OpenVLAPolicy(Policy):
                 yield
             return
         if self._base_weights is None:
-            raise UserError(f"policy '{self.name}' keeps no copy of its base weights; use policy.lora or policy.keep_base=true")
+            raise UserError(
+                f"policy '{self.name}' keeps no copy of its base weights; use policy.lora or policy.keep_base=true"
+            )
         self._swap()
         try:
             yield
@@ -227,7 +235,8 @@ def new_nano(
     config = OpenVLAConfig(
         dino=dinov2_tower(dino_dim, dino_depth, vision_heads, patch_size, image_size,
                           registers=registers, mlp_hidden=dino_mlp, layer_scale=1.0),
-        siglip=siglip_tower(siglip_dim, siglip_depth, vision_heads, patch_size, image_size, siglip_mlp, attention_pool=False),
+        siglip=siglip_tower(siglip_dim, siglip_depth, vision_heads, patch_size, image_size, siglip_mlp,
+                            attention_pool=False),
         hidden_size=hidden_size,
         num_layers=num_layers,
         num_heads=num_heads,

@@ -1,5 +1,8 @@
-"""OpenVLA checkpoints in the published layout: config.json, preprocessor_config.json, dataset_statistics.json (optional
-where config.json has norm_stats), tokenizer.json, and one or several safetensors files. Nothing pickled is ever read."""
+"""OpenVLA checkpoints in the published layout.
+
+A folder of config.json, preprocessor_config.json, dataset_statistics.json (optional where config.json has norm_stats),
+tokenizer.json, and one or several safetensors files. Nothing pickled is ever read.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +55,9 @@ def parse_dtype(name: str) -> torch.dtype:
 # ---- reading
 
 
-def load(checkpoint: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Checkpoint:
+def load(
+    checkpoint: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Checkpoint:
     """Loads a Hub id or a folder; weights go to ``device`` in ``dtype`` one tensor at a time."""
     folder = locate(checkpoint)
     config = read_config(folder)
@@ -86,7 +91,9 @@ def locate(checkpoint: str | Path) -> Path:
     if folder.exists():
         raise UserError(f"{folder} is a file; give the folder that holds config.json and the safetensors files")
     if text.count("/") != 1 or text.startswith((".", "/", "~")):
-        raise UserError(f"no folder {folder}; give an existing checkpoint folder or a Hub id such as openvla/openvla-7b")
+        raise UserError(
+            f"no folder {folder}; give an existing checkpoint folder or a Hub id such as openvla/openvla-7b"
+        )
     from huggingface_hub import snapshot_download
 
     try:
@@ -112,7 +119,9 @@ def read_config(folder: Path) -> OpenVLAConfig:
         dino, siglip = _towers(values)
         rope = (text.get("rope_parameters") or {}).get("rope_theta", text.get("rope_theta", standard.rope_theta))
         if text.get("num_key_value_heads", text.get("num_attention_heads")) != text.get("num_attention_heads"):
-            raise UserError(f"{folder}/config.json: grouped key-value heads are not supported; use a Llama-2 checkpoint")
+            raise UserError(
+                f"{folder}/config.json: grouped key-value heads are not supported; use a Llama-2 checkpoint"
+            )
         config = OpenVLAConfig(
             dino=dino,
             siglip=siglip,
@@ -168,7 +177,9 @@ def find_shards(folder: Path) -> list[Path]:
         return [folder / SINGLE]
     pickled = sorted(path.name for pattern in PICKLED for path in folder.glob(pattern))
     if pickled:
-        raise UserError(f"{folder} holds pickled weights ({', '.join(pickled)}), which can run code; convert to safetensors")
+        raise UserError(
+            f"{folder} holds pickled weights ({', '.join(pickled)}), which can run code; convert to safetensors"
+        )
     raise UserError(f"{folder} has neither {SINGLE} nor {INDEX}; download the whole checkpoint")
 
 
@@ -283,11 +294,19 @@ def save(
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     config = model.config
     write_json(folder / "config.json", _config_values(config, dtype or next(model.parameters()).dtype))
-    pictures = {"means": config.means, "stds": config.stds, "image_resize_strategy": config.image_resize_strategy}
-    write_json(folder / "preprocessor_config.json", {**pictures, "input_sizes": [[3, config.image_size, config.image_size]] * 2,
-                                                     "interpolations": ["bicubic"] * 2, "use_fused_vision_backbone": True})  # fmt: skip
+    pictures = {
+        "means": config.means,
+        "stds": config.stds,
+        "image_resize_strategy": config.image_resize_strategy,
+        "input_sizes": [[3, config.image_size, config.image_size]] * 2,
+        "interpolations": ["bicubic"] * 2,
+        "use_fused_vision_backbone": True,
+    }
+    write_json(folder / "preprocessor_config.json", pictures)
     write_json(folder / "dataset_statistics.json", config.norm_stats)
-    write_atomic(folder / "tokenizer.json", json.dumps(json.loads(tokenizer.to_str()), indent=1, ensure_ascii=False) + "\n")
+    write_atomic(
+        folder / "tokenizer.json", json.dumps(json.loads(tokenizer.to_str()), indent=1, ensure_ascii=False) + "\n"
+    )
 
 
 def _config_values(config: OpenVLAConfig, dtype: torch.dtype) -> dict:

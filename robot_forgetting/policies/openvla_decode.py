@@ -66,7 +66,7 @@ class FusedLlama:
         return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self.epsilon)
 
     def _project(self, layer: FusedLayer, x: Tensor, count: int, cos: Tensor, sin: Tensor) -> Tensor:
-        """Rotated queries and keys, and values: [N, L, 3 heads, head_dim]. x: [N L, hidden]; cos, sin: [(N,) L, 1, D]."""
+        """Rotated queries and keys, and values, [N, L, 3 heads, D]. x: [N L, hidden]; cos, sin: [(N,) L, 1, D]."""
         qkv = torch.mm(self._normalise(x), layer.qkv).view(count, -1, 3 * self.num_heads, self.head_dim)
         qk = qkv[:, :, : 2 * self.num_heads]
         rolled = torch.roll(qk, self.head_dim // 2, -1)

@@ -22,7 +22,9 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."  # what peft puts before every name
 
 
-def add(model: nn.Module, *, rank: int = 32, alpha: int = 16, targets: list | None = None, adapter: str | None = None) -> None:
+def add(
+    model: nn.Module, *, rank: int = 32, alpha: int = 16, targets: list | None = None, adapter: str | None = None
+) -> None:
     """Freezes the model and adds adapters, initially without effect.
 
     targets: endings of layer names ("q_proj", "attn.qkv"); null: every linear layer that is computed, as OpenVLA's
@@ -48,7 +50,9 @@ def add(model: nn.Module, *, rank: int = 32, alpha: int = 16, targets: list | No
 def _names(model: nn.Module, targets: list | None) -> list[str]:
     unused = set(map(id, model.unused_parameters()))
     linear = [
-        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and id(module.weight) not in unused
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and id(module.weight) not in unused
     ]
     if targets is None:
         return [name for name in linear if not name.endswith("lm_head")]

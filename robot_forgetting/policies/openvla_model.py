@@ -1,7 +1,8 @@
-"""OpenVLA (Kim et al., 2024, arXiv:2406.09246): fused vision towers, projector and a stock Llama that emits action tokens.
+"""OpenVLA (Kim et al., 2024, arXiv:2406.09246): fused vision towers, projector, and a stock Llama emitting action tokens.
 
-Two paths compute the same numbers: ``forward`` calls transformers' Llama, and ``action_logits`` / ``generate_actions`` run
-a short loop over the Llama's own submodules (so LoRA layers put in their place are used), which costs much less per token.
+Two paths compute the same numbers: ``forward`` calls transformers' Llama, while ``action_logits`` and
+``generate_actions`` run a short loop over the Llama's own submodules (so LoRA layers put in their place are used),
+which costs much less per token.
 """
 
 from __future__ import annotations
@@ -197,9 +198,7 @@ class OpenVLAModel(nn.Module):
         count, prompt_length, width = hidden.shape
         length = prompt_length + count_tokens - 1
         mask = self._mask(attention_mask, prompt_length)
-        cache = hidden.new_empty(
-            self.config.num_layers, 2, count, self.config.num_heads, length, self.config.head_dim
-        )
+        cache = hidden.new_empty(self.config.num_layers, 2, count, self.config.num_heads, length, self.config.head_dim)
         if mask is None:
             position = torch.arange(length, device=hidden.device)
         else:

@@ -101,7 +101,7 @@ class ActionBins:
 class Statistics:
     """Named ranges of commands, by which they are normalised to [-1, 1] (OpenVLA's BOUNDS_Q99).
 
-    norm_stats: key -> {"action": {"q01": [A], "q99": [A], "mask": [A] (optional, default all True), "min", "max" (optional)}}
+    norm_stats: key -> {"action": {"q01": [A], "q99": [A], "mask": [A], "min": [A], "max": [A]}}, the last three optional
     Dimensions whose mask is False pass unchanged; those that never vary become 0.
     """
 
@@ -141,7 +141,9 @@ def _table(key: str, entry: dict) -> tuple:
         mask = np.asarray(action.get("mask", np.ones(len(low))), dtype=bool)
         extremes = [np.asarray(action[name]) for name in ("min", "max") if name in action]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"statistics '{key}' need action.q01, action.q99 and action.mask; trouble with {error}") from error
+        raise UserError(
+            f"statistics '{key}' need action.q01, action.q99 and action.mask; trouble with {error}"
+        ) from error
     if low.ndim != 1 or low.shape != high.shape or low.shape != mask.shape:
         raise UserError(f"statistics '{key}': q01, q99 and mask must be equally long lists")
     if not (np.isfinite(low) & np.isfinite(high) & (low <= high)).all():

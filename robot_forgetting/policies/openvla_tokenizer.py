@@ -16,10 +16,35 @@ SPACE_ID = 29871  # Llama's lone "▁", which OpenVLA was trained to see between
 
 SPECIAL_TOKENS = ["<unk>", "<s>", "</s>"]
 
-_VERBS = ("pick up", "push", "pull", "lift", "grasp", "move", "place", "put", "stack", "turn", "open", "close", "pour", "insert")
+_VERBS = (
+    "pick up",
+    "push",
+    "pull",
+    "lift",
+    "grasp",
+    "move",
+    "place",
+    "put",
+    "stack",
+    "turn",
+    "open",
+    "close",
+    "pour",
+    "insert",
+)
 _COLOURS = ("red", "green", "blue", "yellow", "orange", "purple", "white", "black")
 _OBJECTS = ("cube", "block", "sphere", "ball", "bin", "bowl", "plate", "cup", "spoon", "carrot", "drawer", "can", "peg")
-_PLACES = ("on top of", "into", "onto", "next to", "in front of", "to the left of", "to the right of", "towards", "from")
+_PLACES = (
+    "on top of",
+    "into",
+    "onto",
+    "next to",
+    "in front of",
+    "to the left of",
+    "to the right of",
+    "towards",
+    "from",
+)
 
 # The prompt's fixed words; a noun phrase; the words up to the next noun phrase.
 _PHRASES = (
@@ -47,7 +72,9 @@ def manipulation_instructions() -> list[str]:
     return sentences
 
 
-def train_small_tokenizer(instructions: Sequence[str] = (), *, text_tokens: int = 768, action_bins: int = 256) -> Tokenizer:
+def train_small_tokenizer(
+    instructions: Sequence[str] = (), *, text_tokens: int = 768, action_bins: int = 256
+) -> Tokenizer:
     """A byte-level BPE for prompts whose last ``action_bins`` ids are the action tokens.
 
     Merges stay within phrases ("pick up", "the red cube", the prompt's fixed words), so a task's prompt has about seven
@@ -89,7 +116,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
-        raise UserError(f"{path} is not a readable tokenizer ({str(error).splitlines()[0]}); download it again") from error
+        raise UserError(
+            f"{path} is not a readable tokenizer ({str(error).splitlines()[0]}); download it again"
+        ) from error
 
 
 class PromptTokenizer:

@@ -44,7 +44,9 @@ class TowerConfig:
         return int(self.class_token) + self.registers
 
 
-def dinov2_tower(embed_dim: int, depth: int, num_heads: int, patch_size: int, image_size: int, **changes) -> TowerConfig:
+def dinov2_tower(
+    embed_dim: int, depth: int, num_heads: int, patch_size: int, image_size: int, **changes
+) -> TowerConfig:
     """DINOv2 with class token, four registers and LayerScale; the MLP is four times as wide."""
     fields = dict(mlp_hidden=4 * embed_dim, class_token=True, registers=4, layer_scale=1e-5)
     return TowerConfig(embed_dim, depth, num_heads, patch_size, image_size, **(fields | changes))
