@@ -32,7 +32,7 @@ TIMM_TOWERS = {
 }
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-HUB_FILES = ["*.json", "*.safetensors"]
+HUB_FILES = ["*.json", "*.safetensors"]  # no code, nothing pickled
 ANNOUNCED_BYTES = 10**9
 
 
@@ -83,11 +83,14 @@ def load(
 
 
 def locate(checkpoint: str | Path) -> Path:
-    """A local folder as it is; a Hub id ("openvla/openvla-7b") downloaded, safetensors and json only."""
+    """A local folder as it is; a bare name from the package's own weights; a Hub id ("openvla/openvla-7b") downloaded."""
     folder = Path(checkpoint).expanduser()
     if folder.is_dir():
         return folder
     text = str(checkpoint)
+    shipped = Path(__file__).parents[1] / "weights" / text
+    if "/" not in text and shipped.is_dir():
+        return shipped
     if folder.exists():
         raise UserError(f"{folder} is a file; give the folder that holds config.json and the safetensors files")
     if text.count("/") != 1 or text.startswith((".", "/", "~")):

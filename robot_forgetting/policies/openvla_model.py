@@ -1,4 +1,4 @@
-"""OpenVLA (Kim et al., 2024, arXiv:2406.09246): fused vision towers, projector, and a stock Llama emitting action tokens.
+"""OpenVLA (Kim et al., 2024, arXiv:2406.09246): fused vision towers, a projector, and a stock Llama for action tokens.
 
 Two paths compute the same numbers: ``forward`` calls transformers' Llama, while ``action_logits`` and
 ``generate_actions`` run a short loop over the Llama's own submodules (so LoRA layers put in their place are used),
@@ -100,6 +100,17 @@ def sample_bins(logits: Tensor, temperature: float, noise: Tensor | None) -> tup
     return index.squeeze(-1), log_probs.gather(-1, index).squeeze(-1)
 
 
+def smooth_rows(count: int, width: int, scale: float) -> Tensor:
+    """Random [count, width] vectors that vary smoothly along the rows: low-frequency waves in a random basis."""
+    place = torch.arange(count).unsqueeze(1) / count
+    frequency = torch.arange(1, width // 2 + 1)
+    waves = torch.cat([(torch.pi * frequency * place).cos(), (torch.pi * frequency * place).sin()], dim=1)
+    waves = waves / frequency.sqrt().repeat(2)
+    basis = torch.linalg.qr(torch.randn(waves.shape[1], width)).Q if waves.shape[1] == width else torch.randn(waves.shape[1], width)
+    rows = waves @ basis
+    return rows / rows.std() * scale
+
+
 class OpenVLAModel(nn.Module):
     """Weights and forward passes; images are already normalised and prompts already tokenised here.
 
@@ -125,6 +136,11 @@ class OpenVLAModel(nn.Module):
                 # Embeddings at 0.02 as in Llama; layers by fan-in, because 0.02 is far too little for narrow layers.
                 embedding = "embed_tokens" in name or "lm_head" in name
                 nn.init.trunc_normal_(parameter, std=0.02 if embedding else (2 * parameter.shape[1]) ** -0.5)
+        # Neighbouring bins start out alike, so that what is learned about one bin holds for its neighbours.
+        ids, width = self.bins_to_ids(torch.arange(self.config.action_bins)), self.config.hidden_size
+        with torch.no_grad():
+            self.language_model.lm_head.weight[ids] = smooth_rows(self.config.action_bins, width, 0.05)
+            self.language_model.model.embed_tokens.weight[ids] = smooth_rows(self.config.action_bins, width, 0.5)
 
     def unused_parameters(self) -> list[nn.Parameter]:
         """Parameters that the checkpoint carries but no output depends on (the towers' last blocks and heads)."""
