@@ -18,11 +18,13 @@ help:
 	@echo "make lint         ruff"
 	@echo "make clean        remove .venv and what builds left; runs/ and videos/ stay"
 
-setup: $(STAMP)
+# Typed by hand it always looks again (a driver may have gone); the others only need that it was done once.
+setup:
+	$(PYTHON) scripts/install.py
+	@touch $(STAMP)
 
 $(STAMP): pyproject.toml requirements.lock scripts/install.py
-	$(PYTHON) scripts/install.py
-	@touch $@
+	@$(MAKE) --no-print-directory setup
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)

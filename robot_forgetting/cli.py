@@ -109,6 +109,7 @@ def _split(verb: str, arguments: list[str]) -> tuple[list[str], list[Path]]:
 
 def _hydra_main(verb: str, overrides: list[str], folders: list[Path], debug: bool) -> int:
     import hydra
+    from hydra.core.hydra_config import HydraConfig
 
     codes = []
 
@@ -118,7 +119,7 @@ def _hydra_main(verb: str, overrides: list[str], folders: list[Path], debug: boo
             code = Arguments(verb, config, folders).call(_load(VERBS[verb][0]))
             codes.append(code if type(code) is int else 0)
         except Exception as error:
-            codes.append(_complain(error, overrides, debug))
+            codes.append(_complain(error, overrides, debug, point=" ".join(HydraConfig.get().overrides.task)))
 
     configs = importlib.import_module("robot_forgetting.configs")
     sys.path.insert(0, os.getcwd())  # so that `_target_` finds a user's own modules
@@ -248,21 +249,22 @@ class Arguments:
 # --- errors as one line ---
 
 
-def _complain(error: BaseException, overrides: Sequence[str], debug: bool) -> int:
-    """Prints an error as one line; returns the exit code."""
+def _complain(error: BaseException, overrides: Sequence[str], debug: bool, point: str = "") -> int:
+    """Prints an error as one line, which says where in a sweep it happened; returns the exit code."""
     if isinstance(error, BrokenPipeError):  # the reader has gone (`| head`): nothing to say, and nobody to hear it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     if debug:
         traceback.print_exception(error)
     message = explain(error, overrides)
+    start = f"error: [{point}] " if {"--multirun", "-m"} & set(overrides) else "error: "
     if message is not None:
-        print(f"error: {message}", file=sys.stderr)
+        print(f"{start}{message}", file=sys.stderr)
         return 2
     frames = traceback.extract_tb(error.__traceback__)
     place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
     hint = "" if debug else "; debug=true shows the traceback"
-    print(f"error: {type(error).__name__}{place}: {_one_line(error)}{hint}", file=sys.stderr)
+    print(f"{start}{type(error).__name__}{place}: {_one_line(error)}{hint}", file=sys.stderr)
     return 1
 
 
@@ -316,8 +318,9 @@ def _unknown_key(key: str, overrides: Sequence[str]) -> str:
     known = sorted(_known_keys([text for text in overrides if text.split("=")[0] != key]))
     near = difflib.get_close_matches(group, known, n=3, cutoff=0.6)
     siblings = [name for name in known if name.rpartition(".")[0] == group.rpartition(".")[0]]
+    more = f"; for one that its yaml leaves out, write +{key}=..." if "." in key else ""
     choices = near or siblings or [name for name in known if "." not in name]
-    return f"unknown key '{key}'; {'did you mean' if near else 'choose one of'}: {', '.join(choices)}"
+    return f"unknown key '{key}'; {'did you mean' if near else 'choose one of'}: {', '.join(choices)}{more}"
 
 
 def _known_keys(overrides: Sequence[str]) -> set[str]:

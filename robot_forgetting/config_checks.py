@@ -22,7 +22,7 @@ def check_root(plain: dict) -> None:
     for key, kind in {**ROOT_TYPES, "temperature": float}.items():
         value = values.get(key)
         shown = "decode.temperature" if key == "temperature" else key
-        if not _fits(value, kind):
+        if not fits(value, kind):
             raise UserError(f"{shown}={value} is not {_kind_name(kind)}")
         if key in LEAST and value is not None and value < LEAST[key]:
             raise UserError(f"{shown}={value} is too small; the least is {LEAST[key]}")
@@ -49,7 +49,7 @@ def check_node(node, path: str, where: str) -> None:
         for key in given.keys() - parameters.keys():
             raise UserError(f"unknown key '{path}.{key}'; {target.__name__} takes: {', '.join(parameters)}")
     for key, parameter in parameters.items():
-        if key in given and not _fits(given[key], parameter.annotation):
+        if key in given and not fits(given[key], parameter.annotation):
             raise UserError(f"{path}.{key}={given[key]} is not {_kind_name(parameter.annotation)}")
         needed = parameter.default is parameter.empty and parameter.kind in (0, 1, 3)
         if needed and key not in given and not node.get("_partial_"):
@@ -67,7 +67,7 @@ def _locate(dotted: str, where: str):
         ) from error
 
 
-def _fits(value, kind) -> bool:
+def fits(value, kind) -> bool:
     """Whether a plain value suits an annotation; annotations other than int, float, bool, str, list are not judged."""
     options = getattr(kind, "__args__", ()) if _is_union(kind) else (kind,)
     judged = {int, float, bool, str, list, dict, type(None), None}

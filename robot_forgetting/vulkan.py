@@ -52,11 +52,12 @@ def mesa_version(found: dict) -> tuple[int, ...]:
 
 
 def installable_drivers() -> list[str]:
-    """Names of the ICD files that the Vulkan loader would look at."""
+    """The ICD files (lvp is lavapipe) that the Vulkan loader would look at."""
     for variable in ("VK_DRIVER_FILES", "VK_ICD_FILENAMES"):
         if chosen := os.environ.get(variable):
             return [f"{path} (from {variable})" for path in chosen.split(os.pathsep)]
-    return sorted(path.name for folder in ICD_FOLDERS for path in Path(folder).glob("*.json"))
+    names = (path.name for folder in ICD_FOLDERS for path in Path(folder).glob("*.json"))
+    return sorted(name.removesuffix(".json").removesuffix("_icd") for name in names)
 
 
 # --- in the child ---

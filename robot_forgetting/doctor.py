@@ -1,0 +1,256 @@
+"""What this machine has and lacks: one line per part, with what to type; and what is recorded of it in run.json."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from robot_forgetting import vulkan
+from robot_forgetting.errors import UserError
+
+PACKAGES = {  # package: least version, as in pyproject.toml
+    "torch": (2, 6),
+    "transformers": (5,),
+    "mani-skill": (3, 0, 1),
+    "sapien": (3, 0, 3),
+    "peft": (),
+    "gymnasium": (),
+    "numpy": (),
+    "hydra-core": (1, 3, 2),
+    "imageio": (),
+    "imageio-ffmpeg": (),
+    "safetensors": (),
+}
+SHIPPED = Path(__file__).parent / "weights" / "openvla-nano"
+GIGABYTE = 10**9
+INSTALL_LAVAPIPE = "type: make setup (it installs Mesa's lavapipe; Debian 12 has it in bookworm-backports)"
+
+
+@dataclass(frozen=True)
+class Check:
+    """state: "ok", "warn" (works, but) or "FAIL" (a needed part is missing); cure: what to type."""
+
+    name: str
+    state: str
+    found: str
+    cure: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.state:4}  {self.name:9}  {self.found}" + (f"; {self.cure}" if self.cure else "")
+
+
+def doctor() -> int:
+    """Prints one line per part; returns 0, or 2 where a needed part fails."""
+    failed = False
+    for examine in (python, packages, torchvision, gpu, vulkan_device, lavapipe, assets, disk, weights):
+        check = guarded(examine)
+        failed |= check.state == "FAIL"
+        print(check, flush=True)
+    return 2 if failed else 0
+
+
+def guarded(examine: Callable[[], Check]) -> Check:
+    """A check that itself fails is a finding too."""
+    try:
+        return examine()
+    except Exception as error:
+        return Check(examine.__name__, "FAIL", f"{type(error).__name__}: {' '.join(str(error).split())}")
+
+
+# --- the checks ---
+
+
+def python() -> Check:
+    found = f"{platform.python_version()} ({sys.executable})"
+    if sys.version_info < (3, 11):  # noqa: UP036  (what a doctor is for)
+        return Check("Python", "FAIL", found, "3.11 or newer is needed; type: make setup PYTHON=python3.12")
+    return Check("Python", "ok", found)
+
+
+def packages() -> Check:
+    found = versions()
+    missing = [name for name in PACKAGES if found[name] is None]
+    old = [f"{name} {found[name]}" for name, least in PACKAGES.items() if found[name] and _numbers(found[name]) < least]
+    if missing or old:
+        words = [f"missing: {', '.join(missing)}"] * bool(missing) + [f"too old: {', '.join(old)}"] * bool(old)
+        return Check("packages", "FAIL", "; ".join(words), "type: make setup")
+    shown = ("torch", "transformers", "mani-skill", "sapien")
+    return Check("packages", "ok", ", ".join(f"{name} {found[name]}" for name in shown))
+
+
+def torchvision() -> Check:
+    """transformers imports torchvision where it is installed, and a CUDA build of it dies beside a CPU torch."""
+    torch, vision = _version("torch") or "", _version("torchvision")
+    if vision is None:
+        return Check("vision", "ok", "torchvision is not installed, nor needed")
+    if "+cpu" in torch and "+cpu" not in vision:
+        found = f"torchvision {vision} is not the CPU build, torch {torch} is: importing transformers may fail"
+        return Check("vision", "warn", found, "type: python -m pip uninstall torchvision")
+    return Check("vision", "ok", f"torchvision {vision}")
+
+
+def gpu() -> Check:
+    names = _gpu_names()
+    if names:
+        return Check("GPU", "ok", ", ".join(names))
+    listed = [line for line in _output("nvidia-smi", "-L").splitlines() if line.startswith("GPU")]
+    if listed:
+        found = f"{len(listed)} NVIDIA GPU(s), but torch {_version('torch')} cannot use them"
+        return Check("GPU", "warn", found, "type: make clean setup")
+    return Check("GPU", "ok", f"none; everything runs on {_cores()} CPU cores")
+
+
+def vulkan_device() -> Check:
+    found = vulkan.probe()
+    drivers = ", ".join(vulkan.installable_drivers()) or "none"
+    if "error" in found:
+        return Check("Vulkan", "FAIL", f"{found['error']} (driver files: {drivers})", INSTALL_LAVAPIPE)
+    device = f"{found['device']}, {found['driver']} {found['version']}"
+    if found["blank"]:
+        return Check("Vulkan", "FAIL", f"{device} renders a blank picture", INSTALL_LAVAPIPE)
+    return Check("Vulkan", "ok", f"{device} renders (driver files: {drivers})")
+
+
+def lavapipe() -> Check:
+    found = vulkan.probe()
+    if "error" in found:
+        return Check("lavapipe", "FAIL", "unknown: nothing renders")
+    if not vulkan.is_lavapipe(found):
+        return Check("lavapipe", "ok", "not used")
+    version = vulkan.mesa_version(found)
+    needed = ".".join(map(str, vulkan.LAVAPIPE_NEEDED))
+    if not version:
+        return Check("lavapipe", "warn", f"version not recognised in '{found['version']}'; {needed} or newer is needed")
+    shown = f"Mesa {version[0]}.{version[1]}"
+    if version < vulkan.LAVAPIPE_NEEDED:
+        return Check("lavapipe", "FAIL", f"{shown}, {needed} or newer is needed", INSTALL_LAVAPIPE)
+    return Check("lavapipe", "ok", shown)
+
+
+def assets() -> Check:
+    """The meshes inside the mani-skill wheel are all that our tasks use; MS_ASSET_DIR is for further ones."""
+    spec = importlib.util.find_spec("mani_skill")
+    if spec is None or not spec.submodule_search_locations:
+        return Check("assets", "FAIL", "mani-skill is not installed", "type: make setup")
+    robot = Path(spec.submodule_search_locations[0]) / "assets" / "robots" / "panda"
+    meshes = len(list(robot.glob("franka_description/meshes/collision/*.stl")))
+    if not (robot / "panda_v2.urdf").is_file() or not meshes:
+        cure = "type: python -m pip install --force-reinstall --no-deps mani-skill"
+        return Check("assets", "FAIL", f"no Panda meshes in {robot}", cure)
+    own = os.environ.get("MS_ASSET_DIR")
+    if own and not Path(own).is_dir():
+        return Check("assets", "warn", f"MS_ASSET_DIR={own} does not exist", "type: unset MS_ASSET_DIR, or correct it")
+    return Check("assets", "ok", f"Panda and {meshes} collision meshes" + (f"; MS_ASSET_DIR={own}" if own else ""))
+
+
+def disk() -> Check:
+    free = shutil.disk_usage(".").free
+    found = f"{free / GIGABYTE:.1f} GB free here"
+    if not os.access(".", os.W_OK):
+        return Check(
+            "disk", "FAIL", f"{Path.cwd()} cannot be written", "change to a folder of yours; runs/ is made there"
+        )
+    if free < GIGABYTE / 5:
+        return Check("disk", "FAIL", found, "make room: a run needs about 0.2 GB")
+    return Check("disk", "warn" if free < 2 * GIGABYTE else "ok", found)
+
+
+def weights() -> Check:
+    """Reads the header of every shipped safetensors file, and so finds truncated ones."""
+    cure = "install again, or train one: robot-forgetting pretrain"
+    files = sorted(SHIPPED.glob("*.safetensors"))
+    if not files:
+        return Check("weights", "FAIL", f"no base policy in {SHIPPED}", cure)
+    from safetensors import SafetensorError, safe_open
+
+    count = 0
+    for file in files:
+        try:
+            with safe_open(file, framework="numpy") as tensors:
+                count += len(tensors.keys())
+        except (SafetensorError, OSError) as error:
+            return Check("weights", "FAIL", f"{file} cannot be read: {error}", cure)
+    megabytes = sum(file.stat().st_size for file in files) / 10**6
+    return Check("weights", "ok", f"openvla-nano, {count} tensors, {megabytes:.1f} MB")
+
+
+# --- for other modules ---
+
+
+def require_vulkan() -> None:
+    """Raises ``UserError`` where no picture can be rendered."""
+    for check in (vulkan_device(), lavapipe()):
+        if check.state == "FAIL":
+            raise UserError(
+                f"robot tasks need a Vulkan driver: {check.found}; {check.cure}, then robot-forgetting doctor"
+            )
+
+
+def render_backend() -> dict:
+    """What pictures were rendered with: device, driver, version; or the error that kept them from being rendered."""
+    found = vulkan.probe()
+    return {key: found[key] for key in ("device", "driver", "version", "error") if key in found}
+
+
+@functools.cache
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def versions() -> dict[str, str | None]:
+    """Installed versions of what a result may depend on; None where a package is missing."""
+    ours = {"robot-forgetting": _version("robot-forgetting"), "python": platform.python_version()}
+    return {**ours, **{name: _version(name) for name in PACKAGES}}
+
+
+def hardware() -> dict:
+    """Processor, cores this process may use, memory in bytes, GPUs, operating system."""
+    return {
+        "processor": _processor(),
+        "cores": _cores(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "gpus": _gpu_names(),
+        "system": platform.platform(),
+    }
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _gpu_names() -> list[str]:
+    import torch
+
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """'2.13.0+cpu' -> (2, 13, 0)."""
+    return tuple(int(part) for part in version.split("+")[0].split(".") if part.isdigit())
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""

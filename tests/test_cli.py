@@ -1,0 +1,167 @@
+"""The command line: every error is one line with exit code 2, users' own modules work, start-up is quick."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from robot_forgetting import cli
+from robot_forgetting.config_checks import fits
+
+PLUGIN = """
+from robot_forgetting.errors import UserError
+
+class Counter:
+    def __init__(self, count: int, factor: float = 1.0, note: str | None = None):
+        if count > 8:
+            raise UserError("count is at most 8")
+        if count > 6:
+            raise ValueError("a bug of the plug-in's author")
+        self.count = count
+"""
+
+
+def probe(task, prior, names, run_dir, temperature, config):
+    """Stands in for a verb's function."""
+    print(task.count, [other.count for other in prior], names["task"], run_dir, temperature, config["seed"])
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """A user's folder with a module of their own and two tasks; commands run in it. `check` calls ``probe``."""
+    name = f"plugin_{tmp_path.name.replace('-', '_')}"  # a module of its own per test: imports are cached
+    (tmp_path / f"{name}.py").write_text(PLUGIN)
+    group = tmp_path / "my_configs" / "task"
+    group.mkdir(parents=True)
+    (group / "one.yaml").write_text(f"# Counts to three\n_target_: {name}.Counter\ncount: 3\n")
+    (group / "two.yaml").write_text(f"# Counts to five\n_target_: {name}.Counter\ncount: 5\n")
+    (group / "lacking.yaml").write_text(f"_target_: {name}.Counter\n")
+    (group / "lost.yaml").write_text("_target_: no_such_module.Thing\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setitem(cli.VERBS, "check", (f"{__name__}:probe", ""))
+    return tmp_path
+
+
+SEARCH = "hydra.searchpath=[file://my_configs]"
+
+
+def complaint(capsys, *arguments: str) -> str:
+    """The one line that a bad command prints."""
+    assert cli.main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1, err
+    return err
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["lst"], "unknown verb 'lst'; choose one of: check, doctor, evaluate, list"),
+        (["run", "task=pick_cub"], "unknown task 'pick_cub'; choose one of: pick_cube"),
+        (["run", "method=sfd"], "unknown method 'sfd'; choose one of:"),
+        (["run", "--multirun", "task=pick_cub", "seed=0,1"], "unknown task 'pick_cub'"),
+        (["run", "sed=1"], "unknown key 'sed'; did you mean: seed"),
+        (["run", "metod=sft"], "unknown key 'metod'; did you mean: method"),
+        (["run", "decode.temprature=1"], "did you mean: decode.temperature"),
+        (["run", "seed=abc"], "seed=abc is not a whole number"),
+        (["run", "seed=-1"], "seed=-1 is too small; the least is 0"),
+        (["run", "num_envs=1.5"], "num_envs=1.5 is not a whole number"),
+        (["run", "decode.temperature=hot"], "decode.temperature=hot is not a number"),
+        (["run", "prior=pick_cube"], "prior=pick_cube is not a list"),
+        (["run", "seed=0,1"], "add --multirun"),
+        (["run", "task=["], "cannot read 'task=['"),
+        (["run", "stack_cube"], "is not of the form key=value"),
+        (["run", "--experimental-rerun=config.pickle"], "unknown option"),
+        (["run", "--cfg", "everything"], "--cfg job"),
+        (["run", "hydra.searchpath=[file:///no/such/folder]"], "/no/such/folder does not exist"),
+    ],
+)
+def test_bad_input_is_one_line(capsys, arguments, words):
+    assert words in complaint(capsys, *arguments)
+
+
+def test_help_and_no_arguments(capsys):
+    for arguments in ([], ["--help"], ["run", "--help"]):
+        assert cli.main(arguments) == 0
+        out = capsys.readouterr().out
+        assert all(verb in out for verb in cli.VERBS)
+
+
+def test_a_users_own_task(capsys, folder):
+    assert cli.main(["check", SEARCH, "task=one", "prior=[two]", "seed=4", "task.factor=2"]) == 2  # not in the yaml
+    assert "write +task.factor=" in capsys.readouterr().err
+    assert cli.main(["check", SEARCH, "task=one", "prior=[two]", "seed=4", "+task.factor=2"]) == 0
+    assert capsys.readouterr().out == "3 [5] one runs/default/check-one-factor2-seed4 1.0 4\n"
+    assert {path.name for path in folder.iterdir() if path.suffix != ".py"} <= {"__pycache__", "my_configs"}
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["task=lacking"], "task=lacking lacks 'count', which Counter needs"),
+        (["task=lost"], "task=lost: cannot import 'no_such_module.Thing'"),
+        (["task=one", "task.count=x"], "task.count=x is not a whole number"),
+        (["task=one", "+task.cout=1"], "unknown key 'task.cout'; Counter takes: count, factor, note"),
+        (["task=one", "task.count=9"], "count is at most 8"),
+        (["task=one", "task.count=7"], "ValueError: a bug of the plug-in's author; debug=true shows the traceback"),
+        (["task=one", "prior=[three]"], "unknown task 'three'; choose one of: lacking, lost, one"),
+    ],
+)
+def test_what_is_wrong_with_a_users_own_task(capsys, folder, arguments, words):
+    assert words in complaint(capsys, "check", SEARCH, *arguments)
+
+
+def test_a_sweep_goes_on_after_a_failure_and_leaves_no_files(capsys, folder):
+    command = ["check", SEARCH, "--multirun", "task=one,two", "task.count=9,4", "prior=[]", "sweep=mine"]
+    assert cli.main(command) == 2
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [f"4 [] {name} runs/mine/check-{name}-count4-seed0 1.0 0" for name in ("one", "two")]
+    assert err.splitlines()[0].startswith("error: [task=one task.count=9") and err.count("count is at most 8") == 2
+    assert not (folder / "multirun").exists() and not (folder / "multirun.yaml").exists()
+
+
+def test_debug_shows_the_traceback(capsys, folder):
+    assert cli.main(["check", SEARCH, "task=one", "task.count=9", "debug=true"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_ctrl_c(capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.Arguments, "call", interrupted)
+    assert cli.main(["run"]) == 130
+    assert capsys.readouterr().err.strip() == "interrupted; the same command again continues where it stopped"
+
+
+def test_run_folders_are_positional(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(cli.Arguments, "call", lambda self, _: print(self.run_folders, self.value("output")))
+    monkeypatch.setattr(cli, "_load", lambda _: None)
+    assert cli.main(["report", "runs/a", "runs/b", "output=x.html"]) == 0
+    assert capsys.readouterr().out == f"{[Path('runs/a'), Path('runs/b')]} x.html\n"
+
+
+def test_list_shows_own_tasks_and_first_comments(capsys, folder):
+    assert cli.main(["list", SEARCH]) == 0
+    out = capsys.readouterr().out
+    assert "Counts to three" in out and "stack_cube" in out and "openvla-nano" in out
+
+
+def test_list_does_not_import_torch():
+    code = "import sys; from robot_forgetting import cli; cli.main(['list']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "value, kind, expected",
+    [
+        (1, int, True), (True, int, False), (1, float, True), (True, float, False), ("1", float, False),
+        (None, int | None, True), (None, int, False), ([1], list, True), ("a", Path, True), (1, bool, False),
+    ],
+)  # fmt: skip
+def test_types(value, kind, expected):
+    assert fits(value, kind) is expected

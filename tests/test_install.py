@@ -1,0 +1,71 @@
+"""A built wheel holds `configs/` and `envs/` inside the package, and works outside the repository."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGED = {
+    "robot_forgetting": "robot_forgetting",
+    "configs": "robot_forgetting/configs",
+    "envs": "robot_forgetting/envs",
+}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """Built from a copy, so that the repository gets no build folder."""
+    source, out = tmp_path_factory.mktemp("source") / "copy", tmp_path_factory.mktemp("wheel")
+    kept = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for name in PACKAGED:
+        shutil.copytree(ROOT / name, source / name, ignore=kept)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", out, source]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return next(out.glob("*.whl"))
+
+
+def test_everything_is_in_the_wheel(wheel):
+    files = set(zipfile.ZipFile(wheel).namelist())
+    for folder, inside in PACKAGED.items():
+        for suffix in (".py", ".yaml", ".safetensors", ".json", ".html"):
+            for path in (ROOT / folder).rglob(f"*{suffix}"):
+                name = f"{inside}/{path.relative_to(ROOT / folder).as_posix()}"
+                assert name in files, f"{name} is not in the wheel; see [tool.setuptools] in pyproject.toml"
+    tops = {name.split("/")[0] for name in files}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"robot_forgetting"}
+
+
+def test_works_outside_the_repository(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    # -P and the check of __file__: neither the repository nor its editable install may answer.
+    code = (
+        "import sys; from pathlib import Path; import robot_forgetting.configs, robot_forgetting.envs\n"
+        "for module in (robot_forgetting, robot_forgetting.configs, robot_forgetting.envs):\n"
+        f"    assert Path(module.__file__).is_relative_to({str(tmp_path)!r}), module.__file__\n"
+        "from robot_forgetting.cli import main; sys.exit(main(['list']))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    result = subprocess.run(
+        [sys.executable, "-P", "-c", code], cwd=elsewhere, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert "stack_cube" in result.stdout and not list(elsewhere.iterdir())
+
+
+def test_the_lock_is_exact():
+    lines = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if not line.startswith("#")]
+    assert all("==" in line for line in lines)
+    names = {line.split("==")[0].lower() for line in lines}
+    assert "torch" not in names and {"transformers", "mani_skill", "sapien", "setuptools", "pytest"} <= names
