@@ -83,7 +83,7 @@ def load(
 
 
 def locate(checkpoint: str | Path) -> Path:
-    """A local folder as it is; a bare name from the package's own weights; a Hub id ("openvla/openvla-7b") downloaded."""
+    """A local folder as it is; a bare name among the package's own weights; a Hub id ("org/name") downloaded."""
     folder = Path(checkpoint).expanduser()
     if folder.is_dir():
         return folder

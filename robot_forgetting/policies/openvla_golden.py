@@ -1,4 +1,4 @@
-"""Compares our OpenVLA with tensors recorded from the original code: `robot-forgetting check policy=openvla golden=FOLDER`.
+"""Our OpenVLA against tensors of the original code: `robot-forgetting check policy=openvla golden=FOLDER`.
 
 The folder holds config.json, model.safetensors, golden.npz, processor.npz and, optionally, the names and shapes of the
 real checkpoint in openvla_7b_state_dict.json.

@@ -101,8 +101,8 @@ class ActionBins:
 class Statistics:
     """Named ranges of commands, by which they are normalised to [-1, 1] (OpenVLA's BOUNDS_Q99).
 
-    norm_stats: key -> {"action": {"q01", "q99", "mask", "min", "max"}}, lists of one number per dimension; the last three
-        are optional
+    norm_stats: key -> {"action": {"q01", "q99", "mask", "min", "max"}}, lists of one number per
+        dimension; the last three are optional
     Dimensions whose mask is False pass unchanged; those that never vary become 0.
     """
 
