@@ -240,8 +240,8 @@ class Arguments:
                   if names[key] != usual]  # fmt: skip
         for text in self._overrides:
             key, _, value = text.lstrip("+").partition("=")
-            if "." in key or (self._verb != "run" and key in ("episodes", "seed_start")):
-                parts.append(key.rpartition(".")[2] + value)
+            if "." in key or (self._verb != "run" and key in ("episodes", "seed_start", "checkpoint")):
+                parts.append(key.rpartition(".")[2] + Path(value).name)
         safe = "-".join([*parts, f"seed{self.plain['seed']}"])
         return "".join(letter if letter.isalnum() or letter in "._-" else "_" for letter in safe)
 

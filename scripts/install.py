@@ -151,7 +151,7 @@ def torch_source() -> list[str]:
 
 
 def install_packages(python: Path) -> None:
-    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pip = [python, "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
     for what, arguments in (
         # --no-deps: the lock is complete, and mani-skill's mplib, which is not used, has no build for Python >= 3.13.
         ("locked packages", ["--no-deps", "-r", ROOT / "requirements.lock"]),

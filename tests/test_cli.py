@@ -6,10 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hydra
 import pytest
+from omegaconf import OmegaConf
 
 from robot_forgetting import cli
-from robot_forgetting.config_checks import fits
+from robot_forgetting.config_checks import check_node, fits
 
 PLUGIN = """
 from robot_forgetting.errors import UserError
@@ -82,6 +84,20 @@ def complaint(capsys, *arguments: str) -> str:
 )
 def test_bad_input_is_one_line(capsys, arguments, words):
     assert words in complaint(capsys, *arguments)
+
+
+CONFIGS = Path(cli.__file__).parents[1] / "configs"
+ENTRIES = sorted(f"{path.parent.name}={path.stem}" for path in CONFIGS.glob("*/*.yaml"))
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_every_config_suits_its_class_and_says_what_it_is(entry):
+    group, _, name = entry.partition("=")
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        node = OmegaConf.to_container(hydra.compose("config", overrides=[entry]), resolve=True)[group]
+    check_node(node, group, entry)
+    first = (CONFIGS / group / f"{name}.yaml").read_text().splitlines()[0]
+    assert first.startswith("# "), "the first line is what `robot-forgetting list` shows"
 
 
 def test_help_and_no_arguments(capsys):
