@@ -56,7 +56,9 @@ class Episode:
 def columns(rows: Sequence[dict]) -> dict:
     """Observation rows to the policy's columns: arrays are stacked, everything else becomes a list."""
     return {
-        key: np.stack([row[key] for row in rows]) if isinstance(rows[0][key], np.ndarray) else [row[key] for row in rows]
+        key: np.stack([row[key] for row in rows])
+        if isinstance(rows[0][key], np.ndarray)
+        else [row[key] for row in rows]
         for key in rows[0]
     }
 
@@ -121,7 +123,9 @@ def _rollout(policy, env, keys, temperature, statistics) -> Iterator[Episode]:
                     resets[transition.slot] = _begin(slots[transition.slot], queues[group].pop())
         # A slot that was just reset has no observation yet; it acts from the next round on.
         active = [slot for slot in env.groups[group] if slots[slot].episode is not None and slot not in resets]
-        commands = _act(policy, [slots[slot] for slot in env.groups[group]], env.groups[group], active, temperature, statistics)
+        commands = _act(
+            policy, [slots[slot] for slot in env.groups[group]], env.groups[group], active, temperature, statistics
+        )
         if resets or commands:
             env.request(group, resets, commands)
             running += 1

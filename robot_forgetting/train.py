@@ -19,6 +19,7 @@ from robot_forgetting.files import disk, read_json, write_json
 from robot_forgetting.method import Batch, Method, Penalty
 from robot_forgetting.policy import Policy
 from robot_forgetting.records import RunFolder
+from robot_forgetting.replica import Replicas
 from robot_forgetting.task import Task
 
 
@@ -26,7 +27,7 @@ from robot_forgetting.task import Task
 class Optimiser:
     """AdamW and its schedule.
 
-    schedule: "constant" or "cosine" (to a tenth of the rate), after a linear warm-up over ``warmup_steps``
+    schedule: "constant" or "cosine" (to zero), after a linear warm-up over ``warmup_steps``
     micro_batch: rows per forward pass; a larger batch is accumulated over several (same gradient, less memory)
     """
 
@@ -47,7 +48,7 @@ class Optimiser:
     def rate(self, step: int, fraction: float) -> float:
         """Learning rate of optimiser step ``step`` when ``fraction`` of the iterations is done."""
         warm = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
-        decay = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * fraction)) if self.schedule == "cosine" else 1.0
+        decay = 0.5 * (1 + math.cos(math.pi * fraction)) if self.schedule == "cosine" else 1.0
         return self.learning_rate * warm * decay
 
 
@@ -66,13 +67,15 @@ def train(
     seed: int,
     penalties: Sequence[Penalty] = (),
     past: Sequence[Task] = (),
+    processes: int = 1,
     after_iteration: Callable[[int], None] = lambda iteration: None,
     progress: Callable[[int, dict], None] = lambda iteration, row: None,
 ) -> int:
     """Runs the method's remaining iterations; returns the number of iterations done in all.
 
     Continues from the run folder's checkpoint if it has one. ``after_iteration(i)`` is called once i iterations are done
-    and saved (also after a restart, so that work it left unfinished is completed).
+    and saved (also after a restart, so that work it left unfinished is completed). On a CPU, ``processes`` share the work
+    of every optimiser step.
     """
     parameters = trainable(policy)
     if not parameters:
@@ -91,54 +94,70 @@ def train(
     done, step = state["iteration"], state["step"]
     run.keep("train", lambda row: row["iteration"] <= done)
     after_iteration(done)
-    while done < method.iterations:
-        torch.manual_seed(seed * 1_000_003 + done)
-        started = time.perf_counter()
-        batches = method.collect(policy, task, done)
-        collected = time.perf_counter()
-        rows = []
-        for batch in batches:
-            rate = optimiser.rate(step, done / method.iterations)
-            for group in adam.param_groups:
-                group["lr"] = rate
-            row = _optimiser_step(policy, method, penalties, batch, adam, parameters, optimiser)
-            step += 1
-            rows.append({"iteration": done + 1, "step": step, "learning_rate": rate, **row})
-        done += 1
-        seconds = {"seconds": time.perf_counter() - started, "collect_seconds": collected - started}
-        if not rows:  # an iteration without a signal (every group equally successful) is an iteration all the same
-            rows = [{"iteration": done, "step": step, "learning_rate": 0.0, "loss": None, "penalty": None, "grad_norm": None}]
-        rows[-1] |= {**seconds, **method.metrics()}
-        save_checkpoint(run, policy, adam, method, iteration=done, step=step)
-        run.append("train", *rows)
-        progress(done, rows[-1])
-        after_iteration(done)
+
+    def backward(part: Batch, share: float) -> tuple[float, float]:
+        return _backward(policy, method, penalties, part, share, optimiser.micro_batch)
+
+    on_cpu = policy.device.type == "cpu"
+    gradient = Replicas(list(parameters.values()), backward, processes - 1 if on_cpu else 0)
+    try:
+        while done < method.iterations:
+            torch.manual_seed(seed * 1_000_003 + done)
+            started = time.perf_counter()
+            batches = method.collect(policy, task, done)
+            collected = time.perf_counter()
+            rows = []
+            for batch in batches:
+                rate = optimiser.rate(step, done / method.iterations)
+                for group in adam.param_groups:
+                    group["lr"] = rate
+                row = _optimiser_step(policy, gradient, batch, adam, parameters, optimiser)
+                step += 1
+                rows.append({"iteration": done + 1, "step": step, "learning_rate": rate, **row})
+            done += 1
+            seconds = {"seconds": time.perf_counter() - started, "collect_seconds": collected - started}
+            if not rows:  # no signal (every group equally successful): an iteration all the same
+                nothing = dict.fromkeys(("loss", "penalty", "grad_norm"))
+                rows = [{"iteration": done, "step": step, "learning_rate": 0.0, **nothing}]
+            rows[-1] |= {**seconds, **method.metrics()}
+            save_checkpoint(run, policy, adam, method, iteration=done, step=step)
+            run.append("train", *rows)
+            progress(done, rows[-1])
+            after_iteration(done)
+    finally:
+        gradient.close()
     method.end(policy, task)
     return done
 
 
-def _optimiser_step(policy, method, penalties, batch: Batch, adam, parameters, optimiser: Optimiser) -> dict:
-    """One AdamW step on a batch, accumulated over micro-batches; returns the numbers of train.jsonl."""
+def _backward(policy, method, penalties, part: Batch, share: float, micro_batch: int) -> tuple[float, float]:
+    """Back-propagates ``share`` of the part's mean loss, in micro-batches; returns its shares of loss and penalty."""
+    loss_sum = penalty_sum = 0.0
+    for start in range(0, len(part), micro_batch):
+        rows = part[start : start + micro_batch]
+        weight = share * len(rows) / len(part)
+        loss = method.loss(policy, rows)
+        penalty = sum((rider(policy, rows) for rider in penalties), start=loss.new_zeros(()))
+        ((loss + penalty) * weight).backward()
+        loss_sum += loss.item() * weight
+        penalty_sum += penalty.item() * weight
+    return loss_sum, penalty_sum
+
+
+def _optimiser_step(policy, gradient: Replicas, batch: Batch, adam, parameters, optimiser: Optimiser) -> dict:
+    """One AdamW step on a batch; returns the numbers of train.jsonl."""
     policy.train()
     adam.zero_grad(set_to_none=True)
-    loss_sum = penalty_sum = 0.0
-    for start in range(0, len(batch), optimiser.micro_batch):
-        part = batch[start : start + optimiser.micro_batch]
-        share = len(part) / len(batch)
-        loss = method.loss(policy, part)
-        penalty = sum((rider(policy, part) for rider in penalties), start=loss.new_zeros(()))
-        ((loss + penalty) * share).backward()
-        loss_sum += loss.item() * share
-        penalty_sum += penalty.item() * share
+    loss, penalty = gradient(batch)
     norm = torch.nn.utils.clip_grad_norm_(parameters.values(), optimiser.max_grad_norm).item()
-    if not (math.isfinite(loss_sum) and math.isfinite(penalty_sum) and math.isfinite(norm)):
+    if not (math.isfinite(loss) and math.isfinite(penalty) and math.isfinite(norm)):
         raise UserError(
-            f"the loss is not finite (loss {loss_sum}, penalty {penalty_sum}, gradient norm {norm}); the last checkpoint is "
-            "kept: lower method.optimiser.learning_rate, or look at the demonstrations"
+            f"the loss is not finite (loss {loss}, penalty {penalty}, gradient norm {norm}); the last checkpoint is kept: "
+            "lower method.optimiser.learning_rate, or look at the demonstrations"
         )
     adam.step()
     policy.eval()
-    return {"loss": loss_sum, "penalty": penalty_sum, "grad_norm": norm}
+    return {"loss": loss, "penalty": penalty, "grad_norm": norm}
 
 
 # ---- checkpoints: safetensors and json; the latest only

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -151,6 +152,12 @@ class OpenVLAPolicy(Policy):
                 f"policy '{self.name}' ({self.source}) gives the same action logits for a black and a white picture: "
                 "it does not see; its vision towers or projector are not trained, or not loaded"
             )
+
+    def set_statistics(self, norm_stats: dict) -> None:
+        """Replaces the ranges by which commands are normalised; for pre-training, which measures them."""
+        self.statistics = Statistics(norm_stats)
+        self.key = self.statistics.only_key()
+        self.config = self.model.config = replace(self.config, norm_stats=norm_stats)
 
     def save(self, folder, *, dtype: str | None = None) -> None:
         """Writes the whole policy in the published layout, or with LoRA the adapter alone in peft's."""

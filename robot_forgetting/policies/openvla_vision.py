@@ -193,8 +193,20 @@ class VisionTower(nn.Module):
         patch = self.patch_embed.proj
         nn.init.trunc_normal_(patch.weight, std=1 / math.sqrt(patch.weight[0].numel()))
         nn.init.zeros_(patch.bias)
-        for embedding in [self.pos_embed, *self._prefix()]:
-            nn.init.trunc_normal_(embedding, std=0.02)
+        for token in self._prefix():
+            nn.init.trunc_normal_(token, std=0.02)
+        with torch.no_grad():
+            grid = self.config.image_size // self.config.patch_size
+            self.pos_embed[0] = 0.5 * grid_waves(grid, self.config.embed_dim)
+
+
+def grid_waves(grid: int, dim: int) -> Tensor:
+    """Sines and cosines of row and column, [grid * grid, dim]: a start from which places are told apart at once."""
+    y, x = (c.flatten().float().unsqueeze(1) for c in torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij"))
+    quarter = -(-dim // 4)
+    frequency = torch.pi / 2 / grid * torch.arange(1, quarter + 1)
+    waves = torch.cat([f(c * frequency) for c in (x, y) for f in (torch.sin, torch.cos)], dim=1)
+    return waves[:, :dim]
 
 
 class VisionBackbone(nn.Module):

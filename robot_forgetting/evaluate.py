@@ -1,0 +1,168 @@
+"""Measures a policy: success on fixed test states, and how far its action distributions have moved from the base's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from robot_forgetting.errors import UserError
+from robot_forgetting.method import Batch
+from robot_forgetting.methods.sft import take
+from robot_forgetting.metrics import divergence as distances
+from robot_forgetting.metrics.statistics import clustered_mean
+from robot_forgetting.policy import Action, Policy
+from robot_forgetting.rollout import Episode, EpisodeKey, columns, rollout
+from robot_forgetting.task import Task
+
+# Sampling noise of evaluation: one stream for every policy, so that the same seed is the same test for all (paired).
+STREAM = 1_000_000
+STATES = ("base", "fine_tuned", "demonstrations")
+
+
+def check_conventions(policy: Policy, tasks: Sequence[Task]) -> None:
+    """Compares what policy and tasks mean by an action and an observation; raises ``UserError`` naming the difference."""
+    ours = policy.convention()
+    for task in tasks:
+        theirs = task.convention()
+        if problems := ours.mismatches(theirs):
+            raise UserError(
+                f"policy '{policy.name}' and task '{task.name}' disagree on {'; '.join(problems)} (policy against task); "
+                "choose a matching pair or change the task's settings"
+            )
+
+
+def test_seeds(task: Task, episodes: int, seed_start: int | None) -> list[int]:
+    """The initial states of an evaluation: the first of the test split, or from ``seed_start`` on."""
+    if episodes < 1:
+        raise UserError(f"episodes must be at least 1, not {episodes}")
+    split = task.seeds("test")
+    start = split.start if seed_start is None else seed_start
+    if start < 0:
+        raise UserError(f"seed_start must not be negative: {seed_start}")
+    return list(range(start, start + episodes))
+
+
+def evaluate(
+    policy: Policy,
+    task: Task,
+    seeds: Sequence[int],
+    *,
+    temperature: float,
+    num_envs: int,
+    render: bool = False,
+) -> Iterator[Episode]:
+    """One episode per seed, in the order in which they end."""
+    policy.eval()
+    keys = [EpisodeKey(seed, STREAM) for seed in seeds]
+    yield from rollout(policy, task, keys, num_envs=num_envs, temperature=temperature, render=render)
+
+
+def episode_row(episode: Episode, /, **fields) -> dict:
+    """A row of episodes.jsonl."""
+    return {
+        **fields,
+        "seed": episode.key.seed,
+        "success": episode.success,
+        "reward": episode.reward,
+        "steps": episode.steps,
+        "seconds": round(episode.seconds, 3),
+        "flags": episode.flags,
+        "error": episode.error,
+        "video": None,
+        "source": None,
+    }
+
+
+# ---- divergence
+
+
+@dataclass(frozen=True)
+class States:
+    """Observations from a named distribution: columns of N rows, and the episode each came from [N]."""
+
+    obs: dict
+    episode: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.episode)
+
+
+def policy_states(policy: Policy, task: Task, seeds: Sequence[int], *, num_envs: int, limit: int) -> States:
+    """Every state a policy visits on ``seeds`` at temperature 1, thinned evenly to ``limit``."""
+    episodes = sorted(evaluate(policy, task, seeds, temperature=1.0, num_envs=num_envs), key=lambda e: e.key.seed)
+    rows = [row for episode in episodes for row in episode.observations[: episode.steps]]
+    index = np.repeat([episode.key.seed for episode in episodes], [episode.steps for episode in episodes])
+    return _thin(columns(rows), index, limit)
+
+
+def demonstration_states(task: Task, count: int, *, limit: int, start: int = 400_000) -> States:
+    """The states of ``count`` expert episodes that no method trains on."""
+    episodes = list(task.demonstrations(count, start=start))
+    obs = {
+        "image": np.concatenate([episode.images for episode in episodes]),
+        "instruction": [episode.instruction for episode in episodes for _ in episode.commands],
+    }
+    return _thin(obs, np.repeat([e.seed for e in episodes], [len(e.commands) for e in episodes]), limit)
+
+
+def _thin(obs: dict, episode: np.ndarray, limit: int) -> States:
+    keep = np.unique(np.linspace(0, len(episode) - 1, min(limit, len(episode))).round().astype(int))
+    batch = take(Batch(obs, Action(torch.zeros(len(episode), 1), torch.ones(len(episode), 1))), torch.from_numpy(keep))
+    return States(batch.obs, episode[keep])
+
+
+@torch.no_grad()
+def measure_divergence(policy: Policy, states: States, *, chunk: int = 256, seed: int = 0) -> list[dict]:
+    """Divergences between base and current policy on given states; rows without stage, task and states.
+
+    At each state one decision is sampled from the base and one from the current policy (temperature 1). Along the base's
+    tokens, forward KL, total variation and L2 are exact per token; along the current policy's, reverse KL. Summed over a
+    decision's tokens, the KL terms are unbiased for the KL of whole decisions (chain rule). Standard errors treat an
+    episode's states as one cluster.
+    """
+    policy.eval()
+    collected: dict[tuple[str, str], list[torch.Tensor]] = {}
+    noise = torch.from_numpy(np.random.default_rng([seed, 0xD1]).random((len(states), 16), dtype=np.float32))
+    for start in range(0, len(states), chunk):
+        obs = {key: column[start : start + chunk] for key, column in states.obs.items()}
+        drawn = noise[start : start + chunk]
+        with policy.base():
+            base_action = policy.act(obs, temperature=1.0, noise=drawn)
+            base_on_base = policy.logits(obs, base_action)
+        action = policy.act(obs, temperature=1.0, noise=drawn)
+        with policy.base():
+            base_on_own = policy.logits(obs, action)
+        own_on_base, own_on_own = policy.logits(obs, base_action), policy.logits(obs, action)
+        for name, function, first, second, mask in (
+            ("forward_kl", distances.forward_kl, base_on_base, own_on_base, base_action.mask),
+            ("reverse_kl", distances.reverse_kl, base_on_own, own_on_own, action.mask),
+            ("total_variation", distances.total_variation, base_on_base, own_on_base, base_action.mask),
+            ("l2", distances.l2, base_on_base, own_on_base, base_action.mask),
+        ):
+            values = function(first, second)
+            mask = mask.to(values.device)
+            unit = "nats/token" if name.endswith("kl") else "1/token"
+            collected.setdefault((name, unit), []).append(distances.per_token(values, mask).cpu())
+            if name.endswith("kl"):
+                collected.setdefault((name, "nats/decision"), []).append(distances.per_decision(values, mask).cpu())
+    clusters = states.episode.tolist()
+    rows = []
+    for (name, unit), parts in collected.items():
+        value, error = clustered_mean(torch.cat(parts).tolist(), clusters)
+        row = {"measure": name, "unit": unit, "value": value, "standard_error": error}
+        rows.append({**row, "n": len(states), "episodes": len(set(clusters))})
+    return rows
+
+
+def success_line(name: str, rows: Sequence[dict]) -> str:
+    """'pick_cube: 87/100 = 0.87 [0.79, 0.92]' for the terminal."""
+    from robot_forgetting.metrics.statistics import wilson
+
+    won = sum(row["success"] for row in rows)
+    low, high = wilson(won, len(rows))
+    return f"{name}: {won}/{len(rows)} = {won / max(1, len(rows)):.2f} [{low:.2f}, {high:.2f}]"
+
+

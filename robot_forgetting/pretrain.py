@@ -1,0 +1,186 @@
+"""Trains a base policy by behaviour cloning on several tasks at once, measures it, and writes its card."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from robot_forgetting.errors import UserError
+from robot_forgetting.experiment import evaluate_into, open_run
+from robot_forgetting.evaluate import test_seeds
+from robot_forgetting.files import write_atomic
+from robot_forgetting.method import Method
+from robot_forgetting.policy import ConventionSpec, Policy
+from robot_forgetting.progress import bar, say
+from robot_forgetting.summary import summarise
+from robot_forgetting.task import Demonstration, Task, VectorEnv
+from robot_forgetting.train import train
+
+
+class Mixture(Task):
+    """Demonstrations of several tasks; an environment it has not, so only offline methods can learn it."""
+
+    def __init__(self, tasks: Sequence[Task], counts: dict[str, int]):
+        self.tasks, self.counts = list(tasks), dict(counts)
+        unknown = set(counts) - {task.name for task in tasks}
+        if unknown:
+            raise UserError(f"pretrain.demonstrations names {sorted(unknown)}; these tasks are not in this run")
+        self.name, self.instruction = "+".join(counts), ""
+        self.max_steps = max(task.max_steps for task in tasks)
+        self.statistics = getattr(self.tasks[0], "statistics", None)
+        self._kept: list[Demonstration] | None = None
+
+    def convention(self) -> ConventionSpec:
+        return self.tasks[0].convention()
+
+    def make_env(self, num_envs: int, *, render: bool = False) -> VectorEnv:
+        raise UserError(f"the mixture {self.name} has no environment; use an offline method such as sft")
+
+    def demonstrations(self, count: int, *, split: str = "train", start: int = 0) -> Iterator[Demonstration]:
+        """All of them, kept after the first call (``count`` is the total)."""
+        if self._kept is None:
+            self._kept = []
+            total = sum(self.counts.values())
+            with bar("demonstrations", total) as progress:
+                for task in self.tasks:
+                    for episode in task.demonstrations(self.counts.get(task.name, 0), split=split, start=start):
+                        self._kept.append(episode)
+                        progress.advance(1, task.name)
+        yield from self._kept
+
+
+def ranges(episodes: Sequence[Demonstration]) -> dict:
+    """OpenVLA's statistics of the commands: 1st and 99th percentile per dimension; the gripper passes unchanged."""
+    commands = np.concatenate([episode.commands for episode in episodes]).astype(np.float64)
+    rounded = {
+        "q01": np.quantile(commands, 0.01, axis=0),
+        "q99": np.quantile(commands, 0.99, axis=0),
+        "min": commands.min(axis=0),
+        "max": commands.max(axis=0),
+    }
+    table = {name: values.round(6).tolist() for name, values in rounded.items()}
+    return {"action": {**table, "mask": [True] * (commands.shape[1] - 1) + [False]}}
+
+
+def pretrain(
+    policy: Policy,
+    task: Task,
+    prior: Sequence[Task],
+    held_out: Sequence[Task],
+    pretrain: dict,
+    config: dict,
+    names: dict,
+    run_dir: Path,
+    output: Path | None,
+    seed: int,
+    temperature: float,
+    num_envs: int,
+    processes: int,
+) -> int:
+    """Clones the experts of ``prior`` (and, a little, of ``task``) into a new policy; saves it to ``output``.
+
+    pretrain: demonstrations (task -> count), optimiser, iterations, steps_per_iteration, batch_size, label_sigma,
+        episodes (evaluated per task)
+    """
+    from robot_forgetting.methods.sft import SFT
+    from robot_forgetting.train import Optimiser
+
+    output = output or run_dir / "policy"
+    everything = [task, *prior, *held_out]
+    mixture = Mixture([*prior, task], pretrain["demonstrations"])
+    header = {"verb": "pretrain", "policy": names.get("policy"), "task": mixture.name, "method": "sft", "seed": seed}
+    header |= {"decode": {"temperature": temperature}}
+    header |= {"roles": {"new": [task.name], "prior": [t.name for t in prior], "held_out": [t.name for t in held_out]}}
+    with open_run(run_dir, config, header) as folder:
+        started = time.perf_counter()
+        statistics = {mixture.statistics: ranges(list(mixture.demonstrations(0)))}
+        policy.set_statistics(statistics)
+        folder.add_seconds("demonstrations", time.perf_counter() - started)
+        method: Method = SFT(
+            iterations=pretrain["iterations"],
+            steps_per_iteration=pretrain["steps_per_iteration"],
+            batch_size=pretrain["batch_size"],
+            demonstrations=sum(mixture.counts.values()),
+            label_sigma=pretrain["label_sigma"],
+            optimiser=None,
+            seed=seed,
+        )
+        started = time.perf_counter()
+        with bar("pretrain", method.iterations) as progress:
+
+            def advanced(iteration: int, row: dict) -> None:
+                progress.advance(iteration - progress.done, f"loss {row['loss']:.3f}")
+
+            optimiser = Optimiser(**pretrain["optimiser"])
+            train(
+                policy,
+                mixture,
+                method,
+                optimiser=optimiser,
+                run=folder,
+                seed=seed,
+                processes=processes,
+                progress=advanced,
+            )
+        folder.add_seconds("train", time.perf_counter() - started)
+        policy.save(output)
+        say(f"saved {output}")
+        started = time.perf_counter()
+        for decode, degree in (("sampled", temperature), ("greedy", 0.0)):
+            for one in everything:
+                role = "new" if one is task else "prior" if one in prior else "held_out"
+                fields = {"stage": 0, "iteration": 0, "trained_on": [], "role": role, "decode": decode}
+                seeds = test_seeds(one, pretrain["episodes"], one.seeds("test").start + CARD_SEED)
+                evaluate_into(folder, policy, one, seeds, temperature=degree, num_envs=num_envs, **fields)
+        folder.add_seconds("evaluate", time.perf_counter() - started)
+        summary = summarise(folder)
+        write_atomic(output / "README.md", card(names.get("policy"), summary, folder.run, pretrain))
+        folder.finish(summary)
+    say(f"card: {output / 'README.md'}")
+    return 0
+
+
+# The card's success rates are measured on states that no later experiment starts from.
+CARD_SEED = 700_000
+
+
+def card(name: str, summary: dict, run: dict, settings: dict) -> str:
+    """What was trained, how, and how well it does: every number from the run folder."""
+    parameters = ", ".join(f"{count} of {task}" for task, count in settings["demonstrations"].items())
+    seconds = run["timings"]
+    rows = [
+        f"| {r['task']} | {r['role'].replace('_', '-')} | {r['decode']} | {r['successes']}/{r['n']} | {r['rate']:.3f} | "
+        f"[{r['low']:.3f}, {r['high']:.3f}] |"
+        for r in summary["success"]
+    ]
+    hardware = run.get("hardware", {})
+    return "\n".join(
+        [
+            "# Base policy",
+            "",
+            "A small OpenVLA (same class as OpenVLA-7B, a few million parameters, random initialisation), trained by",
+            "behaviour cloning from scripted demonstrations in ManiSkill3. No data or weights of others went into it.",
+            "",
+            f"- command: `{shlex.join(['robot-forgetting', *sys.argv[1:]])}`",
+            f"- seed: {run['seed']}; demonstrations: {parameters}",
+            f"- optimiser steps: {settings['iterations'] * settings['steps_per_iteration']} of "
+            f"{settings['batch_size']} decisions",
+            f"- duration: {seconds.get('demonstrations', 0):.0f} s demonstrations, {seconds.get('train', 0):.0f} s training, "
+            f"{seconds.get('evaluate', 0):.0f} s evaluation, on {hardware.get('cpu', 'CPU')} "
+            f"({hardware.get('cores', '?')} cores)",
+            f"- render option: {run.get('render', {}).get('option')}",
+            "",
+            "Success on initial states used nowhere else; Wilson 95% intervals. `sampled` is temperature 1, the decode of",
+            "rollouts; `greedy` is temperature 0.",
+            "",
+            "| task | role | decode | successes | rate | interval |",
+            "| --- | --- | --- | --- | --- | --- |",
+            *rows,
+            "",
+        ]
+    )

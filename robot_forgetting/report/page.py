@@ -1,0 +1,367 @@
+"""``write_report``: run folders in, report.html and report.json out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+import jinja2
+from markupsafe import Markup
+
+from robot_forgetting.errors import UserError
+from robot_forgetting.files import plain, write_atomic, write_json
+from robot_forgetting.records import SCHEMA_VERSION, find_runs
+from robot_forgetting.report import figures, words
+from robot_forgetting.report.comparison import (
+    checkpoint_points,
+    curve_rows,
+    front_rows,
+    matched_rows,
+    of,
+    predictor_rows,
+)
+from robot_forgetting.report.media import Embedder, comparisons
+from robot_forgetting.report.runs import BASE, Group, Run, group, load
+from robot_forgetting.report.tables import (
+    PRIOR_MEAN,
+    columns,
+    divergence_rows,
+    forgetting_rows,
+    success_rows,
+    with_base,
+)
+from robot_forgetting.summary import DECODES
+
+STATES = ("base", "demonstrations", "fine_tuned")  # in order of preference for the plot
+MEASURES = {"forward_kl": "forward KL", "reverse_kl": "reverse KL", "total_variation": "total variation", "l2": "L2"}
+TERMS = (
+    ("Base policy, fine-tuned policy", "the policy before and after it is taught the new task."),
+    ("New, prior, held-out task", "the task that is taught; tasks the base policy could already do; a task that is only watched."),
+    ("Success", "share of episodes that reach the goal in time. An episode that crashes counts as a failure. In brackets, here and everywhere, a 95 % interval: Wilson's for one policy's episodes; Student's t over runs and initial states where several training seeds are averaged."),
+    ("Sampled, greedy", "actions drawn from the policy's distribution at temperature 1 (as in training rollouts), or always the most likely one."),
+    ("Forgetting", "base success minus fine-tuned success on a prior task, in points, on the same initial states (paired; Newcombe's interval for one run). Positive is a loss."),
+    ("Retention", "fine-tuned success divided by base success. Its interval treats the two as independent and is therefore rather too wide."),
+    ("Forward, reverse KL", "how far the fine-tuned action distribution has moved: KL(base || fine-tuned) and KL(fine-tuned || base), in nats, exact over the action tokens; per token, or summed over the tokens of one decision (control step)."),
+    ("Total variation, L2", "half the summed absolute difference, and the Euclidean distance, of the two distributions, per token; at most 1 and 1.41."),
+    ("States of", "whose episodes supply the observations at which the two distributions are compared."),
+    ("± in the divergence table", "one standard error, clustered by episode; over runs where there are several."),
+    ("Front", "the checkpoints that no other checkpoint of the method beats on both the new and the prior tasks."),
+    ("Matched comparison", "two methods at the same new-task success, since whoever learns less has less to forget."),
+)  # fmt: skip  # noqa: E501
+
+
+def write_report(run_folders: Sequence[Path], output: Path | None = None) -> Path:
+    """Writes the page and, beside it, a JSON file of the same name with every table; returns the page's path.
+
+    run_folders: run folders, or folders that hold some
+    output: the page's file, or a folder for report.html; default report.html here
+    """
+    if not run_folders:
+        raise UserError("no run folder given; name some, as in: robot-forgetting report runs/demo")
+    output = Path("report.html" if output is None else output)
+    if output.is_dir() or not output.suffix:
+        output = output / "report.html"
+    runs = [load(folder) for folder in find_runs(run_folders)]
+    groups = group(runs)
+    tables = build(runs, groups)
+    html = render(runs, groups, tables)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{output.parent} cannot be made: {error.strerror}; choose another output") from error
+    write_json(output.with_suffix(".json"), tables)
+    write_atomic(output, html)
+    print(f"{output} ({output.stat().st_size / 1e6:.1f} MB, {words.plural(len(runs), 'run')}); open it in a browser")
+    return output
+
+
+def build(runs: Sequence[Run], groups: Sequence[Group]) -> dict:
+    """Every table of the page as plain rows."""
+    points = checkpoint_points(groups)
+    tables = {
+        "schema_version": SCHEMA_VERSION,
+        "runs": [_provenance(run) for run in runs],
+        "success": success_rows(groups),
+        "forgetting": forgetting_rows(groups),
+        "divergence": divergence_rows(groups),
+        "checkpoints": points,
+        "fronts": front_rows(points),
+        "matched": matched_rows(groups),
+        "predictors": predictor_rows(points),
+        "curves": curve_rows(groups),
+        "errors": [
+            {"run": run.id, **{key: row.get(key) for key in ("stage", "iteration", "task", "decode", "seed", "error")}}
+            for run in runs
+            for row in run.episodes
+            if row.get("error")
+        ],
+    }
+    return plain(tables)
+
+
+def _provenance(run: Run) -> dict:
+    keys = ("verb", "seed", "decode", "versions", "hardware", "render", "timings", "peak_memory_bytes", "error")
+    sources = sorted({row["source"] for row in run.episodes if row.get("source")})
+    return {
+        "run": run.id,
+        "status": run.status,
+        "policy": run.policy,
+        "new_task": run.new_task,
+        "method": run.method,
+        "variant": run.variant,
+        "shipped": run.shipped,
+        "episodes": len(run.episodes),
+        "copied_from": sources,
+        "last_checkpoint": list(run.final) if run.final else None,
+    } | {key: run.state.get(key) for key in keys}
+
+
+def render(runs: Sequence[Run], groups: Sequence[Group], tables: dict) -> str:
+    """The page as text."""
+    files = resources.files("robot_forgetting.report")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    colours = figures.Colours([group.method for group in groups])
+    environment.globals |= {
+        "percent": words.percent,
+        "number": words.number,
+        "interval": words.interval,
+        "small": words.small,
+        "role_name": lambda task, role: (
+            "" if task == PRIOR_MEAN else {"new": "new task", "prior": "prior task"}.get(role, role.replace("_", "-"))
+        ),
+        "measure_name": lambda measure: MEASURES.get(measure, measure),
+        "states_name": lambda states: states.replace("_", "-"),
+        "colour": lambda method: colours.colour(method).replace(figures.INK, "currentColor"),
+    }
+    embedder = Embedder()
+    sections = []
+    for setting in dict.fromkeys((group.policy, group.new_task, group.shipped) for group in groups):
+        members = [group for group in groups if (group.policy, group.new_task, group.shipped) == setting]
+        sections.append(_section(len(sections), setting, members, tables, colours, embedder))
+    measured = sum(run.shipped is None for run in runs)
+    decodes = sorted({str(run.state["decode"]) for run in runs if run.state.get("decode")})
+    return environment.from_string((files / "page.html").read_text(encoding="utf-8")).render(
+        title="What was learned, and what was forgotten",
+        subtitle=f"robot_forgetting report of {time.strftime('%Y-%m-%d %H:%M')}; {words.plural(measured, 'run')} measured here"
+        + (f", {len(runs) - measured} shipped with the repository (marked)" if measured < len(runs) else ""),
+        css=Markup((files / "style.css").read_text(encoding="utf-8")),
+        sections=sections,
+        notes=_notes(runs, embedder),
+        runs=[_run_line(run) for run in runs],
+        decode="; ".join(decodes) or "not recorded",
+        provenance=_distinct(runs),
+        errors=tables["errors"],
+        terms=TERMS,
+    )
+
+
+def _section(index: int, setting: tuple, groups: list[Group], tables: dict, colours, embedder: Embedder) -> dict:
+    policy, new_task, shipped = setting
+    rows = {
+        name: of(tables[name], setting) for name in ("success", "forgetting", "divergence", "checkpoints", "fronts")
+    }
+    rows |= {name: of(tables[name], setting) for name in ("matched", "predictors", "curves")}
+    cols = columns(run for group in groups for run in group.runs)
+    points = rows["checkpoints"]
+    key = _plotted([key for row in points for key in row["divergence"]])
+    fit = None
+    if key:
+        measure, unit, inputs, states = key.split("|")
+        wanted = {"predictor": measure, "unit": unit, "inputs": inputs, "states": states}
+        fit = next((row for row in rows["predictors"] if wanted.items() <= row.items()), None)
+    name = f"s{index}"
+    learned = [row for row in points if row["stage"] > 0]
+    variants = [group.variant for group in with_base(groups)]
+    return {
+        "id": name,
+        "title": f"{new_task} with {policy}" + (", shipped results" if shipped else ""),
+        "shipped": shipped,
+        "reading": " ".join(words.reading(policy, new_task, rows["success"], rows["forgetting"], rows["matched"], fit)),
+        "columns": cols,
+        "success": _wide(rows["success"], cols, variants, colours, "Share of episodes that succeed"),
+        "forgetting": _wide(
+            rows["forgetting"],
+            [col for col in cols if col[1] != "new"],
+            variants,
+            colours,
+            "Forgetting in points: base minus fine-tuned success on the same initial states, with 95 % intervals",
+        ),
+        "detectable": words.detectable(rows["forgetting"]),
+        "scatter": Markup(figures.scatter(points, rows["fronts"], colours, f"{name}a")) if learned else None,
+        "matched": rows["matched"] if len({row["method"] for row in learned}) > 1 or rows["matched"] else [],
+        "divergence": _divergence(rows["divergence"], cols, variants),
+        "kl": Markup(figures.kl_against_forgetting(points, key, colours, f"{name}b")) if key and learned else None,
+        "kl_text": _kl_text(key) if key else "",
+        "predictors": rows["predictors"] if any(row["r2"] is not None for row in rows["predictors"]) else [],
+        "curves": Markup(figures.learning_curves(points, rows["curves"], colours, f"{name}c"))
+        if points or rows["curves"]
+        else None,
+        "videos": _videos(groups, embedder),
+    }
+
+
+def _plotted(keys: Sequence[str]) -> str | None:
+    """The forward KL on new-task inputs, on the first kind of states there is."""
+    for states in STATES:
+        key = f"forward_kl|nats/token|new|{states}"
+        if key in keys:
+            return key
+    return None
+
+
+def _kl_text(key: str) -> str:
+    states = {"base": "the base policy's episodes", "fine_tuned": "the fine-tuned policy's own episodes"}
+    return f"forward KL on new-task inputs, at states of {states.get(key.split('|')[3], 'demonstrations')}"
+
+
+def _wide(rows: list[dict], cols, variants, colours, caption: str) -> list[dict]:
+    """Rows as one table per decode: a line per policy, a cell per task."""
+    tables = []
+    for decode in DECODES:
+        mine = [row for row in rows if row["decode"] == decode]
+        lines = []
+        for variant in dict.fromkeys(variants):
+            cells = {row["task"]: row for row in mine if row["variant"] == variant}
+            if not cells:
+                continue
+            first = next(iter(cells.values()))
+            colour = colours.colour(first["method"])
+            line = {"method": first["method"], "variant": variant, "cells": []}
+            line["note"] = "" if variant == BASE else words.plural(first["runs"], "run")
+            for task, _ in cols:
+                row = cells.get(task)
+                strip = ""
+                if row and "rate" in row:
+                    strip = Markup(
+                        figures.strip([run["rate"] for run in row["per_run"]], row["low"], row["high"], colour)
+                    )
+                line["cells"].append({"row": row, "strip": strip, "mean": task == PRIOR_MEAN})
+            lines.append(line)
+        if lines:
+            how = "temperature 1, as in rollouts" if decode == "sampled" else "temperature 0"
+            dots = "; dots are runs, the bar the interval" if "rate" in mine[0] else ""
+            tables.append({"caption": f"{caption}. Decode: {decode} ({how}){dots}.", "lines": lines})
+    return tables
+
+
+def _divergence(rows: list[dict], cols, variants) -> list[dict]:
+    tables = []
+    for states in sorted({row["states"] for row in rows}, key=lambda s: STATES.index(s) if s in STATES else 9):
+        mine = [row for row in rows if row["states"] == states]
+        measures = list(dict.fromkeys((row["measure"], row["unit"]) for row in mine))
+        lines = []
+        for variant in dict.fromkeys(variants):
+            for task, role in cols:
+                cells = {(r["measure"], r["unit"]): r for r in mine if (r["variant"], r["task"]) == (variant, task)}
+                if cells:
+                    first = next(iter(cells.values()))
+                    line = {key: first[key] for key in ("method", "variant", "n", "episodes")}
+                    lines.append(line | {"task": task, "role": role, "cells": [cells.get(key) for key in measures]})
+        shown = states.replace("_", "-")
+        tables.append(
+            {
+                "title": f"The same at states of: {shown}",
+                "caption": f"Distance between the action distributions of base and final policy, at states of: {shown}. "
+                "Mean ± one standard error.",
+                "measures": [{"name": MEASURES.get(m, m), "unit": unit} for m, unit in measures],
+                "lines": lines,
+            }
+        )
+    return tables
+
+
+def _videos(groups: Sequence[Group], embedder: Embedder) -> list[dict]:
+    rows = comparisons(groups)
+    for row in rows:
+        for video in row["videos"]:
+            path = video.pop("path")
+            label = "base policy" if video["who"] == BASE else f"after {video['who']}"
+            video |= {"uri": embedder.uri(path), "name": path.name, "label": label}
+    return rows
+
+
+def _notes(runs: Sequence[Run], embedder: Embedder) -> list[str]:
+    notes = []
+    for run in runs:
+        if run.status != "finished":
+            reached = f"evaluated up to iteration {run.final[1]}" if run.final else "no fine-tuned policy evaluated yet"
+            why = f" ({run.state['error']})" if run.state.get("error") else ""
+            notes.append(f"Run {run.id} is {run.status}{why}: {reached}; its numbers are not final.")
+    seen: dict[tuple, bool] = {}
+    differing = 0
+    for run in runs:
+        for (stage, _, task, _, decode), seeds in run.outcomes.items():
+            for seed, success in seeds.items() if stage == 0 else ():
+                differing += seen.setdefault((run.policy, run.shipped, task, decode, seed), success) != success
+    if differing:
+        notes.append(
+            f"The base policy's outcome differs between runs on {words.plural(differing, 'episode')}; the first run counts."
+        )
+    if embedder.left_out:
+        notes.append(
+            f"{words.plural(embedder.left_out, 'video')} left out to keep the page small; see the run folders."
+        )
+    return notes
+
+
+def _run_line(run: Run) -> dict:
+    timings = {
+        name: value for name, value in (run.state.get("timings") or {}).items() if isinstance(value, (int, float))
+    }
+    total = timings.get("total", sum(timings.values()) if timings else None)
+    memory = run.state.get("peak_memory_bytes")
+    unfinished = run.status != "finished"
+    return {
+        "id": run.id,
+        "shipped": run.shipped,
+        "status": run.status,
+        "reached": f"evaluated to iteration {run.final[1]}" if unfinished and run.final else "",
+        "error": run.state.get("error"),
+        "method": run.variant or run.method,
+        "seed": run.state.get("seed"),
+        "wall": words.duration(total),
+        "timings": [(name, words.duration(value)) for name, value in timings.items() if name != "total"],
+        "memory": "n/a" if not memory else f"{memory / 1e9:.1f} GB",
+        "episodes": len(run.episodes),
+        "crashed": sum(bool(row.get("error")) for row in run.episodes),
+    }
+
+
+def _distinct(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """Versions, hardware and render options; said once where all runs agree, else with the runs they belong to."""
+    result = []
+    names = {
+        "policy": "Policy",
+        "render": "Render option",
+        "hardware": "Hardware",
+        "versions": "Versions",
+        "shipped": "Shipped",
+    }
+    for key, title in names.items():
+        found: dict[str, list[str]] = {}
+        for run in runs:
+            value = run.policy if key == "policy" else run.state.get(key)
+            if value:
+                found.setdefault(_text(value), []).append(run.id)
+        if found:
+            everywhere = len(found) == 1 and len(next(iter(found.values()))) == len(runs)
+            lines = [text if everywhere else f"{text} ({_some(ids)})" for text, ids in found.items()]
+            result.append((title, lines))
+    copied = sorted({row["source"] for run in runs for row in run.episodes if row.get("source")})
+    if copied:
+        result.append(("Base episodes copied from", [", ".join(copied)]))
+    return result
+
+
+def _some(ids: Sequence[str]) -> str:
+    return ", ".join(ids[:3]) + (f" and {len(ids) - 3} more" if len(ids) > 3 else "")
+
+
+def _text(value) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_text(item)}" for key, item in value.items() if item is not None)
+    return ", ".join(map(_text, value)) if isinstance(value, list) else str(value)

@@ -1,0 +1,166 @@
+"""What the report needs of each run folder, and which runs belong in one row of a table."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from robot_forgetting.records import RunFolder
+from robot_forgetting.summary import outcomes
+
+BASE = "base"
+# Keys in which the configurations of two seeds of one experiment may differ.
+SEED_KEYS = {"seed", "seeds", "run_dir", "hydra", "name", "sweep", "output", "debug", "processes", "num_envs", "device"}
+
+Key = tuple[int, int, str, str, str]  # stage, iteration, task, role, decode
+
+
+@dataclass
+class Run:
+    """A run folder, read once. ``outcomes``: (stage, iteration, task, role, decode) -> {seed: success}."""
+
+    folder: RunFolder
+    state: dict
+    status: str
+    episodes: list[dict]
+    train: list[dict]
+    divergence: list[dict]
+    variant: str = ""
+    outcomes: dict[Key, dict[int, bool]] = field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        return self.folder.id
+
+    @property
+    def policy(self) -> str:
+        return name_of(self.state.get("policy")) or "policy"
+
+    @property
+    def method(self) -> str:
+        """Method and penalty, such as "sft + kl_forward"; "base" where nothing was trained."""
+        method, penalty = name_of(self.state.get("method")), name_of(self.state.get("penalty"))
+        if method is None or (self.state.get("verb", "run") != "run" and not self.checkpoints):
+            return BASE
+        return method if penalty in (None, "none") else f"{method} + {penalty}"
+
+    @property
+    def shipped(self) -> str | None:
+        return self.state.get("shipped") or None
+
+    @cached_property
+    def tasks(self) -> dict[str, list[str]]:
+        """Role -> tasks, in the order of the run's configuration, then as met in its episodes."""
+        roles = {role: [name_of(task) for task in tasks] for role, tasks in (self.state.get("roles") or {}).items()}
+        for _, _, task, role, _ in self.outcomes:
+            if task not in roles.setdefault(role, []):
+                roles[role].append(task)
+        return {role: roles.get(role, []) for role in ("new", "prior", "held_out")}
+
+    @property
+    def new_task(self) -> str:
+        return " + ".join(self.tasks["new"]) or name_of(self.state.get("task")) or "task"
+
+    @cached_property
+    def checkpoints(self) -> list[tuple[int, int]]:
+        """(stage, iteration) of the evaluated fine-tuned policies, in the order of training."""
+        return sorted({(stage, iteration) for stage, iteration, *_ in self.outcomes if stage > 0})
+
+    @property
+    def final(self) -> tuple[int, int] | None:
+        return self.checkpoints[-1] if self.checkpoints else None
+
+    def tried(self, checkpoint: tuple[int, int], task: str, decode: str = "sampled") -> dict[int, bool]:
+        """{seed: success} of a task at a checkpoint ((0, 0) is the base policy), whatever the task's role."""
+        for (stage, iteration, name, _, mode), seeds in self.outcomes.items():
+            if (stage, iteration, name, mode) == (*checkpoint, task, decode):
+                return seeds
+        return {}
+
+    @cached_property
+    def progress(self) -> dict[int, dict]:
+        """Iteration -> {"seconds", "env_steps", "success"}: cumulative training time and steps, rollout success."""
+        result: dict[int, dict] = {}
+        seconds = steps = 0.0
+        for row in self.train:
+            seconds += row.get("seconds") or 0.0
+            steps += row.get("env_steps") or 0
+            entry = result.setdefault(row["iteration"], {"success": None})
+            entry |= {"seconds": seconds, "env_steps": steps}
+            if row.get("rollout_success") is not None:
+                entry["success"] = row["rollout_success"]
+        return result
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in nothing but their seed: one row of a table."""
+
+    policy: str
+    new_task: str
+    method: str  # method and penalty
+    variant: str  # the same, with the settings that tell it from others of this method
+    shipped: str | None
+    runs: tuple[Run, ...]
+
+    @property
+    def keys(self) -> dict:
+        names = ("policy", "new_task", "method", "variant", "shipped")
+        return {name: getattr(self, name) for name in names}
+
+
+def load(folder: RunFolder) -> Run:
+    episodes = folder.episodes()
+    run = Run(folder, folder.run, folder.status, episodes, folder.rows("train"), folder.rows("divergence"))
+    run.outcomes = outcomes(episodes)
+    return run
+
+
+def group(runs: Sequence[Run]) -> list[Group]:
+    """Runs by policy, new task, method with its settings, and whether they were measured here or shipped."""
+    families: dict[tuple, list[Run]] = {}
+    for run in runs:
+        families.setdefault((run.policy, run.new_task, run.method, run.shipped), []).append(run)
+    groups = []
+    for (policy, new_task, method, shipped), family in families.items():
+        variants: dict[str, list[Run]] = {}
+        for run, variant in zip(family, _variants(method, family), strict=True):
+            run.variant = variant
+            variants.setdefault(variant, []).append(run)
+        groups += [
+            Group(policy, new_task, method, variant, shipped, tuple(members)) for variant, members in variants.items()
+        ]
+    # Measured before shipped, otherwise as given.
+    return sorted(groups, key=lambda group: (group.policy, group.new_task, group.shipped is not None))
+
+
+def _variants(method: str, runs: Sequence[Run]) -> list[str]:
+    """The method's name, followed by the settings in which its runs differ apart from their seed."""
+    if method == BASE:
+        return [BASE] * len(runs)
+    flat = [_flatten(run.folder.config()) for run in runs]
+    keys = sorted({key for config in flat for key in config})
+    differing = [key for key in keys if len({config.get(key) for config in flat}) > 1]
+    names = []
+    for config in flat:
+        shown = [f"{key.removeprefix('method.')}={config.get(key, 'none')}" for key in differing]
+        names.append(method + (f" ({', '.join(shown[:3])}{', ...' if len(shown) > 3 else ''})" if shown else ""))
+    return names
+
+
+def _flatten(value, prefix: str = "") -> dict[str, str]:
+    if isinstance(value, dict):
+        parts = (_flatten(item, f"{prefix}{key}.") for key, item in value.items() if key not in SEED_KEYS)
+        return {key: item for part in parts for key, item in part.items()}
+    text = value if isinstance(value, str) else json.dumps(value)
+    return {prefix[:-1]: re.sub(r"seed_?\d+", "seed", text)}
+
+
+def name_of(value) -> str | None:
+    """The name in what run.json says of a policy, task, method or penalty: a string, or {"name": ...}."""
+    if isinstance(value, dict):
+        value = value.get("name") or str(value.get("_target_", "")).rpartition(".")[2] or None
+    return None if value is None else str(value)
