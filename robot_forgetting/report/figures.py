@@ -131,13 +131,11 @@ def learning_curves(points: Sequence[dict], rollouts: Sequence[dict], colours: C
             x, y = np.array([row["env_steps"] for row in mine]) / 1000, np.array([row["success"] for row in mine])
             colour = colours.colour(mine[0]["method"])
             left.plot(x, y, color=colour, linewidth=0.8, alpha=0.35)
-            smooth = np.array([y[max(0, i - 4) : i + 1].mean() for i in range(len(y))])
+            smooth = np.array([y[max(0, i - 2) : i + 3].mean() for i in range(len(y))])
             left.plot(x, smooth, color=colour, label=mine[0]["method"])
         if not on_policy:
             left.text(0.5, 0.5, "no rollouts in these runs", transform=left.transAxes, ha="center", va="center")
-        left.set(
-            title="Training rollouts (mean of 5 iterations over the single ones)", xlabel="environment steps, thousands"
-        )
+        left.set(title="Training rollouts", xlabel="environment steps, thousands")
         left.set_ylabel("success")
         for run in dict.fromkeys(row["run"] for row in points):
             mine = [row for row in points if row["run"] == run]

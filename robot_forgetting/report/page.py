@@ -36,20 +36,6 @@ from robot_forgetting.summary import DECODES
 
 STATES = ("base", "demonstrations", "fine_tuned")  # in order of preference for the plot
 MEASURES = {"forward_kl": "forward KL", "reverse_kl": "reverse KL", "total_variation": "total variation", "l2": "L2"}
-TERMS = (
-    ("Base policy, fine-tuned policy", "the policy before and after it is taught the new task."),
-    ("New, prior, held-out task", "the task that is taught; tasks the base policy could already do; a task that is only watched."),
-    ("Success", "share of episodes that reach the goal in time. An episode that crashes counts as a failure. In brackets, here and everywhere, a 95 % interval: Wilson's for one policy's episodes; Student's t over runs and initial states where several training seeds are averaged."),
-    ("Sampled, greedy", "actions drawn from the policy's distribution at temperature 1 (as in training rollouts), or always the most likely one."),
-    ("Forgetting", "base success minus fine-tuned success on a prior task, in points, on the same initial states (paired; Newcombe's interval for one run). Positive is a loss."),
-    ("Retention", "fine-tuned success divided by base success. Its interval treats the two as independent and is therefore rather too wide."),
-    ("Forward, reverse KL", "how far the fine-tuned action distribution has moved: KL(base || fine-tuned) and KL(fine-tuned || base), in nats, exact over the action tokens; per token, or summed over the tokens of one decision (control step)."),
-    ("Total variation, L2", "half the summed absolute difference, and the Euclidean distance, of the two distributions, per token; at most 1 and 1.41."),
-    ("States of", "whose episodes supply the observations at which the two distributions are compared."),
-    ("± in the divergence table", "one standard error, clustered by episode; over runs where there are several."),
-    ("Front", "the checkpoints that no other checkpoint of the method beats on both the new and the prior tasks."),
-    ("Matched comparison", "two methods at the same new-task success, since whoever learns less has less to forget."),
-)  # fmt: skip  # noqa: E501
 
 
 def write_report(run_folders: Sequence[Path], output: Path | None = None) -> Path:
@@ -124,15 +110,13 @@ def render(runs: Sequence[Run], groups: Sequence[Group], tables: dict) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    colours = figures.Colours([group.method for group in groups])
+    colours = figures.Colours([one.method for one in groups])
     environment.globals |= {
         "percent": words.percent,
         "number": words.number,
         "interval": words.interval,
         "small": words.small,
-        "role_name": lambda task, role: (
-            "" if task == PRIOR_MEAN else {"new": "new task", "prior": "prior task"}.get(role, role.replace("_", "-"))
-        ),
+        "role_name": _role_name,
         "measure_name": lambda measure: MEASURES.get(measure, measure),
         "states_name": lambda states: states.replace("_", "-"),
         "colour": lambda method: colours.colour(method).replace(figures.INK, "currentColor"),
@@ -151,12 +135,18 @@ def render(runs: Sequence[Run], groups: Sequence[Group], tables: dict) -> str:
         css=Markup((files / "style.css").read_text(encoding="utf-8")),
         sections=sections,
         notes=_notes(runs, embedder),
+        lead=[section for section in sections if not section["shipped"]] or sections,
         runs=[_run_line(run) for run in runs],
         decode="; ".join(decodes) or "not recorded",
         provenance=_distinct(runs),
         errors=tables["errors"],
-        terms=TERMS,
     )
+
+
+def _role_name(task: str, role: str) -> str:
+    if task == PRIOR_MEAN:
+        return ""
+    return {"new": "new task", "prior": "prior task"}.get(role, role.replace("_", "-"))
 
 
 def _section(index: int, setting: tuple, groups: list[Group], tables: dict, colours, embedder: Embedder) -> dict:
@@ -196,7 +186,7 @@ def _section(index: int, setting: tuple, groups: list[Group], tables: dict, colo
         "divergence": _divergence(rows["divergence"], cols, variants),
         "kl": Markup(figures.kl_against_forgetting(points, key, colours, f"{name}b")) if key and learned else None,
         "kl_text": _kl_text(key) if key else "",
-        "predictors": rows["predictors"] if any(row["r2"] is not None for row in rows["predictors"]) else [],
+        "predictors": [row for row in rows["predictors"] if row["r2"] is not None],
         "curves": Markup(figures.learning_curves(points, rows["curves"], colours, f"{name}c"))
         if points or rows["curves"]
         else None,
@@ -267,7 +257,7 @@ def _divergence(rows: list[dict], cols, variants) -> list[dict]:
                 "title": f"The same at states of: {shown}",
                 "caption": f"Distance between the action distributions of base and final policy, at states of: {shown}. "
                 "Mean ± one standard error.",
-                "measures": [{"name": MEASURES.get(m, m), "unit": unit} for m, unit in measures],
+                "measures": [{"name": MEASURES.get(m, m), "unit": unit.replace("1/", "per ")} for m, unit in measures],
                 "lines": lines,
             }
         )

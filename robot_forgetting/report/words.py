@@ -1,4 +1,4 @@
-"""Numbers as text, and the paragraph that says in plain words what was measured, never more than the intervals allow."""
+"""Numbers as text, and the paragraph that says in plain words what was measured, no more than the intervals allow."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from robot_forgetting.report.runs import BASE
 from robot_forgetting.report.tables import PRIOR_MEAN
 
 MINUS = "\N{MINUS SIGN}"
+SPACE = "\N{NO-BREAK SPACE}"
 
 
 def percent(value: float | None) -> str:
-    return "n/a" if value is None else f"{100 * value:.0f} %"
+    return "n/a" if value is None else f"{100 * value:.0f}{SPACE}%"
 
 
 def number(value: float | None, signed: bool = False) -> str:
@@ -30,11 +31,13 @@ def interval(low: float | None, high: float | None) -> str:
     return f"[{'' if low is None else number(low)}, {'' if high is None else number(high)}]"
 
 
-def small(value: float | None) -> str:
-    """Three significant digits: 0.0123, 1.23, 45.6."""
+def small(value: float | None, digits: int = 3) -> str:
+    """Significant digits: 0.0123, 1.20, 456."""
     if value is None:
         return "n/a"
-    return f"{value:.3g}" if abs(value) >= 1e-4 or value == 0 else f"{value:.1e}"
+    if value != 0 and abs(value) < 1e-4:
+        return f"{value:.1e}"
+    return f"{value:#.{digits}g}".rstrip(".") if value else "0"
 
 
 def duration(seconds: float | None) -> str:
@@ -59,84 +62,85 @@ def reading(
 ) -> list[str]:
     """Sentences about one setting, from its rows (sampled decode)."""
     sampled = [row for row in success if row["decode"] == "sampled"]
-    prior = PRIOR_MEAN if any(row["task"] == PRIOR_MEAN for row in sampled) else None
-    variants = list(dict.fromkeys(row["variant"] for row in sampled))
     sentences = []
-    for variant in variants:
+    for variant in dict.fromkeys(row["variant"] for row in sampled):
         mine = [row for row in sampled if row["variant"] == variant]
-        new = next((row for row in mine if row["role"] == "new"), None)
-        rest = next((row for row in mine if row["task"] == prior or (prior is None and row["role"] == "prior")), None)
-        parts = []
-        if new:
-            parts.append(f"the new task {new['task']} in {percent(new['rate'])} of {new['n']} episodes {_between(new)}")
-        if rest:
-            which = "the prior tasks, on average," if prior else f"the prior task {rest['task']}"
-            parts.append(f"{which} in {percent(rest['rate'])} of {rest['n']} {_between(rest)}")
+        new = [row for row in mine if row["role"] == "new"]
+        prior = [row for row in mine if row["task"] == PRIOR_MEAN] or [row for row in mine if row["role"] == "prior"]
+        parts = [f"the new task {row['task']} in {_rate(row)}" for row in new] if variant == BASE else []
+        parts += [f"{row['task'] if len(new) > 1 else 'the new task'} in {_rate(row)}" for row in new if not parts]
+        for row in prior:
+            which = "the prior tasks on average" if row["task"] == PRIOR_MEAN else f"the prior task {row['task']}"
+            parts.append(f"{which} in {_rate(row)}")
         if not parts:
             continue
         if variant == BASE:
-            who = f"Before any fine-tuning the base policy {policy}"
+            who = f"Before fine-tuning, the base policy {policy}"
         else:
-            who = f"After fine-tuning with {variant} ({plural((new or rest)['runs'], 'run')}) it"
+            who = f"After {variant} ({plural(max(row['runs'] for row in mine), 'run')}) it"
         sentences.append(f"{who} solved {' and '.join(parts)}.")
-        lost = next((row for row in forgetting if _is(row, variant, rest)), None)
-        if lost:
-            sentences.append(_lost(lost))
+        sentences += [
+            _lost(row)
+            for row in forgetting
+            if (row["variant"], row["decode"]) == (variant, "sampled") and row["task"] in {one["task"] for one in prior}
+        ]
+    if sentences:
+        sentences.insert(0, "Brackets hold 95 % intervals.")
     for row in matched:
-        if row["level"] is not None and row["note"]:
+        if row["level"] is None:
+            pair = f"{row['first']} and {row['second']}"
+            sentences.append(f"{pair} cannot be compared at equal new-task success: {row['note']}.")
+        elif row["note"]:
             sentences.append(_matched(row))
-        elif row["level"] is None:
-            sentences.append(
-                f"{row['first']} and {row['second']} cannot be compared at equal new-task success: {row['note']}."
-            )
     if fit is not None and fit["r2"] is not None:
-        where = f" (bootstrap over runs {fit['low']:.2f} to {fit['high']:.2f})" if fit["low"] is not None else ""
+        where = f" [{fit['low']:.2f}, {fit['high']:.2f}]" if fit["low"] is not None else ""
         sentences.append(
-            f"Over {fit['n']} checkpoints of {plural(fit['runs'], 'run')}, a quadratic function of the forward KL on new-task "
-            f"inputs accounts for R\N{SUPERSCRIPT TWO} = {fit['r2']:.2f}{where} of the variation in prior-task forgetting."
+            f"Over {fit['n']} checkpoints of {plural(fit['runs'], 'run')}, a quadratic function of the forward KL on "
+            f"new-task inputs accounts for R\N{SUPERSCRIPT TWO} = {fit['r2']:.2f}{where} of the variation in forgetting."
         )
     return sentences or [f"Nothing was evaluated yet on {new_task}."]
 
 
 def detectable(rows: Sequence[dict]) -> str | None:
     """The smallest single-task difference that one run's episodes can show."""
-    singles = [
-        row for row in rows if row["task"] != PRIOR_MEAN and row["decode"] == "sampled" and row["role"] == "prior"
-    ]
-    if not singles:
+    rows = [row for row in rows if (row["decode"], row["role"]) == ("sampled", "prior") and row["task"] != PRIOR_MEAN]
+    if not rows:
         return None
-    row = min(singles, key=lambda row: row["n"] / row["runs"])
+    row = min(rows, key=lambda row: row["n"] / row["runs"])
     n, rate = round(row["n"] / row["runs"]), min(max(row["base"], 0.05), 0.95)
     points = minimum_detectable_difference(n, rate)
     return (
-        f"With {n} episodes per task and run, and outcomes of base and fine-tuned policy taken as independent, a change of "
-        f"less than {number(points)} points on one task would be missed in more than one of five repetitions."
+        f"With {n} episodes per task and run, and the outcomes of base and fine-tuned policy taken for independent, a "
+        f"change of less than {number(points)} points on one task would be missed in more than one of five repetitions."
     )
 
 
-def _between(row: dict) -> str:
-    return f"(95 % interval {number(row['low'])} to {number(row['high'])} %)"
+def _rate(row: dict) -> str:
+    return f"{percent(row['rate'])} of {row['n']} episodes {interval(row['low'], row['high'])}"
 
 
-def _is(row: dict, variant: str, rest: dict | None) -> bool:
-    return rest is not None and (row["variant"], row["task"], row["decode"]) == (variant, rest["task"], "sampled")
+def _span(row: dict) -> str:
+    return f"[{number(row['low'], True)}, {number(row['high'], True)}]"
 
 
 def _lost(row: dict) -> str:
-    span = f"[{number(row['low'], True)}, {number(row['high'], True)}]"
+    which = "prior-task success" if row["task"] == PRIOR_MEAN else f"success on {row['task']}"
     if row["low"] > 0:
-        return f"It forgot {number(row['forgetting'])} points of prior-task success on paired initial states {span}."
+        return f"It forgot {number(row['forgetting'])} points of {which} on paired initial states {_span(row)}."
     if row["high"] < 0:
-        return f"Prior-task success rose by {number(-row['forgetting'])} points on paired initial states (forgetting {span})."
-    return f"Its forgetting, {number(row['forgetting'], True)} points {span}, cannot be told from none."
+        gained = number(-row["forgetting"])
+        return f"Its {which} rose by {gained} points on paired initial states (forgetting {_span(row)})."
+    return (
+        f"Its forgetting of {which}, {number(row['forgetting'], True)} points {_span(row)}, cannot be told from none."
+    )
 
 
 def _matched(row: dict) -> str:
     text = (
-        f"At the same new-task success of {percent(row['level'])}, prior-task success was {percent(row['first_prior'])} with "
-        f"{row['first']} and {percent(row['second_prior'])} with {row['second']}"
+        f"At the same new-task success of {percent(row['level'])}, prior-task success was "
+        f"{percent(row['first_prior'])} with {row['first']} and {percent(row['second_prior'])} with {row['second']}"
     )
-    span = f"{number(row['difference'], True)} points [{number(row['low'], True)}, {number(row['high'], True)}]"
-    verdict = "an interval that excludes zero" if row["low"] > 0 or row["high"] < 0 else "not told apart"
-    runs = "" if row["over"] != "initial states only" else "; it does not cover other training seeds"
-    return f"{text}: {span}, {verdict}{runs}."
+    difference = f"{number(row['difference'], True)} points {_span(row)}"
+    verdict = "which excludes zero" if row["low"] > 0 or row["high"] < 0 else "not told apart"
+    runs = "; the interval does not cover other training seeds" if row["over"] == "initial states only" else ""
+    return f"{text}: {difference}, {verdict}{runs}."
