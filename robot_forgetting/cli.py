@@ -65,6 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         verb, *rest = arguments
         if verb not in VERBS:
             raise unknown("verb", verb, VERBS)
+        if verb == "doctor":  # must work where nothing else does
+            if rest:
+                raise UserError(f"doctor takes no arguments, not '{rest[0]}'")
+            return _load(VERBS[verb][0])()
         return _hydra_main(verb, *_split(verb, rest), debug)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command again continues where it stopped", file=sys.stderr)

@@ -76,6 +76,7 @@ def complaint(capsys, *arguments: str) -> str:
         (["run", "prior=pick_cube"], "prior=pick_cube is not a list"),
         (["run", "seed=0,1"], "add --multirun"),
         (["run", "task=["], "cannot read 'task=['"),
+        (["doctor", "task=stack_cube"], "doctor takes no arguments"),
         (["run", "stack_cube"], "is not of the form key=value"),
         (["run", "--experimental-rerun=config.pickle"], "unknown option"),
         (["run", "--cfg", "everything"], "--cfg job"),
