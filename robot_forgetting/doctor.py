@@ -51,7 +51,7 @@ class Check:
 def doctor() -> int:
     """Prints one line per part; returns 0, or 2 where a needed part fails."""
     failed = False
-    for examine in (python, packages, torchvision, gpu, vulkan_device, lavapipe, assets, disk, weights):
+    for examine in (python, packages, libraries, torchvision, gpu, vulkan_device, lavapipe, assets, disk, weights):
         check = guarded(examine)
         failed |= check.state == "FAIL"
         print(check, flush=True)
@@ -85,6 +85,15 @@ def packages() -> Check:
         return Check("packages", "FAIL", "; ".join(words), "type: make setup")
     shown = ("torch", "transformers", "mani-skill", "sapien")
     return Check("packages", "ok", ", ".join(f"{name} {found[name]}" for name in shown))
+
+
+def libraries() -> Check:
+    """mani-skill imports opencv, which opens system libraries that a bare machine lacks."""
+    result = subprocess.run([sys.executable, "-c", "import cv2"], capture_output=True, text=True, timeout=60)
+    if result.returncode:
+        said = (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1]
+        return Check("libraries", "FAIL", said, "type: make setup, or apt-get install libgl1 libglib2.0-0")
+    return Check("libraries", "ok", "opencv finds its system libraries")
 
 
 def torchvision() -> Check:

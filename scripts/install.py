@@ -5,6 +5,7 @@ Run by `make setup` with any Python >= 3.11; needs only the standard library. Sa
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shlex
 import shutil
@@ -21,7 +22,13 @@ TORCH_CPU = "https://download.pytorch.org/whl/cpu"
 LAVAPIPE = (24, 3)  # older ones lack what SAPIEN 3 asks of a device
 APT_UPDATE = "apt-get -qq update"
 APT_INSTALL = "apt-get -qq install -y --no-install-recommends -o DPkg::Lock::Timeout=120 "
-DRIVER_PACKAGES = ["mesa-vulkan-drivers", "libvulkan1", "libegl1"]
+LAVAPIPE_PACKAGE = "mesa-vulkan-drivers"
+LIBRARIES = {  # what SAPIEN and its opencv open: the package that has it
+    "libvulkan.so.1": "libvulkan1",
+    "libEGL.so.1": "libegl1",
+    "libGL.so.1": "libgl1",
+    "libgthread-2.0.so.0": "libglib2.0-0",
+}
 
 
 class Failure(Exception):
@@ -80,40 +87,52 @@ def installed_version(package: str) -> tuple[int, ...]:
     return version(number) if status.startswith("ii") else ()
 
 
-def lavapipe_lines() -> list[str]:
-    """The apt lines that install lavapipe; Debian 12 has a new enough one only in its backports.
+def loads(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
 
-    Backports are added from the mirror that this machine uses already.
+
+def apt_lines(packages: list[str]) -> list[str]:
+    """The apt lines that install packages; on Debian 12 with backports, which alone have a new enough lavapipe.
+
+    Backports are added, where lavapipe is needed, from the mirror that this machine uses already.
     """
-    target = ""
-    lines = []
-    if output("sh", "-c", ". /etc/os-release && echo $VERSION_CODENAME").strip() == "bookworm":
-        target = "-t bookworm-backports "
-        rows = output("apt-get", "indextargets", "--format", "$(REPO_URI) $(RELEASE)").splitlines()
-        mirrors = {release: uri for uri, release in (row.split() for row in rows if len(row.split()) == 2)}
-        if "bookworm-backports" not in mirrors:
-            source = f"deb {mirrors.get('bookworm', 'http://deb.debian.org/debian')} bookworm-backports main"
-            lines = [f"echo '{source}' > /etc/apt/sources.list.d/bookworm-backports.list"]
-    return [*lines, APT_UPDATE, APT_INSTALL + target + " ".join(DRIVER_PACKAGES)]
+    if output("sh", "-c", ". /etc/os-release && echo $VERSION_CODENAME").strip() != "bookworm":
+        return [APT_UPDATE, APT_INSTALL + " ".join(packages)]
+    rows = output("apt-get", "indextargets", "--format", "$(REPO_URI) $(RELEASE)").splitlines()
+    mirrors = {release: uri for uri, release in (row.split() for row in rows if len(row.split()) == 2)}
+    lines = [APT_UPDATE, APT_INSTALL + "-t bookworm-backports " + " ".join(packages)]
+    if "bookworm-backports" in mirrors:
+        return lines
+    if LAVAPIPE_PACKAGE not in packages:
+        return [APT_UPDATE, APT_INSTALL + " ".join(packages)]
+    source = f"deb {mirrors.get('bookworm', 'http://deb.debian.org/debian')} bookworm-backports main"
+    return [f"echo '{source}' > /etc/apt/sources.list.d/bookworm-backports.list", *lines]
 
 
-def vulkan_driver() -> str:
-    """Sees to a Vulkan driver and says which; ``Failure`` where there is none and none can be installed."""
-    if has_nvidia_gpu():
-        return "the NVIDIA driver's"
+def system_packages() -> str:
+    """Sees to the libraries and the Vulkan driver that SAPIEN needs and says which driver that is."""
+    if sys.platform != "linux":
+        return "the system's"
+    nvidia = has_nvidia_gpu()
+    missing = [package for library, package in LIBRARIES.items() if not loads(library)]
     if not shutil.which("apt-get"):
-        found = [*Path("/usr/share/vulkan/icd.d").glob("*.json"), *Path("/etc/vulkan/icd.d").glob("*.json")]
-        if sys.platform == "darwin" or found:
-            return "the system's"
-        raise Failure("no Vulkan driver found; install Mesa's lavapipe >= 24.3 with the system's package manager")
-    present = {package: installed_version(package) for package in DRIVER_PACKAGES}
-    if all(present.values()) and present["mesa-vulkan-drivers"] >= LAVAPIPE:
-        return "lavapipe " + ".".join(map(str, present["mesa-vulkan-drivers"]))
-    apt(*lavapipe_lines())
-    found = installed_version("mesa-vulkan-drivers")
-    if found < LAVAPIPE:
-        raise Failure(f"this release offers lavapipe {'.'.join(map(str, found))}, 24.3 is needed: use a newer one")
-    return "lavapipe " + ".".join(map(str, found))
+        if missing:
+            raise Failure(f"install with the system's package manager: Debian calls them {', '.join(missing)}")
+        return "the NVIDIA driver's" if nvidia else "the system's (lavapipe has to be 24.3 or newer)"
+    if not nvidia and installed_version(LAVAPIPE_PACKAGE) < LAVAPIPE:
+        missing.append(LAVAPIPE_PACKAGE)
+    if missing:
+        apt(*apt_lines(missing))
+    if nvidia:
+        return "the NVIDIA driver's"
+    shown = ".".join(map(str, installed_version(LAVAPIPE_PACKAGE)))
+    if installed_version(LAVAPIPE_PACKAGE) < LAVAPIPE:
+        raise Failure(f"this release offers lavapipe {shown}, 24.3 is needed: use a newer one")
+    return f"lavapipe {shown}"
 
 
 # --- Python packages ---
@@ -170,7 +189,7 @@ def main() -> int:
         print(f"setup: Python >= 3.11 is needed, {found}; type: make setup PYTHON=python3.12", file=sys.stderr)
         return 2
     try:
-        print("setup: Vulkan driver:", vulkan_driver(), flush=True)
+        print("setup: Vulkan driver:", system_packages(), flush=True)
         driver_problem = None
     except Failure as failure:  # not the end: policies and reports work without pictures; said last, where it is seen
         driver_problem = failure
