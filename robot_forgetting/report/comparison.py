@@ -261,7 +261,12 @@ def predictor_rows(points: Sequence[dict]) -> list[dict]:
                     "note": fit.note,
                 }
             )
-    return sorted(rows, key=lambda row: (row["shipped"] is not None, row["inputs"], row["states"], -(row["r2"] or -1)))
+    return sorted(rows, key=_place)
+
+
+def _place(row: dict) -> tuple:
+    inputs = ("new", "prior", "held_out")
+    return row["shipped"] is not None, row["r2"] is None, inputs.index(row["inputs"]) if row["inputs"] in inputs else 3
 
 
 def curve_rows(groups: Sequence[Group]) -> list[dict]:

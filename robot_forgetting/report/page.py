@@ -123,15 +123,17 @@ def render(runs: Sequence[Run], groups: Sequence[Group], tables: dict) -> str:
     }
     embedder = Embedder()
     sections = []
-    for setting in dict.fromkeys((group.policy, group.new_task, group.shipped) for group in groups):
-        members = [group for group in groups if (group.policy, group.new_task, group.shipped) == setting]
+    for setting in dict.fromkeys((one.policy, one.new_task, one.shipped) for one in groups):
+        members = [one for one in groups if (one.policy, one.new_task, one.shipped) == setting]
         sections.append(_section(len(sections), setting, members, tables, colours, embedder))
     measured = sum(run.shipped is None for run in runs)
-    decodes = sorted({str(run.state["decode"]) for run in runs if run.state.get("decode")})
+    decodes = sorted({_text(run.state["decode"]) for run in runs if run.state.get("decode")})
+    subtitle = f"Report of {time.strftime('%Y-%m-%d %H:%M')}; {words.plural(measured, 'run')} measured here"
+    if measured < len(runs):
+        subtitle += f", {len(runs) - measured} shipped with the repository (marked)"
     return environment.from_string((files / "page.html").read_text(encoding="utf-8")).render(
         title="What was learned, and what was forgotten",
-        subtitle=f"robot_forgetting report of {time.strftime('%Y-%m-%d %H:%M')}; {words.plural(measured, 'run')} measured here"
-        + (f", {len(runs) - measured} shipped with the repository (marked)" if measured < len(runs) else ""),
+        subtitle=subtitle,
         css=Markup((files / "style.css").read_text(encoding="utf-8")),
         sections=sections,
         notes=_notes(runs, embedder),
@@ -155,7 +157,8 @@ def _section(index: int, setting: tuple, groups: list[Group], tables: dict, colo
         name: of(tables[name], setting) for name in ("success", "forgetting", "divergence", "checkpoints", "fronts")
     }
     rows |= {name: of(tables[name], setting) for name in ("matched", "predictors", "curves")}
-    cols = columns(run for group in groups for run in group.runs)
+    runs = [run for one in groups for run in one.runs]
+    cols = columns(runs)
     points = rows["checkpoints"]
     key = _plotted([key for row in points for key in row["divergence"]])
     fit = None
@@ -164,7 +167,10 @@ def _section(index: int, setting: tuple, groups: list[Group], tables: dict, colo
         wanted = {"predictor": measure, "unit": unit, "inputs": inputs, "states": states}
         fit = next((row for row in rows["predictors"] if wanted.items() <= row.items()), None)
     name = f"s{index}"
+    drawn = bool(points or rows["curves"])
     learned = [row for row in points if row["stage"] > 0]
+    temperatures = {str((run.state.get("decode") or {}).get("temperature", 1.0)) for run in runs}
+    temperature = " or ".join(sorted(temperatures))
     variants = [group.variant for group in with_base(groups)]
     return {
         "id": name,
@@ -172,14 +178,16 @@ def _section(index: int, setting: tuple, groups: list[Group], tables: dict, colo
         "shipped": shipped,
         "reading": " ".join(words.reading(policy, new_task, rows["success"], rows["forgetting"], rows["matched"], fit)),
         "columns": cols,
-        "success": _wide(rows["success"], cols, variants, colours, "Share of episodes that succeed"),
+        "success": _wide(rows["success"], cols, variants, colours, temperature, "Share of episodes that succeed"),
         "forgetting": _wide(
             rows["forgetting"],
             [col for col in cols if col[1] != "new"],
             variants,
             colours,
+            temperature,
             "Forgetting in points: base minus fine-tuned success on the same initial states, with 95 % intervals",
         ),
+        "trained": any(group.method != BASE for group in groups),
         "detectable": words.detectable(rows["forgetting"]),
         "scatter": Markup(figures.scatter(points, rows["fronts"], colours, f"{name}a")) if learned else None,
         "matched": rows["matched"] if len({row["method"] for row in learned}) > 1 or rows["matched"] else [],
@@ -187,9 +195,7 @@ def _section(index: int, setting: tuple, groups: list[Group], tables: dict, colo
         "kl": Markup(figures.kl_against_forgetting(points, key, colours, f"{name}b")) if key and learned else None,
         "kl_text": _kl_text(key) if key else "",
         "predictors": [row for row in rows["predictors"] if row["r2"] is not None],
-        "curves": Markup(figures.learning_curves(points, rows["curves"], colours, f"{name}c"))
-        if points or rows["curves"]
-        else None,
+        "curves": Markup(figures.learning_curves(points, rows["curves"], colours, f"{name}c")) if drawn else None,
         "videos": _videos(groups, embedder),
     }
 
@@ -208,7 +214,7 @@ def _kl_text(key: str) -> str:
     return f"forward KL on new-task inputs, at states of {states.get(key.split('|')[3], 'demonstrations')}"
 
 
-def _wide(rows: list[dict], cols, variants, colours, caption: str) -> list[dict]:
+def _wide(rows: list[dict], cols, variants, colours, temperature: str, caption: str) -> list[dict]:
     """Rows as one table per decode: a line per policy, a cell per task."""
     tables = []
     for decode in DECODES:
@@ -232,7 +238,7 @@ def _wide(rows: list[dict], cols, variants, colours, caption: str) -> list[dict]
                 line["cells"].append({"row": row, "strip": strip, "mean": task == PRIOR_MEAN})
             lines.append(line)
         if lines:
-            how = "temperature 1, as in rollouts" if decode == "sampled" else "temperature 0"
+            how = f"temperature {temperature}, as in rollouts" if decode == "sampled" else "temperature 0"
             dots = "; dots are runs, the bar the interval" if "rate" in mine[0] else ""
             tables.append({"caption": f"{caption}. Decode: {decode} ({how}){dots}.", "lines": lines})
     return tables
@@ -255,8 +261,8 @@ def _divergence(rows: list[dict], cols, variants) -> list[dict]:
         tables.append(
             {
                 "title": f"The same at states of: {shown}",
-                "caption": f"Distance between the action distributions of base and final policy, at states of: {shown}. "
-                "Mean ± one standard error.",
+                "caption": "Distance between the action distributions of base and final policy, at states of: "
+                f"{shown}. Mean ± one standard error.",
                 "measures": [{"name": MEASURES.get(m, m), "unit": unit.replace("1/", "per ")} for m, unit in measures],
                 "lines": lines,
             }
@@ -288,9 +294,8 @@ def _notes(runs: Sequence[Run], embedder: Embedder) -> list[str]:
             for seed, success in seeds.items() if stage == 0 else ():
                 differing += seen.setdefault((run.policy, run.shipped, task, decode, seed), success) != success
     if differing:
-        notes.append(
-            f"The base policy's outcome differs between runs on {words.plural(differing, 'episode')}; the first run counts."
-        )
+        where = words.plural(differing, "episode")
+        notes.append(f"The base policy's outcome differs between runs on {where}; the first run counts.")
     if embedder.left_out:
         notes.append(
             f"{words.plural(embedder.left_out, 'video')} left out to keep the page small; see the run folders."

@@ -37,7 +37,9 @@ class Run:
 
     @property
     def policy(self) -> str:
-        return name_of(self.state.get("policy")) or "policy"
+        """The base policy's name. What `evaluate` or `pretrain` measured stands for itself: it may be another one."""
+        name = name_of(self.state.get("policy")) or "policy"
+        return name if self.state.get("verb", "run") == "run" else f"{name} in {self.id}"
 
     @property
     def method(self) -> str:

@@ -9,6 +9,7 @@ from robot_forgetting.report.runs import BASE
 from robot_forgetting.report.tables import PRIOR_MEAN
 
 MINUS = "\N{MINUS SIGN}"
+SQUARED = "\N{SUPERSCRIPT TWO}"
 SPACE = "\N{NO-BREAK SPACE}"
 
 
@@ -67,7 +68,9 @@ def reading(
         mine = [row for row in sampled if row["variant"] == variant]
         new = [row for row in mine if row["role"] == "new"]
         prior = [row for row in mine if row["task"] == PRIOR_MEAN] or [row for row in mine if row["role"] == "prior"]
-        parts = [f"the new task {row['task']} in {_rate(row)}" for row in new] if variant == BASE else []
+        parts = (
+            [f"{'the new task ' * bool(prior)}{row['task']} in {_rate(row)}" for row in new] if variant == BASE else []
+        )
         parts += [f"{row['task'] if len(new) > 1 else 'the new task'} in {_rate(row)}" for row in new if not parts]
         for row in prior:
             which = "the prior tasks on average" if row["task"] == PRIOR_MEAN else f"the prior task {row['task']}"
@@ -75,7 +78,8 @@ def reading(
         if not parts:
             continue
         if variant == BASE:
-            who = f"Before fine-tuning, the base policy {policy}"
+            trained = any(row["variant"] != BASE for row in sampled)
+            who = f"Before fine-tuning, the base policy {policy}" if trained else f"The policy {policy}"
         else:
             who = f"After {variant} ({plural(max(row['runs'] for row in mine), 'run')}) it"
         sentences.append(f"{who} solved {' and '.join(parts)}.")
@@ -96,7 +100,7 @@ def reading(
         where = f" [{fit['low']:.2f}, {fit['high']:.2f}]" if fit["low"] is not None else ""
         sentences.append(
             f"Over {fit['n']} checkpoints of {plural(fit['runs'], 'run')}, a quadratic function of the forward KL on "
-            f"new-task inputs accounts for R\N{SUPERSCRIPT TWO} = {fit['r2']:.2f}{where} of the variation in forgetting."
+            f"new-task inputs accounts for R{SQUARED} = {fit['r2']:.2f}{where} of the variation in forgetting."
         )
     return sentences or [f"Nothing was evaluated yet on {new_task}."]
 

@@ -1,0 +1,223 @@
+"""The page: self-contained, true to the records, and never at a loss for a part that is missing."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from fake_runs import make_run
+
+from robot_forgetting.errors import UserError
+from robot_forgetting.metrics.statistics import crossed_mean, paired_difference, wilson
+from robot_forgetting.records import RunFolder
+from robot_forgetting.report import write_report
+
+FEW = 20  # episodes per task
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """SFT with videos, REINFORCE, and three shipped seeds of each of two methods."""
+    folder = tmp_path_factory.mktemp("runs")
+    make_run(folder / "stack_cube-sft-seed0", method="sft", n=FEW, videos=True)
+    make_run(folder / "stack_cube-reinforce-seed0", method="reinforce", n=FEW)
+    for method in ("sft", "reinforce"):
+        for seed in range(3):
+            make_run(folder / f"shipped-{method}-{seed}", method=method, seed=seed, n=FEW, shipped="the results table")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(demo, tmp_path_factory):
+    path = write_report([demo], tmp_path_factory.mktemp("out") / "report.html")
+    return path.read_text(encoding="utf-8"), json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+
+
+class Tags(HTMLParser):
+    """Checks that tags close in order, and collects ids and addresses."""
+
+    VOID = {"meta", "br", "img", "link", "input", "line", "circle", "path", "use", "rect", "source"}
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.ids, self.addresses = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in self.VOID:
+            self.open.append(tag)
+        for key, value in attrs:
+            if key == "id":
+                self.ids.append(value)
+            if key in ("src", "href", "xlink:href"):
+                self.addresses.append(value)
+
+    handle_startendtag = lambda self, tag, attrs: (self.handle_starttag(tag, attrs), self.handle_endtag(tag))  # noqa: E731
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+
+def test_page_is_self_contained_and_well_formed(page):
+    html, _ = page
+    tags = Tags()
+    tags.feed(html)
+    assert tags.open == []
+    assert len(tags.ids) == len(set(tags.ids))
+    assert all(address.startswith(("data:video/mp4;base64,", "#")) for address in tags.addresses)
+    assert {address[1:] for address in tags.addresses if address.startswith("#")} <= set(tags.ids)
+    for address in re.findall(r"https?://[^\"'\s<)]+", html):
+        assert address.startswith(("http://www.w3.org/", "https://www.w3.org/"))  # names of SVG, not addresses
+    assert len(html) < 15e6
+    assert "<text" in html  # letters in figures are letters
+    assert html.count("<video") == 10  # five tasks before and after
+
+
+def test_success_of_one_run_is_its_episodes(demo, page):
+    _, report = page
+    episodes = RunFolder(demo / "stack_cube-sft-seed0").episodes()
+    for row in report["success"]:
+        if row["shipped"] or row["variant"] != "sft" or row["task"] == "prior mean":
+            continue
+        mine = [
+            e["success"]
+            for e in episodes
+            if (e["task"], e["decode"], e["stage"], e["iteration"]) == (row["task"], row["decode"], 1, 10)
+        ]
+        assert (row["n"], row["rate"]) == (len(mine), pytest.approx(np.mean(mine)))
+        assert (row["low"], row["high"]) == pytest.approx(wilson(sum(mine), len(mine)))
+
+
+def test_forgetting_of_one_run_is_paired(demo, page):
+    _, report = page
+    summary = RunFolder(demo / "stack_cube-sft-seed0").summary()
+    final = {(r["task"], r["decode"]): r for r in summary["forgetting"] if r["iteration"] == 10}
+    rows = [r for r in report["forgetting"] if not r["shipped"] and r["variant"] == "sft" and r["task"] != "prior mean"]
+    assert {row["task"] for row in rows} == {"pick_cube", "push_cube", "pull_cube", "place_sphere"}
+    for row in rows:
+        expected = final[row["task"], row["decode"]]
+        for key in ("n", "base", "fine_tuned", "forgetting", "low", "high", "retention"):
+            assert row[key] == pytest.approx(expected[key]), key
+
+
+def test_three_seeds_are_averaged_over_runs_and_states(demo, page):
+    _, report = page
+    (row,) = (
+        r
+        for r in report["forgetting"]
+        if (bool(r["shipped"]), r["variant"], r["task"], r["decode"]) == (True, "reinforce", "pick_cube", "sampled")
+    )
+    matrix, singles = [], []
+    for seed in range(3):
+        outcomes = {0: {}, 1: {}}
+        for e in RunFolder(demo / f"shipped-reinforce-{seed}").episodes():
+            if (e["task"], e["decode"]) == ("pick_cube", "sampled") and e["iteration"] in (0, 10):
+                outcomes[e["stage"]][e["seed"]] = e["success"]
+        pair = paired_difference(list(outcomes[0].values()), list(outcomes[1].values()))
+        singles.append((pair.difference, pair.low, pair.high))
+        matrix.append([outcomes[0][s] - outcomes[1][s] for s in sorted(outcomes[0])])
+    assert (row["forgetting"], row["low"], row["high"]) == pytest.approx(crossed_mean([np.array(matrix)], singles))
+    assert (row["runs"], row["n"], len(row["per_run"])) == (3, 3 * FEW, 3)
+
+
+def test_shipped_numbers_are_marked_and_never_mixed_in(page):
+    html, report = page
+    for table in ("success", "forgetting", "divergence", "checkpoints", "fronts", "matched", "predictors", "curves"):
+        assert {row["shipped"] for row in report[table]} == {None, "the results table"}, table
+    assert "source: the results table" in html
+    assert "shipped results" in html
+    measured = [row for row in report["success"] if row["shipped"] is None]
+    assert {row["runs"] for row in measured} == {1}
+
+
+def test_tables_of_the_design_are_there(page):
+    _, report = page
+    assert report["schema_version"] == 1
+    best = next(r for r in report["predictors"] if r["predictor"] == "forward_kl" and r["shipped"])
+    assert {"predictor", "inputs", "r2", "low", "high", "n"} <= set(best)
+    assert 0 <= best["low"] <= best["r2"] <= best["high"] <= 1
+    assert all(row["front"] for row in report["fronts"])
+    assert {row["over"] for row in report["matched"] if row["level"]} == {
+        "initial states only",
+        "initial states and runs",
+    }
+    for row in report["matched"]:
+        assert row["level"] is None or row["low"] <= row["difference"] <= row["high"]
+
+
+def test_reading_claims_no_more_than_the_intervals(page):
+    html, report = page
+    lead = re.search(r'<p class="lead">(.*?)</p>', html, re.S).group(1)
+    for row in report["forgetting"]:
+        if row["shipped"] is None and row["task"] == "prior mean" and row["decode"] == "sampled":
+            after = lead[lead.index(f"After {row['variant']} ") :].split("After ")[1]
+            assert ("It forgot" in after) == (row["low"] > 0)
+            assert ("cannot be told from none" in after) == (row["low"] <= 0 <= row["high"])
+    assert "does not cover other training seeds" in lead
+
+
+@pytest.mark.parametrize(
+    ("options", "texts"),
+    [
+        ({"divergence": False}, ["No divergence was recorded.", "No videos were recorded."]),
+        ({"status": "failed", "error": "no <Vulkan>", "reached": 4}, ["is failed (no &lt;Vulkan&gt;)", "iteration 4"]),
+        ({"status": "running", "reached": 0}, ["is interrupted: no fine-tuned policy evaluated yet"]),
+        ({"status": "interrupted", "reached": 3}, ["is interrupted: evaluated up to iteration 3"]),
+        ({"method": None, "verb": "evaluate"}, ["The policy openvla-nano in a solved"]),
+        ({"penalty": "kl_forward"}, ["sft + kl_forward"]),
+    ],
+)
+def test_missing_parts_are_shown_as_such(tmp_path, options, texts):
+    make_run(tmp_path / "a", n=6, **options)
+    html = write_report([tmp_path / "a"], tmp_path / "r.html").read_text()
+    for text in texts:
+        assert text in html
+
+
+def test_run_that_only_began(tmp_path):
+    RunFolder.create(tmp_path / "a", config={}, run={"verb": "run", "policy": "p", "method": "sft"}).close()
+    html = write_report([tmp_path / "a"], tmp_path).read_text()
+    assert (tmp_path / "report.json").is_file()
+    assert "Nothing was evaluated yet" in html
+    assert "No evaluated episodes yet." in html
+
+
+def test_settings_that_differ_make_rows_of_their_own(tmp_path):
+    for rate in (1e-5, 3e-5):
+        path = make_run(tmp_path / f"lr{rate}", n=6)
+        config = path / "config.yaml"
+        config.write_text(config.read_text().replace("1.0e-05", str(rate)))
+    path = write_report([tmp_path], tmp_path / "r.html")
+    variants = {row["variant"] for row in json.loads(path.with_suffix(".json").read_text())["success"]}
+    assert variants == {"base", "sft (learning_rate=1e-05)", "sft (learning_rate=3e-05)"}
+
+
+def test_too_many_videos_are_left_out_and_said_so(demo, tmp_path, monkeypatch):
+    monkeypatch.setattr("robot_forgetting.report.media.BUDGET_BYTES", 30_000)
+    monkeypatch.setattr("robot_forgetting.report.media.Embedder.__init__.__defaults__", (30_000,))
+    html = write_report([demo / "stack_cube-sft-seed0"], tmp_path / "r.html").read_text()
+    assert 0 < html.count("<video") < 10
+    assert "left out to keep the page small" in html
+
+
+def test_crashed_episodes_are_listed_as_failures(page):
+    html, report = page
+    assert any(row["error"] == "the simulation returned not-a-number poses" for row in report["errors"])
+    assert "crashed episodes, counted as failures" in html
+
+
+def test_what_is_no_run_folder(tmp_path):
+    with pytest.raises(UserError, match="no run folder given"):
+        write_report([])
+    with pytest.raises(UserError, match="holds no run folder"):
+        write_report([tmp_path], tmp_path / "r.html")
+    with pytest.raises(UserError, match="does not exist"):
+        write_report([tmp_path / "nothing"], tmp_path / "r.html")
+
+
+def test_same_records_give_the_same_tables(demo, tmp_path, page):
+    path = write_report([demo], tmp_path / "again.html")
+    assert json.loads(path.with_suffix(".json").read_text()) == page[1]
