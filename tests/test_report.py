@@ -26,7 +26,14 @@ def demo(tmp_path_factory):
     make_run(folder / "stack_cube-reinforce-seed0", method="reinforce", n=FEW)
     for method in ("sft", "reinforce"):
         for seed in range(3):
-            make_run(folder / f"shipped-{method}-{seed}", method=method, seed=seed, n=FEW, shipped="the results table")
+            make_run(
+                folder / f"shipped-{method}-{seed}",
+                method=method,
+                seed=seed,
+                n=FEW,
+                evaluate_every=5,
+                shipped="the results table",
+            )
     return folder
 
 

@@ -68,7 +68,7 @@ def scatter(points: Sequence[dict], fronts: Sequence[dict], colours: Colours, na
             mine = [row for row in points if row["method"] == method and row["stage"] > 0]
             style = {"color": colours.colour(method), "marker": colours.marker(method), "linestyle": "none"}
             passing = [row for row in mine if not row["final"]]
-            axes.plot([r["new"] for r in passing], [r["prior"] for r in passing], markersize=4, alpha=0.5, **style)
+            axes.plot([r["new"] for r in passing], [r["prior"] for r in passing], markersize=4, alpha=0.65, **style)
             final = [row for row in mine if row["final"]]
             _crosses(axes, final, ("new", "prior"), style)
             axes.plot([], [], markersize=8, label=f"{method}, final policy", **style)
@@ -106,7 +106,7 @@ def kl_against_forgetting(points: Sequence[dict], key: str, colours: Colours, na
             style = {"color": colours.colour(method), "marker": colours.marker(method), "linestyle": "none"}
             passing = [row for row in mine if not row["final"]]
             xy = [row["divergence"][key] for row in passing], [row["forgetting"] for row in passing]
-            axes.plot(*xy, markersize=4, alpha=0.5, **style)
+            axes.plot(*xy, markersize=4, alpha=0.65, **style)
             final = [{**row, "x": row["divergence"][key], "x_low": None} for row in mine if row["final"]]
             _crosses(axes, final, ("x", "forgetting"), style)
             axes.plot([], [], markersize=8, label=method, **style)
@@ -130,7 +130,7 @@ def learning_curves(points: Sequence[dict], rollouts: Sequence[dict], colours: C
             mine = [row for row in on_policy if row["run"] == run]
             x, y = np.array([row["env_steps"] for row in mine]) / 1000, np.array([row["success"] for row in mine])
             colour = colours.colour(mine[0]["method"])
-            left.plot(x, y, color=colour, linewidth=0.8, alpha=0.35)
+            left.plot(x, y, color=colour, linewidth=0.8, alpha=0.5)
             smooth = np.array([y[max(0, i - 2) : i + 3].mean() for i in range(len(y))])
             left.plot(x, smooth, color=colour, label=mine[0]["method"])
         if not on_policy:
