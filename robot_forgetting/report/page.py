@@ -316,7 +316,7 @@ def _run_line(run: Run) -> dict:
         "status": run.status,
         "reached": f"evaluated to iteration {run.final[1]}" if unfinished and run.final else "",
         "error": run.state.get("error"),
-        "method": run.variant or run.method,
+        "method": run.state.get("verb") if run.method == BASE else run.variant,
         "seed": run.state.get("seed"),
         "wall": words.duration(total),
         "timings": [(name, words.duration(value)) for name, value in timings.items() if name != "total"],
@@ -358,5 +358,11 @@ def _some(ids: Sequence[str]) -> str:
 
 def _text(value) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_text(item)}" for key, item in value.items() if item is not None)
+        return ", ".join(_field(key, item) for key, item in value.items() if item not in (None, [], {}))
     return ", ".join(map(_text, value)) if isinstance(value, list) else str(value)
+
+
+def _field(key: str, value) -> str:
+    if key.endswith("_bytes") and isinstance(value, (int, float)):
+        return f"{key.removesuffix('_bytes')} {value / 1e9:.1f} GB"
+    return f"{key} {_text(value)}"
