@@ -76,15 +76,17 @@ def rollout(
     """Runs the episodes and yields each when it ends.
 
     An episode is a function of (policy, task, key, temperature) only: its sampling noise comes from its own key, and the
-    policy always acts on a full batch of a group's slots, so that not even rounding depends on which other episodes
-    happen to run beside it. Episodes are dealt to groups in advance, for the same reason.
+    policy always acts on as many rows as a group of ``num_envs`` has, so that not even rounding depends on which other
+    episodes happen to run beside it, or on how few are left. Episodes are dealt to groups in advance, for the same reason.
     """
     if not keys:
         return
     own = env is None
     env = task.make_env(min(num_envs, len(keys)), render=render) if own else env
+    groups = max(len(env.groups), min(num_envs, getattr(task, "processes", 1))) if own else len(env.groups)
+    width = max(-(-num_envs // groups), *map(len, env.groups))
     try:
-        yield from _rollout(policy, env, list(keys), temperature, getattr(task, "statistics", None))
+        yield from _rollout(policy, env, list(keys), temperature, getattr(task, "statistics", None), width)
     finally:
         if own:
             env.close()
@@ -100,7 +102,7 @@ class _Slot:
         self.started = 0.0
 
 
-def _rollout(policy, env, keys, temperature, statistics) -> Iterator[Episode]:
+def _rollout(policy, env, keys, temperature, statistics, width) -> Iterator[Episode]:
     queues = [keys[group :: len(env.groups)][::-1] for group in range(len(env.groups))]
     slots = {slot: _Slot() for group in env.groups for slot in group}
     running = 0
@@ -123,9 +125,8 @@ def _rollout(policy, env, keys, temperature, statistics) -> Iterator[Episode]:
                     resets[transition.slot] = _begin(slots[transition.slot], queues[group].pop())
         # A slot that was just reset has no observation yet; it acts from the next round on.
         active = [slot for slot in env.groups[group] if slots[slot].episode is not None and slot not in resets]
-        commands = _act(
-            policy, [slots[slot] for slot in env.groups[group]], env.groups[group], active, temperature, statistics
-        )
+        members = env.groups[group]
+        commands = _act(policy, [slots[slot] for slot in members], members, active, temperature, statistics, width)
         if resets or commands:
             env.request(group, resets, commands)
             running += 1
@@ -151,13 +152,14 @@ def _record(slot: _Slot, transition) -> None:
         episode.seconds = time.perf_counter() - slot.started
 
 
-def _act(policy, members, names, active, temperature, statistics) -> dict:
-    """Commands for a group's active slots. Idle slots fill the batch with an old picture (see ``rollout``)."""
+def _act(policy, members, names, active, temperature, statistics, width) -> dict:
+    """Commands for a group's active slots. Old pictures fill the batch up to ``width`` rows (see ``rollout``)."""
     if not active:
         return {}
     filler = next(slot.row for slot in members if slot.row is not None)
     rows = [slot.row if slot.row is not None else filler for slot in members]
-    noise = np.zeros((len(members), MAX_TOKENS), np.float32)
+    rows += [filler] * (width - len(rows))
+    noise = np.zeros((len(rows), MAX_TOKENS), np.float32)
     for index, (name, slot) in enumerate(zip(names, members, strict=True)):
         if name in active:
             episode = slot.episode
