@@ -1,0 +1,44 @@
+"""`robot-forgetting check`: what is wrong with a task, a method, a penalty or a policy, and what to do about it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from robot_forgetting.conformance.table import Table
+from robot_forgetting.errors import UserError
+from robot_forgetting.method import Method, Penalty
+from robot_forgetting.policy import Policy
+from robot_forgetting.task import Task
+
+
+def check(
+    policy: Policy | None = None,
+    task: Task | None = None,
+    method: Method | None = None,
+    penalty: Penalty | None = None,
+    golden: Path | None = None,
+) -> int:
+    """Checks whatever is given, one printed line per check; returns 0, or 2 where one failed.
+
+    golden: a folder of reference tensors; OpenVLA's arithmetic is then compared with them, and no policy is checked
+    A method or penalty is tried on a tiny policy and on the given task, or on a toy task that needs no simulator.
+    """
+    if not any((policy, task, method, penalty, golden)):
+        raise UserError("name what to check: task=NAME, method=NAME, penalty=NAME, policy=NAME, or golden=FOLDER")
+    from robot_forgetting.conformance.method import check_method, check_penalty
+    from robot_forgetting.conformance.policy import check_golden_tensors, check_policy
+    from robot_forgetting.conformance.task import check_task
+
+    table = Table()
+    if golden is not None:
+        check_golden_tensors(table, golden)
+    if policy is not None:
+        check_policy(table, policy, task)
+    if task is not None and check_task(table, task) and (method or penalty):
+        table.note("the method is not tried on a task that has failed; correct the task first")
+        return table.finish()
+    if method is not None:
+        check_method(table, method, task)
+    if penalty is not None:
+        check_penalty(table, penalty, task)
+    return table.finish()

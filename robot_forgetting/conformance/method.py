@@ -1,0 +1,276 @@
+"""Conformance checks of a method and a penalty, on a tiny policy: an iteration, its loss, a restart."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from robot_forgetting.conformance.table import Table, Wrong, expect
+from robot_forgetting.conformance.toy import ToyTask, tiny_policy
+from robot_forgetting.method import Batch, Method, Penalty
+from robot_forgetting.policy import Action, Policy
+from robot_forgetting.task import Task
+from robot_forgetting.train import Optimiser, trainable
+
+ROWS = 48  # of a batch, for the loss; a multiple of 3
+# Columns of train.jsonl that the optimiser loop writes itself.
+TAKEN = {"iteration", "step", "loss", "penalty", "grad_norm", "learning_rate", "seconds", "collect_seconds"}
+
+
+def check_method(table: Table, method: Method, task: Task | None = None) -> None:
+    table.section(f"method {type(method).__name__}")
+    task = task or ToyTask()
+    table.note(f"on the task {task.name}, with an untrained policy of a few thousand weights")
+    policy = tiny_policy(task).eval()
+    fresh = copy.deepcopy(method)  # as a restarted program would construct it
+    if not table.check("constructor", lambda: _constructor(method)):
+        return
+    weights = _copy(policy)
+    if not table.check("begin", lambda: _unchanged(policy, weights, lambda: method.begin(policy, task, []))):
+        return
+    batches: list[Batch] = []
+    collected = table.check("collect", lambda: _collect(policy, task, method, batches))
+    table.check("collect changes no weight", lambda: _unchanged(policy, weights, lambda: None))
+    if not collected:
+        return
+    if table.check("batch columns", lambda: _columns(batches)):
+        batch = batches[0][: min(ROWS, len(batches[0]))]
+        if table.check("loss and gradient", lambda: _gradient(policy, lambda: method.loss(policy, batch))):
+            table.check("loss is a mean over rows", lambda: _row_mean(policy, method, batch))
+        table.check("collect is repeatable", lambda: _repeatable(policy, task, method))
+    table.check("metrics", lambda: _metrics(method))
+    if table.check("state_dict", lambda: _state(method)):
+        table.check("restart from a checkpoint", lambda: _restart(policy, task, method, fresh))
+    table.check("end", lambda: method.end(policy, task))
+
+
+def check_penalty(table: Table, penalty: Penalty, task: Task | None = None) -> None:
+    table.section(f"penalty {type(penalty).__name__}")
+    task = task or ToyTask()
+    policy = tiny_policy(task).eval()
+    batch = _toy_batch(policy, task)
+    with policy.base():
+        pass  # the frozen copy is taken before the weights move
+    if not table.check("begin", lambda: penalty.begin(policy, task, [])):
+        return
+
+    def at_base() -> str:
+        value = penalty(policy, batch)
+        _scalar(value, "the penalty")
+        return f"{value.item():.4g} at the base policy"
+
+    def moved() -> str:
+        perturb(policy)
+        return _gradient(policy, lambda: penalty(policy, batch))
+
+    if table.check("value at the base", at_base):
+        table.check("value and gradient", moved)
+
+
+# ---- single checks
+
+
+def _constructor(method: Method) -> str:
+    expect(
+        type(getattr(method, "iterations", None)) is int and method.iterations >= 1,
+        f"iterations is {getattr(method, 'iterations', 'missing')!r}; set self.iterations to a whole number above 0",
+    )
+    expect(
+        isinstance(getattr(method, "optimiser", None), Optimiser),
+        "self.optimiser is not an Optimiser; take `optimiser` as an argument, keep it, and give the yaml a block "
+        "`optimiser: {_target_: robot_forgetting.train.Optimiser, learning_rate: 1.0e-4}`",
+    )
+    return f"{method.iterations} iterations, learning rate {method.optimiser.learning_rate:g}"
+
+
+def _collect(policy: Policy, task: Task, method: Method, found: list[Batch]) -> str:
+    for iteration in range(3):
+        made = _collected(policy, task, method, iteration)
+        expect(
+            isinstance(made, Sequence) and not isinstance(made, Batch),
+            f"collect() gives a {type(made).__name__}; return a list of Batch (one optimiser step each)",
+        )
+        for batch in made:
+            expect(isinstance(batch, Batch), f"collect() lists a {type(batch).__name__}; list Batch objects")
+            expect(len(batch) > 0, "collect() lists an empty batch; leave it out")
+        if made:
+            found.extend(made)
+            return f"{len(made)} batch(es), {sum(map(len, made))} rows"
+    raise Wrong(f"no batch in three iterations on {task.name}; sample more episodes, so that there is something to learn")
+
+
+def _columns(batches: Sequence[Batch]) -> str:
+    for batch in batches:
+        action, rows = batch.action, len(batch)
+        expect(isinstance(action, Action), f"batch.action is a {type(action).__name__}; give an Action")
+        lengths = {f"obs['{key}']": len(column) for key, column in batch.obs.items()}
+        lengths |= {"action.mask": len(action.mask)}
+        lengths |= {} if action.log_prob is None else {"action.log_prob": len(action.log_prob)}
+        lengths |= {} if batch.advantage is None else {"advantage": len(batch.advantage)}
+        lengths |= {f"extra['{key}']": len(value) for key, value in (batch.extra or {}).items()}
+        wrong = [f"{name} {length}" for name, length in lengths.items() if length != rows]
+        expect(not wrong, f"the batch has {rows} tokens rows, but {', '.join(wrong)}; all columns need equal lengths")
+        expect(action.tokens.dtype == torch.int64, f"action.tokens are {action.tokens.dtype}; give int64")
+        expect(action.mask.dtype == torch.bool, f"action.mask is {action.mask.dtype}; give bool")
+        for name, value in (("advantage", batch.advantage), ("action.log_prob", action.log_prob)):
+            expect(value is None or torch.isfinite(value).all(), f"{name} is not finite; look for a division by zero")
+            expect(value is None or not value.requires_grad, f"{name} carries gradients; detach it in collect()")
+    return ""
+
+
+def _gradient(policy: Policy, compute) -> str:
+    policy.zero_grad(set_to_none=True)
+    value = compute()
+    _scalar(value, "the loss")
+    expect(value.requires_grad, "the loss carries no gradient; compute it from policy.logits or policy.log_prob")
+    value.backward()
+    gradients = [p.grad for p in trainable(policy).values() if p.grad is not None]
+    policy.zero_grad(set_to_none=True)
+    expect(gradients, "the loss reaches none of the policy's trainable weights; use the policy it is given")
+    norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients))
+    expect(math.isfinite(norm), "the gradient is not finite; look for log(0), 0/0 or exp of large numbers")
+    expect(norm > 0, "the gradient is zero everywhere; nothing would be learned from this batch")
+    return f"{value.item():.4g}, gradient norm {norm:.3g}"
+
+
+def _scalar(value, what: str) -> None:
+    expect(isinstance(value, Tensor), f"{what} is a {type(value).__name__}; return a torch scalar")
+    expect(value.dim() == 0, f"{what} has shape {list(value.shape)}; reduce it to a scalar, the mean over rows")
+    expect(torch.isfinite(value), f"{what} is {value.item()}; look for log(0), 0/0 or exp of large numbers")
+
+
+@torch.no_grad()
+def _row_mean(policy: Policy, method: Method, batch: Batch) -> str:
+    """The optimiser loop splits a batch to save memory and weighs the parts by their rows."""
+    third = len(batch) // 3
+    if third == 0:
+        return "one row only"
+    whole = method.loss(policy, batch).item()
+    parts = [batch[: 2 * third], batch[2 * third :]]
+    split = sum(method.loss(policy, part).item() * len(part) for part in parts) / len(batch)
+    expect(
+        abs(whole - split) <= 1e-4 + 1e-3 * abs(whole),
+        f"it is {whole:.5g} on {len(batch)} rows, but {split:.5g} as the weighted mean over two parts of them; large "
+        "batches are split to save memory: divide by the number of rows (or tokens), and let no row depend on another",
+    )
+    return ""
+
+
+def _repeatable(policy: Policy, task: Task, method: Method) -> None:
+    # The state at this point belongs to iterations 0 .. k: what must repeat is a call from equal state.
+    first_copy, second_copy = copy.deepcopy(method), copy.deepcopy(method)
+    first, again = (_collected(policy, task, one, 1) for one in (first_copy, second_copy))
+    difference = _difference(first, again)
+    expect(
+        difference is None,
+        f"iteration 1 twice gives different batches ({difference}); draw random numbers from [seed, iteration], so that "
+        "a run that was interrupted continues as if it had not been",
+    )
+
+
+def _metrics(method: Method) -> str:
+    numbers = method.metrics()
+    expect(isinstance(numbers, dict), f"metrics() gives a {type(numbers).__name__}; return a dict")
+    for key, value in numbers.items():
+        expect(
+            isinstance(value, int | float) and not isinstance(value, bool),
+            f"metrics()['{key}'] is a {type(value).__name__}; give a plain number (tensor.item())",
+        )
+        json.dumps({key: value}, allow_nan=False)
+    overlap = sorted(TAKEN & numbers.keys())
+    expect(not overlap, f"metrics() uses {', '.join(overlap)}, which the optimiser loop writes; choose other names")
+    return ", ".join(numbers)
+
+
+def _state(method: Method) -> str:
+    state = method.state_dict()
+    wrong = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    expect(not wrong, f"state_dict() holds {', '.join(wrong)} of other types; give tensors, they become safetensors")
+    return f"{len(state)} tensor(s)" if state else "empty"
+
+
+def _restart(policy: Policy, task: Task, method: Method, fresh: Method) -> str:
+    """State through a file into a new object, then the next iteration of both."""
+    from safetensors.torch import load_file, save_file
+
+    state = {name: value.detach().contiguous() for name, value in method.state_dict().items()}
+    with tempfile.TemporaryDirectory() as folder:
+        save_file(state, Path(folder) / "method.safetensors")
+        loaded = load_file(Path(folder) / "method.safetensors")
+    fresh.begin(policy, task, [])
+    fresh.load_state_dict(loaded)
+    again = fresh.state_dict()
+    expect(again.keys() == state.keys(), f"after load_state_dict, state_dict() holds {sorted(again)}, not {sorted(state)}")
+    changed = [name for name in state if not torch.equal(again[name], state[name])]
+    expect(not changed, f"{', '.join(changed)} changed by saving and loading; load what state_dict() gave")
+    both = [_collected(policy, task, one, 2) for one in (copy.deepcopy(method), fresh)]
+    difference = _difference(*both)
+    expect(
+        difference is None,
+        f"after a restart, iteration 2 differs ({difference}); put whatever survives an iteration into state_dict()",
+    )
+    return "the next iteration is the same"
+
+
+# ---- help
+
+
+def _collected(policy: Policy, task: Task, method: Method, iteration: int):
+    torch.manual_seed(iteration)  # as the optimiser loop does
+    return method.collect(policy, task, iteration)
+
+
+def _difference(first: Sequence[Batch], second: Sequence[Batch]) -> str | None:
+    """Where two lists of batches differ, or None."""
+    if [len(batch) for batch in first] != [len(batch) for batch in second]:
+        return f"{[len(b) for b in first]} rows against {[len(b) for b in second]}"
+    for a, b in zip(first, second, strict=True):
+        pairs = {"tokens": (a.action.tokens, b.action.tokens), "advantage": (a.advantage, b.advantage)}
+        pairs |= {"log_prob": (a.action.log_prob, b.action.log_prob)}
+        pairs |= {f"extra '{key}'": (value, (b.extra or {}).get(key)) for key, value in (a.extra or {}).items()}
+        for name, (x, y) in pairs.items():
+            if (x is None) != (y is None) or (x is not None and not torch.equal(x, y)):
+                return name
+        for key, column in a.obs.items():
+            if not np.array_equal(np.asarray(column), np.asarray(b.obs[key])):
+                return f"obs '{key}'"
+    return None
+
+
+def _copy(policy: Policy) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in policy.named_parameters()}
+
+
+def _unchanged(policy: Policy, weights: dict[str, Tensor], action) -> None:
+    action()
+    moved = [name for name, p in policy.named_parameters() if not torch.equal(p, weights[name])]
+    expect(not moved, f"{len(moved)} of the policy's weights were changed ({moved[:1]}); only the optimiser may do that")
+
+
+@torch.no_grad()
+def perturb(policy: Policy, scale: float = 0.05, seed: int = 0) -> None:
+    """Adds noise to every trainable weight."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in trainable(policy).values():
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.add_((scale * noise).to(parameter))
+
+
+def _toy_batch(policy: Policy, task: Task) -> Batch:
+    from robot_forgetting.conformance.policy import observations
+
+    obs = observations(task.convention().image_size, [task.instruction])
+    action = policy.act(obs, temperature=1.0, noise=torch.rand(len(obs["image"]), 16, generator=_generator()))
+    return Batch(obs, action, torch.ones(len(action)))
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
