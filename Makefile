@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 1
 
 help:
 	@echo "make setup        install into .venv, and a Vulkan driver where there is none"
-	@echo "make demo         the benchmark in small: three methods, one seed, one report"
+	@echo "make demo         the benchmark in small: two methods, one seed, one report with videos"
 	@echo "make three-seeds  the same over 3 seeds: the table in the README"
 	@echo "make test         the tests"
 	@echo "make benchmark    the speed ratios"
@@ -30,12 +30,12 @@ test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
 
 demo: $(STAMP)
-	$(BIN)/robot-forgetting run --multirun method=sft,reinforce,grpo seed=0 sweep=demo budget=demo
-	$(BIN)/robot-forgetting report runs/demo/* output=runs/demo/report.html
+	$(BIN)/robot-forgetting run --multirun method=sft,grpo seed=0 sweep=demo budget=demo
+	$(BIN)/robot-forgetting report runs/demo/*/ output=runs/demo/report.html
 
 three-seeds: $(STAMP)
-	$(BIN)/robot-forgetting run --multirun method=sft,reinforce,grpo seed=$(SEEDS) sweep=three-seeds budget=demo
-	$(BIN)/robot-forgetting report runs/three-seeds/* output=runs/three-seeds/report.html
+	$(BIN)/robot-forgetting run --multirun method=sft,grpo seed=$(SEEDS) sweep=three-seeds budget=demo
+	$(BIN)/robot-forgetting report runs/three-seeds/*/ output=runs/three-seeds/report.html
 
 benchmark: $(STAMP)
 	$(BIN)/python -m pytest tests/benchmarks -s

@@ -23,6 +23,7 @@ from robot_forgetting.evaluate import (
     success_line,
     test_seeds,
 )
+from robot_forgetting.files import read_json
 from robot_forgetting.method import Method, Penalty
 from robot_forgetting.policy import Policy
 from robot_forgetting.progress import bar, say
@@ -71,6 +72,7 @@ def run(
         "roles": {role: [t.name for t in tasks] for role, tasks in roles.items()},
         "fingerprint": fingerprint(policy, [t for tasks in roles.values() for t in tasks]),
         "iterations": method.iterations,
+        "instructions": {t.name: t.instruction for tasks in roles.values() for t in tasks},
     }
     with open_run(run_dir, config, header) as folder:
         if folder.finished:
@@ -348,16 +350,21 @@ def record(
     return sorted(episodes, key=lambda episode: episode.key.seed)
 
 
-def with_checkpoint(policy: Policy, run: Path | None) -> str:
-    """Loads a run's fine-tuned weights into its base policy, if asked; returns what the policy is called."""
+def with_checkpoint(policy: Policy, run: str | None) -> dict:
+    """Loads the fine-tuned weights of a run folder into its base policy, if asked.
+
+    Returns what the policy now is: {"who", "checkpoint", "stage", "iteration", "trained_on"}.
+    """
     if run is None:
-        return "base"
+        return {"who": "base", "checkpoint": None, "stage": 0, "iteration": 0, "trained_on": []}
     folder = RunFolder(run)
     checkpoint = latest_checkpoint(folder)
     if checkpoint is None:
         raise UserError(f"{run} holds no checkpoint; finish `robot-forgetting run` there first")
     load_weights(policy, checkpoint)
-    return folder.run["method"]
+    iteration = read_json(checkpoint / "state.json")["iteration"]
+    state = {"stage": FINAL_STAGE, "iteration": iteration, "trained_on": folder.run["roles"]["new"]}
+    return {"who": folder.run["method"], "checkpoint": str(run), **state}
 
 
 def evaluate_command(
@@ -376,13 +383,17 @@ def evaluate_command(
 ) -> int:
     """Success of a policy on a task, at the rollout decode and greedy."""
     check_conventions(policy, [task])
-    with_checkpoint(policy, None if checkpoint is None else Path(checkpoint))
+    state = with_checkpoint(policy, checkpoint)
     seeds = test_seeds(task, episodes or budget["episodes"], seed_start)
     header = {"verb": "evaluate", "policy": names.get("policy"), "task": task.name, "seed": seed}
+    header |= {"checkpoint": state["checkpoint"], "instructions": {task.name: task.instruction}}
     header |= {"decode": {"temperature": temperature}, "roles": {"new": [task.name], "prior": [], "held_out": []}}
     with open_run(run_dir, config, header) as folder:
         for decode, degree in (("sampled", temperature), ("greedy", 0.0)):
-            fields = {"stage": 0, "iteration": 0, "trained_on": [], "role": "new", "decode": decode}
+            fields = {key: state[key] for key in ("stage", "iteration", "trained_on")} | {
+                "role": "new",
+                "decode": decode,
+            }
             rows = evaluate_into(folder, policy, task, seeds, temperature=degree, num_envs=num_envs, **fields)
             say(f"{decode} (temperature {degree}): " + success_line(task.name, rows))
         folder.finish(summarise(folder))
@@ -402,7 +413,7 @@ def record_command(
 ) -> int:
     """One mp4 per episode into ``videos/`` (or ``output``), and a grid of them all."""
     check_conventions(policy, [task])
-    who = with_checkpoint(policy, None if checkpoint is None else Path(checkpoint))
+    who = with_checkpoint(policy, checkpoint)["who"]
     folder = output or Path("videos")
     made = record(policy, task, test_seeds(task, episodes or 4, seed_start), folder, who, temperature, num_envs)
     if not made:
