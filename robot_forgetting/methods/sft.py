@@ -53,8 +53,9 @@ class SFT(Method):
         self._data: Batch | None = None
 
     def begin(self, policy: Policy, task, past: Sequence) -> None:
-        # Another seed means other demonstrations too: the spread over seeds then includes the data's.
-        start = self.seed * 10_000
+        # Another seed means other demonstrations too: the spread over seeds then includes the data's. After 40 seeds they
+        # repeat, since the training states from 400,000 on have other uses (divergence, rollouts).
+        start = self.seed % 40 * 10_000
         self._data = encode_demonstrations(policy, task, task.demonstrations(self.demonstrations, start=start))
 
     def collect(self, policy: Policy, task, iteration: int) -> Sequence[Batch]:
