@@ -40,7 +40,7 @@ class Replicas:
         for _ in range(count):
             gradients = torch.zeros(sum(p.numel() for p in parameters)).share_memory_()
             ours, theirs = context.Pipe()
-            process = context.Process(target=self._serve, args=(theirs, gradients), daemon=True)
+            process = context.Process(target=self._serve, args=(theirs, ours, gradients), daemon=True)
             process.start()
             theirs.close()
             self._children.append((ours, process, gradients))
@@ -87,10 +87,11 @@ class Replicas:
             "the same command continues; processes=1 needs less memory"
         )
 
-    def _serve(self, connection: Connection, gradients: Tensor) -> None:
+    def _serve(self, connection: Connection, parents_end: Connection, gradients: Tensor) -> None:
         import signal
 
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+        parents_end.close()  # an inherited copy would keep this process waiting after the parent's death
         for inherited, _, _ in self._children:
             inherited.close()
         while True:
