@@ -17,10 +17,12 @@ def check(
     method: Method | None = None,
     penalty: Penalty | None = None,
     golden: Path | None = None,
+    output: Path | None = None,
 ) -> int:
     """Checks whatever is given, one printed line per check; returns 0, or 2 where one failed.
 
     golden: a folder of reference tensors; OpenVLA's arithmetic is then compared with them, and no policy is checked
+    output: a png file for the initial states of a task
     A method or penalty is tried on a tiny policy and on the given task, or on a toy task that needs no simulator.
     """
     if not any((policy, task, method, penalty, golden)):
@@ -34,7 +36,7 @@ def check(
         check_golden_tensors(table, golden)
     if policy is not None:
         check_policy(table, policy, task)
-    if task is not None and check_task(table, task) and (method or penalty):
+    if task is not None and check_task(table, task, output) and (method or penalty):
         table.note("the method is not tried on a task that has failed; correct the task first")
         return table.finish()
     if method is not None:

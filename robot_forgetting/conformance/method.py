@@ -104,7 +104,7 @@ def _collect(policy: Policy, task: Task, method: Method, found: list[Batch]) -> 
         if made:
             found.extend(made)
             return f"{len(made)} batch(es), {sum(map(len, made))} rows"
-    raise Wrong(f"no batch in three iterations on {task.name}; sample more episodes, so that there is something to learn")
+    raise Wrong(f"no batch in three iterations on {task.name}; sample more episodes")
 
 
 def _columns(batches: Sequence[Batch]) -> str:
@@ -171,8 +171,8 @@ def _repeatable(policy: Policy, task: Task, method: Method) -> None:
     difference = _difference(first, again)
     expect(
         difference is None,
-        f"iteration 1 twice gives different batches ({difference}); draw random numbers from [seed, iteration], so that "
-        "a run that was interrupted continues as if it had not been",
+        f"iteration 1 twice gives different batches ({difference}); draw random numbers from [seed, iteration], so "
+        "that a run that was interrupted continues as if it had not been",
     )
 
 
@@ -208,7 +208,7 @@ def _restart(policy: Policy, task: Task, method: Method, fresh: Method) -> str:
     fresh.begin(policy, task, [])
     fresh.load_state_dict(loaded)
     again = fresh.state_dict()
-    expect(again.keys() == state.keys(), f"after load_state_dict, state_dict() holds {sorted(again)}, not {sorted(state)}")
+    expect(again.keys() == state.keys(), f"state_dict() holds {sorted(again)} after loading, not {sorted(state)}")
     changed = [name for name in state if not torch.equal(again[name], state[name])]
     expect(not changed, f"{', '.join(changed)} changed by saving and loading; load what state_dict() gave")
     both = [_collected(policy, task, one, 2) for one in (copy.deepcopy(method), fresh)]
@@ -252,7 +252,7 @@ def _copy(policy: Policy) -> dict[str, Tensor]:
 def _unchanged(policy: Policy, weights: dict[str, Tensor], action) -> None:
     action()
     moved = [name for name, p in policy.named_parameters() if not torch.equal(p, weights[name])]
-    expect(not moved, f"{len(moved)} of the policy's weights were changed ({moved[:1]}); only the optimiser may do that")
+    expect(not moved, f"{len(moved)} of the policy's weights changed ({moved[:1]}); only the optimiser may do that")
 
 
 @torch.no_grad()

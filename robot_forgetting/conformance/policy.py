@@ -123,7 +123,7 @@ def _logits(policy: Policy, obs: dict, action: Action) -> str:
         logits.dim() == 3 and list(logits.shape[:2]) == shape,
         f"logits have shape {list(logits.shape)}; give {[*shape, 'V']}: one distribution per token",
     )
-    expect(logits.dtype == torch.float32, f"logits are {logits.dtype}; convert them to float32 (KL needs the precision)")
+    expect(logits.dtype == torch.float32, f"logits are {logits.dtype}; give float32, which KL needs")
     expect(torch.isfinite(logits).all(), "logits are not finite; the weights are broken, or a softmax overflows")
     low, high, size = int(action.tokens.min()), int(action.tokens.max()), logits.shape[2]
     expect(0 <= low and high < size, f"tokens range over {low}..{high}, but the vocabulary has {size} entries")
@@ -163,8 +163,8 @@ def _own_log_prob(policy: Policy, obs: dict, noise: Tensor, action: Action) -> s
     error = _largest((policy.log_prob(obs, action).cpu() - action.log_prob.cpu()) * action.mask.cpu())
     expect(
         error <= limit,
-        f"act() and log_prob() differ by up to {error:.3g} nats for the same tokens (limit {limit:g}); RL ratios would not "
-        "start at 1: use the same distribution in both (dropout off, same masks)",
+        f"act() and log_prob() differ by up to {error:.3g} nats for the same tokens (limit {limit:g}); RL ratios would "
+        "not start at 1: use the same distribution in both (dropout off, same masks)",
     )
     cold = policy.act(obs, temperature=0.5, noise=noise)
     expected = (policy.logits(obs, cold) / 0.5).log_softmax(-1).cpu()
@@ -196,7 +196,7 @@ def _repeatable(policy: Policy, obs: dict, noise: Tensor, action: Action) -> Non
         "act() with the same `noise` chose other tokens; turn `noise` into tokens by the inverse CDF, and nothing else",
     )
     other = policy.act(obs, temperature=1.0, noise=1 - noise)
-    expect(not torch.equal(other.tokens, action.tokens), "act() ignores `noise`; turn it into tokens by the inverse CDF")
+    expect(not torch.equal(other.tokens, action.tokens), "act() ignores `noise`; choose tokens by its inverse CDF")
 
 
 @torch.no_grad()
@@ -209,11 +209,11 @@ def _alone(policy: Policy, obs: dict, noise: Tensor, action: Action) -> str:
             chosen = policy.act(_row(obs, index), temperature=1.0, noise=noise[index : index + 1])
             expect(
                 torch.equal(chosen.tokens.cpu(), action.tokens[index : index + 1].cpu()),
-                f"observation {index} alone gives other tokens than in a batch; look at padding, position ids and masks",
+                f"observation {index} alone gives other tokens than in a batch; look at padding, positions and masks",
             )
     expect(
         error <= tolerance(policy),
-        f"log_prob changes by up to {error:.3g} nats with the batch's other rows; look at padding, position ids and masks",
+        f"log_prob changes by up to {error:.3g} nats with the batch's other rows; look at padding, positions and masks",
     )
     return f"largest difference {error:.1e} nats"
 
@@ -277,8 +277,8 @@ def _base(policy: Policy, obs: dict, action: Action) -> str:
                 nested = policy.logits(obs, action)
         expect(
             _largest(inside - original) <= 1e-5,
-            f"after training, base() is not the base policy (a logit differs by {_largest(inside - original):.3g}); keep a "
-            "frozen copy, or switch the adapters off",
+            f"after training, base() is not the base policy (a logit differs by {_largest(inside - original):.3g}); keep "
+            "a frozen copy, or switch the adapters off",
         )
         expect(torch.equal(nested, inside), "base() inside base() is not the base policy")
         changed = [name for name, p in trainable(policy).items() if not torch.equal(p, perturbed[name])]

@@ -59,13 +59,15 @@ class Table:
         except (Wrong, UserError) as finding:
             row = Row("FAIL", name, _one_line(finding))
         except Exception as error:
-            row = Row("FAIL", name, f"{type(error).__name__}{self._place(error)}: {_one_line(error)}")
+            in_worker = str(error).startswith("Traceback")  # another process's, whose last line says it all
+            where = "" if in_worker else f"{type(error).__name__}{self._place(error)}: "
+            row = Row("FAIL", name, where + _one_line(error))
         self.add(row)
         return row.state != "FAIL"
 
     def add(self, row: Row) -> None:
         self.rows.append(row)
-        print(f"  {row.state:4}  {row.name:24}  {row.detail}".rstrip(), flush=True)
+        print(f"  {row.state:4}  {row.name:27}  {row.detail}".rstrip(), flush=True)
 
     def finish(self) -> int:
         """Prints the sum; the exit code."""

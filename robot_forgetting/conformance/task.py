@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -19,15 +20,15 @@ CHECK_SEED = 300_000  # of the training split: neither trained on by default nor
 STILL = np.array([0, 0, 0, 0, 0, 0, 1], np.float32)  # no motion, gripper open
 
 
-def check_task(table: Table, task: Task) -> bool:
-    """All checks; whether one failed."""
+def check_task(table: Table, task: Task, output: Path | None = None) -> bool:
+    """All checks; whether one failed. ``output``: where to write a picture of four initial states, enlarged."""
     before = sum(row.state == "FAIL" for row in table.rows)
     table.section(f"task {getattr(task, 'name', type(task).__name__)}")
     table.check("description", lambda: _description(task))
     seeds_fine = table.check("seeds", lambda: _seeds(task))
     spec_fine = table.check("convention", lambda: _convention(task))
     if seeds_fine and spec_fine:
-        _check_environment(table, task)
+        _check_environment(table, task, output)
         _check_expert(table, task)
     return sum(row.state == "FAIL" for row in table.rows) > before
 
@@ -109,7 +110,7 @@ class Player:
         return transition
 
 
-def _check_environment(table: Table, task: Task) -> None:
+def _check_environment(table: Table, task: Task, output: Path | None) -> None:
     made: list[VectorEnv] = []
 
     def start() -> str:
@@ -124,6 +125,8 @@ def _check_environment(table: Table, task: Task) -> None:
         player, first = Player(made[0]), task.seeds("train")[CHECK_SEED % len(task.seeds("train"))]
         if not table.check("reset and picture", lambda: _picture(task, player, first)):
             return
+        if output is not None:
+            table.check("initial states", lambda: _show(player, first, output))
         table.check("same seed, same start", lambda: _start_states(player, first))
         table.check("pictures change", lambda: _motion(task, player, first))
         table.check("same commands, same end", lambda: _repeatable(task, player, first))
@@ -154,6 +157,16 @@ def _picture(task: Task, player: Player, seed: int) -> str:
         "and run `robot-forgetting doctor`",
     )
     return f"uint8 {list(image.shape)}, grey values {image.min()} to {image.max()}"
+
+
+def _show(player: Player, seed: int, output: Path) -> str:
+    import imageio.v3 as imageio
+
+    row = np.concatenate([player.reset(0, seed + index).observation["image"] for index in range(4)], axis=1)
+    enlarged = row.repeat(4, axis=0).repeat(4, axis=1)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    imageio.imwrite(output, enlarged)
+    return f"as the policy sees them: {output}"
 
 
 def _start_states(player: Player, seed: int) -> str:
@@ -302,7 +315,7 @@ def _commands(task: Task, images: np.ndarray, commands: np.ndarray, seed: int) -
     size = spec.image_size
     expect(
         images.dtype == np.uint8 and images.shape[1:] == (size, size, 3),
-        f"pictures are {images.dtype} {list(images.shape[1:])} {where}; convention() promises uint8 [{size}, {size}, 3]",
+        f"pictures are {images.dtype} {list(images.shape[1:])} {where}; convention() says uint8 [{size}, {size}, 3]",
     )
     expect(len(commands) <= task.max_steps, f"{len(commands)} steps {where}; max_steps is {task.max_steps}")
 

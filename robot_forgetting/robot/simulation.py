@@ -62,10 +62,11 @@ class Simulation:
     def __init__(self, spec: SimulationSpec):
         if spec.render not in ("low_poly", "stock"):
             raise UserError(f"unknown render option '{spec.render}'; choose one of: low_poly, stock")
-        logging.getLogger("mani_skill").setLevel(logging.ERROR)
         import gymnasium
         import mani_skill.envs  # noqa: F401  (registers the stock environments)
         from mani_skill.utils import sapien_utils
+
+        mani_skill.logger.setLevel(logging.ERROR)  # its warnings (no CUDA renderer, default poses) need no action
 
         if spec.render == "low_poly":
             from robot_forgetting.robot import low_poly, shaders
