@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -120,8 +123,9 @@ def train(
                 nothing = dict.fromkeys(("loss", "penalty", "grad_norm"))
                 rows = [{"iteration": done, "step": step, "learning_rate": 0.0, **nothing}]
             rows[-1] |= {**seconds, **method.metrics()}
-            save_checkpoint(run, policy, adam, method, iteration=done, step=step)
+            # Rows first: a restart drops those beyond its checkpoint, but could not make up for missing ones.
             run.append("train", *rows)
+            save_checkpoint(run, policy, adam, method, iteration=done, step=step)
             progress(done, rows[-1])
             after_iteration(done)
     finally:
@@ -170,9 +174,9 @@ def save_checkpoint(run: RunFolder, policy: Policy, adam, method: Method, *, ite
     with disk(run.path):
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        save_file({name: p.detach().contiguous() for name, p in trainable(policy).items()}, part / "policy.safetensors")
-        save_file(_adam_tensors(policy, adam), part / "optimizer.safetensors")
-        save_file({name: t.contiguous() for name, t in method.state_dict().items()}, part / "method.safetensors")
+        _write({name: p.detach().contiguous() for name, p in trainable(policy).items()}, part / "policy.safetensors")
+        _write(_adam_tensors(policy, adam), part / "optimizer.safetensors")
+        _write({name: t.contiguous() for name, t in method.state_dict().items()}, part / "method.safetensors")
         write_json(part / "state.json", {"iteration": iteration, "step": step})
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
@@ -198,13 +202,17 @@ def load_checkpoint(run: RunFolder, policy: Policy, adam, method: Method) -> dic
                     for key in ("step", "exp_avg", "exp_avg_sq")
                 }
     method.load_state_dict(_read(folder / "method.safetensors"))
-    return read_json(folder / "state.json")
+    try:
+        return read_json(folder / "state.json")
+    except (UserError, OSError) as error:
+        raise _damaged(folder / "state.json", error) from error
 
 
 def load_weights(policy: Policy, folder: Path) -> None:
     """Copies a checkpoint's policy tensors into the policy."""
     tensors, parameters = _read(folder / "policy.safetensors"), trainable(policy)
-    if tensors.keys() != parameters.keys():
+    # Shapes too: ``copy_`` would broadcast.
+    if {name: t.shape for name, t in tensors.items()} != {name: p.shape for name, p in parameters.items()}:
         raise UserError(f"{folder} does not belong to this policy; start in a new run_dir")
     with torch.no_grad():
         for name, parameter in parameters.items():
@@ -225,8 +233,21 @@ def _adam_tensors(policy: Policy, adam) -> dict[str, Tensor]:
     }
 
 
+def _write(tensors: dict[str, Tensor], file: Path) -> None:
+    try:
+        save_file(tensors, file)
+    except SafetensorError as error:  # the system's error is in its text only: "... (os error 28)"
+        number = re.search(r"os error (\d+)", str(error))
+        code = int(number[1]) if number else errno.EIO
+        raise OSError(code, os.strerror(code)) from error
+
+
 def _read(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is damaged ({error}); delete its folder to train from the start") from error
+        raise _damaged(file, error) from error
+
+
+def _damaged(file: Path, error: Exception) -> UserError:
+    return UserError(f"{file} is damaged ({error}); delete its folder to train from the start")
