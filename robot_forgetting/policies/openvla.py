@@ -217,6 +217,7 @@ def new_nano(
     patch_size: int = 16,
     dino_dim: int = 128,
     dino_depth: int = 5,
+    dino_channels: list | None = None,
     registers: int = 4,
     siglip_dim: int = 128,
     siglip_depth: int = 5,
@@ -234,6 +235,7 @@ def new_nano(
     """A small OpenVLA with random weights (torch's generator) and a tokenizer of its own, for training from scratch.
 
     Depths count the last block, which is stored but, as in OpenVLA, never computed.
+    dino_channels: widths of a ``ConvolutionTower`` (one stride-2 layer each) in the place of the DINOv2 tower
     options: the keyword arguments of ``OpenVLAPolicy``
     """
     bins, padding = 256, 64
@@ -241,7 +243,8 @@ def new_nano(
     dino_mlp, siglip_mlp = int(dino_dim * mlp_ratio), int(siglip_dim * mlp_ratio)
     config = OpenVLAConfig(
         dino=dinov2_tower(dino_dim, dino_depth, vision_heads, patch_size, image_size,
-                          registers=registers, mlp_hidden=dino_mlp, layer_scale=1.0),
+                          registers=registers, mlp_hidden=dino_mlp, layer_scale=1.0,
+                          channels=tuple(dino_channels or ())),
         siglip=siglip_tower(siglip_dim, siglip_depth, vision_heads, patch_size, image_size, siglip_mlp,
                             attention_pool=False),
         hidden_size=hidden_size,

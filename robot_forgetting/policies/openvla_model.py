@@ -106,8 +106,7 @@ def smooth_rows(count: int, width: int, scale: float) -> Tensor:
     frequency = torch.arange(1, width // 2 + 1)
     waves = torch.cat([(torch.pi * frequency * place).cos(), (torch.pi * frequency * place).sin()], dim=1)
     waves = waves / frequency.sqrt().repeat(2)
-    basis = torch.linalg.qr(torch.randn(waves.shape[1], width)).Q if waves.shape[1] == width else torch.randn(waves.shape[1], width)
-    rows = waves @ basis
+    rows = waves @ torch.randn(waves.shape[1], width)
     return rows / rows.std() * scale
 
 

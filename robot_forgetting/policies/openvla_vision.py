@@ -21,6 +21,7 @@ class TowerConfig:
 
     registers: number of register tokens; with ``class_token`` they precede the patches and get no position embedding
     layer_scale: initial LayerScale factor, or None for a tower without LayerScale
+    channels: of a ``ConvolutionTower``'s layers; empty for a vision transformer
     attention_pool: whether the checkpoint carries SigLIP's pooling head (never computed: OpenVLA reads patches)
     """
 
@@ -34,6 +35,7 @@ class TowerConfig:
     registers: int = 0
     layer_scale: float | None = None
     attention_pool: bool = False
+    channels: tuple = ()
 
     @property
     def num_patches(self) -> int:
@@ -200,9 +202,52 @@ class VisionTower(nn.Module):
             self.pos_embed[0] = 0.5 * grid_waves(grid, self.config.embed_dim)
 
 
+class ConvolutionTower(nn.Module):
+    """Stride-2 convolutions in a tower's place, for policies small enough to be trained from scratch on a CPU.
+
+    From scratch, patch transformers of this size needed about four times the decisions (docs/vision_towers.md). Not part
+    of the published OpenVLA.
+    """
+
+    def __init__(self, config: TowerConfig):
+        super().__init__()
+        self.config = config
+        widths = [3, *config.channels]
+        kernels = [5] + [3] * (len(config.channels) - 1)
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(before, after, kernel, stride=2, padding=kernel // 2)
+            for before, after, kernel in zip(widths, widths[1:], kernels, strict=False)
+        )
+        self.norms = nn.ModuleList(nn.GroupNorm(8, width) for width in config.channels)
+        self.head = nn.Linear(config.channels[-1], config.embed_dim)
+        self.pos_embed = nn.Parameter(torch.zeros(1, config.num_patches, config.embed_dim))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """[N, 3, H, W] to [N, patches, embed_dim]."""
+        x = pixels.contiguous(memory_format=torch.channels_last)
+        for convolution, norm in zip(self.convolutions, self.norms, strict=True):
+            x = F.gelu(norm(convolution(x)))
+        return self.head(x.flatten(2).transpose(1, 2)) + self.pos_embed
+
+    def unused_parameters(self) -> list[nn.Parameter]:
+        return []
+
+    def initialise(self) -> None:
+        """PyTorch's own initialisation of the layers; places as in the transformer."""
+        with torch.no_grad():
+            grid = self.config.image_size // self.config.patch_size
+            self.pos_embed[0] = 0.5 * grid_waves(grid, self.config.embed_dim)
+
+
+def tower(config: TowerConfig) -> nn.Module:
+    """The module that a tower's configuration describes."""
+    return ConvolutionTower(config) if config.channels else VisionTower(config)
+
+
 def grid_waves(grid: int, dim: int) -> Tensor:
     """Sines and cosines of row and column, [grid * grid, dim]: a start from which places are told apart at once."""
-    y, x = (c.flatten().float().unsqueeze(1) for c in torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij"))
+    rows_and_columns = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
+    y, x = (place.flatten().float().unsqueeze(1) for place in rows_and_columns)
     quarter = -(-dim // 4)
     frequency = torch.pi / 2 / grid * torch.arange(1, quarter + 1)
     waves = torch.cat([f(c * frequency) for c in (x, y) for f in (torch.sin, torch.cos)], dim=1)
@@ -214,8 +259,8 @@ class VisionBackbone(nn.Module):
 
     def __init__(self, dino: TowerConfig, siglip: TowerConfig):
         super().__init__()
-        self.featurizer = VisionTower(dino)
-        self.fused_featurizer = VisionTower(siglip)
+        self.featurizer = tower(dino)
+        self.fused_featurizer = tower(siglip)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """[N, 6, H, W] to [N, patches, dino + siglip]."""
