@@ -35,13 +35,19 @@ def check_conventions(policy: Policy, tasks: Sequence[Task]) -> None:
 
 
 def test_seeds(task: Task, episodes: int, seed_start: int | None) -> list[int]:
-    """The initial states of an evaluation: the first of the test split, or from ``seed_start`` on."""
+    """The initial states of an evaluation: the first of the test split, or from ``seed_start`` on (of either split)."""
     if episodes < 1:
         raise UserError(f"episodes must be at least 1, not {episodes}")
-    split = task.seeds("test")
-    start = split.start if seed_start is None else seed_start
+    train, test = task.seeds("train"), task.seeds("test")
+    start = test.start if seed_start is None else seed_start
     if start < 0:
         raise UserError(f"seed_start must not be negative: {seed_start}")
+    split = train if start in train else test
+    if start not in split or start + episodes > split.stop:
+        raise UserError(
+            f"{episodes} episodes from seed {start} on leave the split: training states are {train.start} to "
+            f"{train.stop - 1}, test states {test.start} to {test.stop - 1}; choose another seed_start or fewer episodes"
+        )
     return list(range(start, start + episodes))
 
 

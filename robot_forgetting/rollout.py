@@ -75,9 +75,9 @@ def rollout(
 ) -> Iterator[Episode]:
     """Runs the episodes and yields each when it ends.
 
-    An episode is a function of (policy, task, key, temperature) only: its sampling noise comes from its own key, and the
-    policy always acts on as many rows as a group of ``num_envs`` has, so that not even rounding depends on which other
-    episodes happen to run beside it, or on how few are left. Episodes are dealt to groups in advance, for the same reason.
+    An episode is a function of (policy, task, key, temperature) only: its sampling noise comes from its own key, and
+    the policy always acts on as many rows as a group of ``num_envs`` has, so that not even rounding depends on how many
+    other episodes happen to run beside it. Episodes are dealt to groups in advance, for the same reason.
     """
     if not keys:
         return

@@ -12,7 +12,7 @@ import torch
 from scipy.stats import entropy
 from toy import CHOICES, ToyPolicy, ToyTask
 
-import robot_forgetting.configs
+from robot_forgetting import configs
 from robot_forgetting.errors import UserError
 from robot_forgetting.evaluate import evaluate
 from robot_forgetting.method import Batch
@@ -26,7 +26,7 @@ from robot_forgetting.records import RunFolder
 from robot_forgetting.rollout import Episode, EpisodeKey
 from robot_forgetting.train import Optimiser, train
 
-CONFIGS = Path(robot_forgetting.configs.__file__).parent
+CONFIGS = Path(configs.__file__).parent
 METHODS = sorted(path.stem for path in (CONFIGS / "method").glob("*.yaml"))
 PENALTIES = sorted(path.stem for path in (CONFIGS / "penalty").glob("*.yaml"))
 
@@ -404,8 +404,8 @@ def learn(tmp_path, made, policy=None, penalties=(), name="run", rate=None) -> t
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_learns_the_toy(tmp_path, name):
-    """Sampled success from chance (about .4) to .9 and more, in seconds, with the settings of the methods' files but for
-    the learning rate (tables learn faster than networks) and SFT's label smoothing (three bins are too few for it)."""
+    """Sampled success from chance (about .4) to .9 and more, in seconds, with the settings of the methods' files except
+    the learning rate (tables learn faster than networks) and label smoothing (three bins are too few for it)."""
     more = ["method.label_sigma=0"] if name == "sft" else []
     made = configured("method", name, "seed=1", "budget.demonstrations=40", "budget.rl_iterations=25", *more)
     before = success(ToyPolicy(), ToyTask())

@@ -171,8 +171,9 @@ def test_a_real_policy_decides_the_same_whatever_is_beside_it():
     """The nano OpenVLA on the toy's pictures, enlarged. (Log-probabilities are equal to rounding; how far the last bit
     depends on a row's place in the batch is up to the processor.)"""
     torch.manual_seed(0)
-    policy = new_nano(image_size=32, patch_size=16, dino_dim=32, dino_depth=2, siglip_dim=32, siglip_depth=2, hidden_size=64,
-                      num_layers=1, num_heads=2, intermediate_size=64, instructions=["reach"], check_images=False)  # fmt: skip
+    size = {"image_size": 32, "dino_dim": 32, "dino_depth": 2, "siglip_dim": 32, "siglip_depth": 2, "hidden_size": 64}
+    size |= {"num_layers": 1, "num_heads": 2, "intermediate_size": 64}
+    policy = new_nano(**size, instructions=["reach"], check_images=False)
 
     class Eyes(torch.nn.Module):
         def act(self, obs, **options):

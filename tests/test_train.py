@@ -1,4 +1,4 @@
-"""The optimiser loop: an interrupted training ends bitwise as an undisturbed one, and what breaks it is one clear line."""
+"""The optimiser loop: an interrupted training ends bitwise as an undisturbed one; what breaks it is one clear line."""
 
 from __future__ import annotations
 

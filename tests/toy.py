@@ -1,8 +1,8 @@
 """A world small enough to compute by hand: 4x4 pictures, four cells in a row, a tabular policy of two tokens.
 
-The picture shows the walker in row 0 and a mark in row 3. "reach": walk to the mark; "mirror": walk to the cell opposite
-to it. Token 0 is the step (left, stay, right); token 1 moves nothing, the expert always says "right". Everything is a
-table look-up, so that results do not depend on the batch an observation is in.
+The picture shows the walker in row 0 and a mark in row 3. "reach": walk to the mark; "mirror": walk to the cell
+opposite to it. Token 0 is the step (left, stay, right); token 1 moves nothing, the expert always says "right".
+Everything is a table look-up, so that results do not depend on the batch an observation is in.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def picture(walker: int, mark: int) -> np.ndarray:
 
 
 class ToyTask(Task):
-    """crashes: seed -> the step at which its environment fails (0: while it is reset); last_first: groups answer late first."""
+    """crashes: seed -> the step at which its environment fails (0: at reset); last_first: the late answer first."""
 
     def __init__(
         self,
