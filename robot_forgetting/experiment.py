@@ -74,6 +74,7 @@ def run(
         "iterations": method.iterations,
         "instructions": {t.name: t.instruction for tasks in roles.values() for t in tasks},
     }
+    check_same_base(run_dir, header["fingerprint"])
     with open_run(run_dir, config, header) as folder:
         if folder.finished:
             say(f"{folder.path} is finished already; delete it to measure again")
@@ -184,15 +185,16 @@ class Experiment:
 
     def measure_success(self, *, stage: int, iteration: int, interim: bool = False) -> None:
         """Evaluates every task at every decode; interim points at the rollout decode only, with fewer episodes."""
-        plan = {"sampled": self.budget["interim_episodes"] if interim else self.episodes}
-        if not interim:
-            plan["greedy"] = min(self.budget["greedy_episodes"], self.episodes)
-        for decode, count in plan.items():
+        for decode, count in ({"sampled": self.budget["interim_episodes"]} if interim else self.counts()).items():
             for role, tasks in self.roles.items():
                 if interim and role == "held_out":
                     continue
                 for task in tasks:
                     self.measure_task(task, role, decode, count, stage, iteration)
+
+    def counts(self) -> dict[str, int]:
+        """Episodes per task at each decode, before and after."""
+        return {"sampled": self.episodes, "greedy": min(self.budget["greedy_episodes"], self.episodes)}
 
     def measure_task(self, task: Task, role: str, decode: str, count: int, stage: int, iteration: int) -> None:
         temperature = self.temperature if decode == "sampled" else 0.0
@@ -217,6 +219,13 @@ class Experiment:
         """Copies the base policy's episodes from a sibling run that measured the same thing; their source is marked."""
         mine = self.folder.run
         have = {_identity(row) for row in self.folder.episodes()}
+        wanted = {
+            (0, 0, task.name, decode, seed): number
+            for decode, count in self.counts().items()
+            for tasks in self.roles.values()
+            for task in tasks
+            for number, seed in enumerate(test_seeds(task, count, self.seed_start))
+        }
         for sibling in sorted(self.folder.path.parent.glob("*/run.json")):
             other = RunFolder(sibling.parent)
             theirs = other.run
@@ -225,9 +234,9 @@ class Experiment:
             if theirs.get("decode") != mine["decode"]:
                 continue
             rows = [
-                {**row, "source": row["source"] or other.id, "video": None}
+                {**row, "episode": wanted[_identity(row)], "source": row["source"] or other.id, "video": None}
                 for row in other.episodes()
-                if row["stage"] == 0 and _identity(row) not in have and row["role"] == self.role_of(row["task"])
+                if _identity(row) in wanted.keys() - have and row["role"] == self.role_of(row["task"])
             ]
             if rows:
                 self.folder.append("episodes", *rows)
@@ -296,14 +305,27 @@ def fingerprint(policy: Policy, tasks: Sequence[Task]) -> str:
     """Identifies a base policy's weights together with the tasks it is measured on."""
     digest = hashlib.sha256()
     for name, tensor in sorted(policy.state_dict().items()):
-        digest.update(name.encode())
-        # Sums and not bytes: a 7B model is fingerprinted in seconds, and two checkpoints do not agree in all of them.
-        digest.update(np.float64(tensor.double().sum().item()).tobytes())
-        digest.update(np.float64(tensor.flatten()[:64].double().square().sum().item()).tobytes())
+        digest.update(f"{name} {list(tensor.shape)}".encode())
+        # A sample of the numbers: a 7B model is fingerprinted in seconds, and two checkpoints do not agree in all of
+        # them. (Sums would do too, but their rounding depends on the number of threads.)
+        step = max(1, tensor.numel() // 4096)
+        digest.update(tensor.detach().flatten()[::step].double().cpu().numpy().tobytes())
     for task in tasks:
         spec = getattr(task, "spec", None)
-        digest.update(json.dumps([task.name, spec.as_dict() if spec else None], sort_keys=True, default=str).encode())
+        said = [type(task).__qualname__, task.name, task.instruction, task.max_steps, spec.as_dict() if spec else None]
+        digest.update(json.dumps(said, sort_keys=True, default=str).encode())
     return digest.hexdigest()[:16]
+
+
+def check_same_base(run_dir: Path, mark: str) -> None:
+    """``UserError`` where a run began with other weights under the same name, as after training a base policy anew."""
+    if (Path(run_dir) / "run.json").is_file():
+        earlier = RunFolder(run_dir).run.get("fingerprint", mark)
+        if earlier != mark:
+            raise UserError(
+                f"{run_dir} began with another base policy or other tasks (fingerprint {earlier}, now {mark}); "
+                "delete it, or choose another run_dir"
+            )
 
 
 def evaluate_into(
