@@ -256,6 +256,8 @@ class Experiment:
                 for name in ("base", "fine_tuned", "demonstrations"):
                     if (iteration, task.name, name) in have or (interim and (role, name) != ("new", "base")):
                         continue
+                    if name == "demonstrations" and not task.has_demonstrations:
+                        continue  # a task without an expert can still be learned by RL
                     states = self.states(name, task, count, limit)
                     rows = measure_divergence(self.policy, states, seed=self.seed)
                     fields = {"stage": FINAL_STAGE, "iteration": iteration, "task": task.name, "role": role}

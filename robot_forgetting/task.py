@@ -84,6 +84,11 @@ class Task(ABC):
         """Successful expert episodes in the order of their seeds."""
         raise UserError(f"task '{self.name}' has no demonstrations; give it an expert, or use a method that needs none")
 
+    @property
+    def has_demonstrations(self) -> bool:
+        """Whether ``demonstrations`` gives any."""
+        return type(self).demonstrations is not Task.demonstrations
+
     def seeds(self, split: str) -> range:
         """Seeds of the initial states: train 0 .. 999,999, test from 1,000,000 on."""
         ranges = {"train": range(0, 1_000_000), "test": range(1_000_000, 2_000_000)}

@@ -277,7 +277,7 @@ def _base(policy: Policy, obs: dict, action: Action) -> str:
                 nested = policy.logits(obs, action)
         expect(
             _largest(inside - original) <= 1e-5,
-            f"after training, base() is not the base policy (a logit differs by {_largest(inside - original):.3g}); keep "
+            f"after training, base() is not the base policy (logits differ by {_largest(inside - original):.2g}); keep "
             "a frozen copy, or switch the adapters off",
         )
         expect(torch.equal(nested, inside), "base() inside base() is not the base policy")

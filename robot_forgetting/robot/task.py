@@ -84,6 +84,10 @@ class ManiSkillTask(Task):
 
         return ManiSkillVectorEnv(replace(self.spec, video=render), num_envs, self.processes)
 
+    @property
+    def has_demonstrations(self) -> bool:
+        return self.spec.expert is not None
+
     def demonstrations(self, count: int, *, split: str = "train", start: int = 0) -> Iterator[Demonstration]:
         from robot_forgetting.robot.workers import demonstrate
 
