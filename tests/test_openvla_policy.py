@@ -359,3 +359,13 @@ def test_an_adapter_of_another_model_is_refused(saved, tmp_path):
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     with pytest.raises(UserError, match=f"does not fit this policy: missing {name}"):
         OpenVLAPolicy(str(saved), device="cpu", lora={"adapter": str(tmp_path)})
+
+
+def test_ranges_of_a_task_that_the_checkpoint_never_saw(saved, tmp_path):
+    unit = {"panda": {"action": {"q01": [-1.0] * 7, "q99": [1.0] * 7, "mask": [True] * 7}}}
+    policy = OpenVLAPolicy(str(saved), device="cpu", statistics="arm", add_statistics=unit)
+    highest = Action(torch.full((1, 7), 255), torch.ones(1, 7, dtype=torch.bool))
+    own, added = (policy.decode(highest, statistics=key) for key in ("arm", "panda"))
+    np.testing.assert_allclose(own[0, :6] / added[0, :6], 2.0, rtol=1e-6)
+    policy.save(tmp_path / "both")
+    assert OpenVLAPolicy(str(tmp_path / "both"), device="cpu").statistics.keys == ["arm", "panda"]

@@ -28,6 +28,7 @@ class OpenVLAPolicy(Policy):
 
     checkpoint: a Hub id or a folder in the published layout (or what ``openvla_checkpoint.load`` returns)
     statistics: key of the ranges used where ``decode`` and ``encode`` are given none; null: the only one there is
+    add_statistics: further ranges, as in dataset_statistics.json: those of tasks that the checkpoint never saw
     dtype: float32, bfloat16 or float16; device: auto, cpu, cuda, cuda:1 ...
     lora: null for full fine-tuning, or {rank, alpha, targets}; see ``openvla_lora.add``
     keep_base: whether full fine-tuning keeps a copy of the base weights for ``base()``; null: up to 2 GB
@@ -41,6 +42,7 @@ class OpenVLAPolicy(Policy):
         *,
         name: str = "openvla",
         statistics: str | None = None,
+        add_statistics: dict | None = None,
         dtype: str = "float32",
         device: str = "auto",
         lora: dict | None = None,
@@ -59,7 +61,10 @@ class OpenVLAPolicy(Policy):
             checkpoint = openvla_checkpoint.load(checkpoint, dtype=parse_dtype(dtype), device=place)
         self.source, self.tokenizer = checkpoint.source, checkpoint.tokenizer
         self.model: OpenVLAModel = checkpoint.model.to(place).eval()
-        config = self.config = checkpoint.model.config
+        config = checkpoint.model.config
+        if add_statistics:
+            config = checkpoint.model.config = replace(config, norm_stats={**config.norm_stats, **add_statistics})
+        self.config = config
         self.model.gradient_checkpointing = gradient_checkpointing
         self.statistics = Statistics(config.norm_stats)
         if statistics is not None:

@@ -156,7 +156,8 @@ def read_config(folder: Path) -> OpenVLAConfig:
 def _towers(values: dict) -> tuple[TowerConfig, TowerConfig]:
     """Published checkpoints name timm models; ours, which have none, give the dimensions."""
     if "vision_towers" in values:
-        dino, siglip = (TowerConfig(**tower) for tower in values["vision_towers"])
+        towers = ({**tower, "channels": tuple(tower.get("channels", ()))} for tower in values["vision_towers"])
+        dino, siglip = (TowerConfig(**tower) for tower in towers)
         return dino, siglip
     names = values["timm_model_ids"]
     if len(names) != 2 or any(name not in TIMM_TOWERS for name in names):

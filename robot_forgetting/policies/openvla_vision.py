@@ -205,8 +205,8 @@ class VisionTower(nn.Module):
 class ConvolutionTower(nn.Module):
     """Stride-2 convolutions in a tower's place, for policies small enough to be trained from scratch on a CPU.
 
-    From scratch, patch transformers of this size needed about four times the decisions (docs/vision_towers.md). Not part
-    of the published OpenVLA.
+    From scratch, patch transformers of this size needed nearly twice the decisions (docs/vision_towers.md). Not part of
+    the published OpenVLA.
     """
 
     def __init__(self, config: TowerConfig):
