@@ -59,7 +59,7 @@ def run(
     processes: int,
 ) -> int:
     """Fine-tunes ``policy`` on ``task`` and records what it gained and forgot; continues an unfinished run."""
-    roles = {"new": [task], "prior": list(prior), "held_out": list(held_out)}
+    roles = assign_roles(task, prior, held_out)
     check_conventions(policy, [t for tasks in roles.values() for t in tasks])
     header = {
         "verb": "run",
@@ -96,6 +96,16 @@ def run(
         )
         experiment.go()
     return 0
+
+
+def assign_roles(task: Task, prior: Sequence[Task], held_out: Sequence[Task]) -> dict[str, list[Task]]:
+    """Role -> tasks. The new task is no longer held out; no task may have two roles otherwise."""
+    roles = {"new": [task], "prior": list(prior), "held_out": [other for other in held_out if other.name != task.name]}
+    names = [other.name for tasks in roles.values() for other in tasks]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"task '{name}' has two roles; name it once among task, prior and held_out")
+    return roles
 
 
 class Experiment:
