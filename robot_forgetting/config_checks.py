@@ -11,10 +11,11 @@ from robot_forgetting.errors import UserError
 
 ROOT_TYPES = {
     "seed": int, "episodes": int | None, "seed_start": int | None, "num_envs": int, "processes": int, "render": str,
+    "image_size": int,
     "sweep": str, "run_dir": str | None, "output": str | None, "golden": str | None, "checkpoint": str | None,
     "device": str, "debug": bool, "prior": list, "held_out": list,
 }  # fmt: skip
-LEAST = {"seed": 0, "episodes": 1, "seed_start": 0, "num_envs": 1, "processes": 1, "temperature": 0}
+LEAST = {"seed": 0, "episodes": 1, "seed_start": 0, "num_envs": 1, "processes": 1, "image_size": 16, "temperature": 0}
 
 
 def check_root(plain: dict) -> None:
