@@ -39,7 +39,7 @@ def low_poly_urdf() -> str:
 
 def install() -> None:
     """Makes every environment built in this process low-poly. Call it before ``gym.make``; a worker process does."""
-    if getattr(REGISTERED_AGENTS["panda"].agent_cls, "low_poly", False):
+    if installed():
         return
     file = Path(tempfile.mkdtemp(prefix="robot_forgetting_")) / "panda_low_poly.urdf"
     file.write_text(low_poly_urdf())
@@ -55,6 +55,11 @@ def install() -> None:
     # ``import a.b.scene_builder as x`` finds a package attribute of the same name, hence sys.modules.
     table = sys.modules["mani_skill.utils.scene_builder.table.scene_builder"]
     table.TableSceneBuilder.build = _build_table
+
+
+def installed() -> bool:
+    """Whether environments built in this process are low-poly."""
+    return getattr(REGISTERED_AGENTS["panda"].agent_cls, "low_poly", False)
 
 
 def _build_table(self) -> None:

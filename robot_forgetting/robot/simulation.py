@@ -68,13 +68,21 @@ class Simulation:
 
         mani_skill.logger.setLevel(logging.ERROR)  # its warnings (no CUDA renderer, default poses) need no action
 
-        if spec.render == "low_poly":
-            from robot_forgetting.robot import low_poly, shaders
+        from robot_forgetting.robot import low_poly, shaders
 
+        if spec.render == "low_poly":
             low_poly.install()
             shaders.install()
+        elif low_poly.installed():
+            raise UserError("this process already draws low_poly and cannot draw stock too; start another one for it")
         for module in spec.modules:
-            importlib.import_module(module)
+            try:
+                importlib.import_module(module)
+            except Exception as error:  # a user's module may fail in any way while it is imported
+                raise UserError(
+                    f"cannot import '{module}' ({type(error).__name__}: {error}); modules are found in the current "
+                    "folder and in those of hydra.searchpath"
+                ) from error
         pose = sapien_utils.look_at(spec.camera["eye"], spec.camera["target"])
         shader = "minimal" if spec.render == "low_poly" else "default"
         sensor = {"pose": pose, "width": spec.image_size, "height": spec.image_size, "fov": spec.camera["fov"]}
@@ -92,8 +100,13 @@ class Simulation:
                 human_render_camera_configs={**human, "shader_pack": shader},
                 **spec.env_arguments,
             ).unwrapped
-        except gymnasium.error.NameNotFound as error:
+        except gymnasium.error.Error as error:  # unknown name, namespace or version; malformed id
             raise UserError(f"unknown ManiSkill environment '{spec.env_id}'; {error}") from error
+        except TypeError as error:
+            if "unexpected keyword argument" not in str(error):
+                raise
+            given = ", ".join(sorted(spec.env_arguments))
+            raise UserError(f"environment '{spec.env_id}' does not take all of: {given} ({error})") from error
         self.spec = spec
         self.expert = None if spec.expert is None else load_object(spec.expert)
         self.steps = 0
@@ -109,11 +122,31 @@ class Simulation:
 
     def reset(self, seed: int) -> dict:
         """Starts the episode that ``seed`` fixes and returns its first observation."""
+        self._renew_physics()
         self.env.reset(seed=seed)
         for actor in self.env._hidden_objects:
             actor.hide_visual()
         self.steps = 0
         return self.observe()
+
+    def _renew_physics(self) -> None:
+        """Moves everything into a new, empty PhysX scene (0.3 ms).
+
+        A PhysX scene remembers earlier contacts in the order in which it solves new ones: without this, an episode would
+        depend on those before it, by as much as contacts are chaotic.
+        """
+        import sapien
+
+        scene = self.env.scene
+        old, physics = scene.sub_scenes[0], sapien.physx.PhysxCpuSystem()
+        physics.timestep = scene.px.timestep
+        new = sapien.Scene([physics, old.render_system])
+        entities = old.entities
+        for entity in entities:
+            old.remove_entity(entity)
+        for entity in entities:
+            new.add_entity(entity)
+        scene.px, scene.sub_scenes[0] = physics, new
 
     def observe(self) -> dict:
         """Pictures (uint8 [H, W, 3]) and the instruction; ``frame`` is the larger one for videos, where asked for."""

@@ -53,7 +53,7 @@ class ManiSkillTask(Task):
         arguments = dict(env_arguments or {})
         if spawn != "stock" or "spawn" in arguments:
             arguments["spawn"] = spawn
-        expert_module = [expert.rpartition(".")[0]] if expert else []
+        expert_module = [expert.rpartition(".")[0]] if expert and "." in expert else []
         self.spec = SimulationSpec(
             env_id=env_id,
             instruction=instruction,

@@ -8,6 +8,7 @@ arrays: at 64 px that is 12 KiB per step, far below the cost of drawing them.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import multiprocessing
 import os
 import traceback
@@ -34,23 +35,35 @@ class Worker:
             self.process = SPAWN.Process(target=_serve, args=(child,), daemon=True)
             self.process.start()
         child.close()
-        self.key: tuple | None = None  # what the worker holds at present
+        self.render: str | None = None  # the option this process draws with, once it does
+        self._unanswered = 0
 
     def call(self, verb: str, *arguments) -> None:
         try:
             self.connection.send((verb, *arguments))
         except (BrokenPipeError, OSError) as error:
             raise WorkerDied(self._epitaph()) from error
+        self._unanswered += 1
 
     def receive(self):
-        try:
-            status, answer = self.connection.recv()
-        except (EOFError, ConnectionResetError) as error:
-            raise WorkerDied(self._epitaph()) from error
+        status, answer = self._answer()
         if status == "user_error":
             raise UserError(answer)
         if status == "error":
             raise RuntimeError(answer)
+        return answer
+
+    def drain(self) -> None:
+        """Drops answers that nobody waited for (a user left in the middle), so that they are not taken for others."""
+        while self._unanswered:
+            self._answer()
+
+    def _answer(self) -> tuple:
+        try:
+            answer = self.connection.recv()
+        except (EOFError, ConnectionResetError) as error:
+            raise WorkerDied(self._epitaph()) from error
+        self._unanswered -= 1
         return answer
 
     def close(self) -> None:
@@ -71,7 +84,10 @@ class WorkerDied(UserError):
 
 
 class WorkerPool:
-    """The program's workers, started when first needed."""
+    """The program's workers, started when first needed.
+
+    Whoever uses one keeps the object: an index may meanwhile have become another process.
+    """
 
     def __init__(self):
         self._workers: dict[int, Worker] = {}
@@ -80,6 +96,20 @@ class WorkerPool:
         worker = self._workers.get(index)
         if worker is None or not worker.process.is_alive():
             worker = self._workers[index] = Worker(index)
+        return worker
+
+    def prepare(self, index: int, spec: SimulationSpec, count: int) -> Worker:
+        """A living worker that has been asked to hold ``count`` simulations; its answer is the caller's to receive."""
+        worker = self[index]
+        try:
+            worker.drain()
+        except WorkerDied:
+            worker = self[index]
+        if worker.render not in (None, spec.render):  # low_poly changes ManiSkill for good in its process
+            worker.close()
+            worker = self[index]
+        worker.render = spec.render
+        worker.call("make", spec, count)
         return worker
 
     def close(self) -> None:
@@ -126,21 +156,12 @@ class ManiSkillVectorEnv(VectorEnv):
         self.groups = [[int(slot) for slot in group] for group in slots]
         self._busy: dict[Connection, tuple[int, list[int]]] = {}
         self._dead: list[tuple[int, list[int]]] = []
-        for group in range(processes):
-            self._start(group)
-        for group in range(processes):
-            POOL[group].receive()
-
-    def _start(self, group: int) -> None:
-        worker = POOL[group]
-        # A previous user may have left in the middle of a request; its answer must not be taken for ours.
-        while worker.connection.poll(0) or getattr(worker, "pending", False):
-            worker.connection.recv()
-            worker.pending = False
-        worker.call("make", self.spec, len(self.groups[group]))
+        self._workers = [POOL.prepare(index, spec, len(group)) for index, group in enumerate(self.groups)]
+        for worker in self._workers:
+            worker.receive()
 
     def request(self, group: int, resets: dict[int, int], commands: dict[int, np.ndarray]) -> None:
-        worker, first = POOL[group], self.groups[group][0]
+        worker, first = self._workers[group], self.groups[group][0]
         slots = [*resets, *commands]
         try:
             worker.call(
@@ -151,7 +172,6 @@ class ManiSkillVectorEnv(VectorEnv):
         except WorkerDied:
             self._dead.append((group, slots))
             return
-        worker.pending = True
         self._busy[worker.connection] = (group, slots)
 
     def wait(self) -> tuple[int, list[Transition]]:
@@ -160,18 +180,16 @@ class ManiSkillVectorEnv(VectorEnv):
             return group, self._replace(group, slots)
         connection = wait(list(self._busy))[0]
         group, slots = self._busy.pop(connection)
-        worker, first = POOL[group], self.groups[group][0]
         try:
-            answers = worker.receive()
+            answers = self._workers[group].receive()
         except WorkerDied:
             return group, self._replace(group, slots)
-        finally:
-            worker.pending = False
+        first = self.groups[group][0]
         return group, [Transition(slot=first + local, **answer) for local, answer in answers]
 
     def _replace(self, group: int, slots: list[int]) -> list[Transition]:
-        self._start(group)
-        POOL[group].receive()
+        self._workers[group] = POOL.prepare(group, self.spec, len(self.groups[group]))
+        self._workers[group].receive()
         size = self.spec.image_size
         blank = {"image": np.zeros((size, size, 3), np.uint8), "instruction": self.spec.instruction}
         return [
@@ -180,34 +198,27 @@ class ManiSkillVectorEnv(VectorEnv):
 
     def close(self) -> None:
         """Waits for answers still under way; the workers live on for the next task."""
-        for connection in list(self._busy):
-            group, _ = self._busy.pop(connection)
-            try:
-                POOL[group].receive()
-            except (UserError, RuntimeError):
-                pass  # the episode it belonged to is being abandoned
-            POOL[group].pending = False
+        self._busy.clear()
+        for worker in self._workers:
+            with contextlib.suppress(WorkerDied):  # the episodes it belonged to are being abandoned
+                worker.drain()
 
 
 def demonstrate(spec: SimulationSpec, seeds: list[int], noise: dict, processes: int):
     """Runs the expert on ``seeds`` over the workers; yields (seed, success, images [L, H, W, 3], commands [L, 7]) in order."""
-    for group in range(processes):
-        POOL[group].call("make", spec, 1)
-    for group in range(processes):
-        POOL[group].receive()
-    queues = {group: seeds[group::processes] for group in range(processes)}
-    for group, queue in queues.items():
+    workers = [POOL.prepare(group, spec, 1) for group in range(processes)]
+    for worker in workers:
+        worker.receive()
+    queues = [seeds[group::processes] for group in range(processes)]
+    for worker, queue in zip(workers, queues, strict=True):
         if queue:
-            POOL[group].call("demonstrate", queue[0], noise)
-            POOL[group].pending = True
+            worker.call("demonstrate", queue[0], noise)
     for index, seed in enumerate(seeds):
-        worker, queue = POOL[index % processes], queues[index % processes]
+        worker, queue = workers[index % processes], queues[index % processes]
         answer = worker.receive()
-        worker.pending = False
         done = index // processes + 1
         if done < len(queue):
             worker.call("demonstrate", queue[done], noise)
-            worker.pending = True
         yield seed, *answer
 
 
