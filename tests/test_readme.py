@@ -53,9 +53,7 @@ def test_own_method(folder, capsys):
 
 
 @needs_vulkan
-def test_own_tasks(folder, capsys):
-    assert cli.main(["check", SEARCH, "task=poke_cube", "processes=1"]) == 0
-    assert "skip  demonstrations" in capsys.readouterr().out
+def test_own_task(folder, capsys):
     assert cli.main(["check", SEARCH, "task=put_on_plate", "processes=1", "output=states.png"]) == 0
     out = capsys.readouterr().out
     assert "20 of 20 succeed" in out and "FAIL" not in out and (folder / "states.png").is_file()
