@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from robot_forgetting.errors import UserError
-from robot_forgetting.experiment import evaluate_into, open_run
 from robot_forgetting.evaluate import test_seeds
+from robot_forgetting.experiment import evaluate_into, open_run
 from robot_forgetting.files import write_atomic
 from robot_forgetting.method import Method
 from robot_forgetting.policy import ConventionSpec, Policy
@@ -139,7 +139,7 @@ def pretrain(
                 evaluate_into(folder, policy, one, seeds, temperature=degree, num_envs=num_envs, **fields)
         folder.add_seconds("evaluate", time.perf_counter() - started)
         summary = summarise(folder)
-        write_atomic(output / "README.md", card(names.get("policy"), summary, folder.run, pretrain))
+        write_atomic(output / "README.md", card(summary, folder.run, pretrain, parent_facts(config)))
         folder.finish(summary)
     say(f"card: {output / 'README.md'}")
     return 0
@@ -149,7 +149,17 @@ def pretrain(
 CARD_SEED = 700_000
 
 
-def card(name: str, summary: dict, run: dict, settings: dict) -> str:
+def parent_facts(config: dict) -> list[str]:
+    """The facts on the card of the policy that training started from, if it did not start from random weights."""
+    parent = config["policy"].get("checkpoint")
+    file = Path(parent or "") / "README.md"
+    if parent is None or not file.is_file():
+        return [] if parent is None else [f"- started from: {parent}"]
+    facts = [line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("- ")]
+    return [f"- started from: {parent}, whose card says:", *(f"  {line}" for line in facts)]
+
+
+def card(summary: dict, run: dict, settings: dict, parent: list[str]) -> str:
     """What was trained, how, and how well it does: every number from the run folder."""
     parameters = ", ".join(f"{count} of {task}" for task, count in settings["demonstrations"].items())
     seconds = run["timings"]
@@ -163,10 +173,11 @@ def card(name: str, summary: dict, run: dict, settings: dict) -> str:
         [
             "# Base policy",
             "",
-            "A small OpenVLA (same class as OpenVLA-7B, a few million parameters, random initialisation), trained by",
+            "A small OpenVLA (same class as OpenVLA-7B, about a million parameters, trained from random weights) by",
             "behaviour cloning from scripted demonstrations in ManiSkill3. No data or weights of others went into it.",
             "",
             f"- command: `{shlex.join(['robot-forgetting', *sys.argv[1:]])}`",
+            *parent,
             f"- seed: {run['seed']}; demonstrations: {parameters}",
             f"- optimiser steps: {settings['iterations'] * settings['steps_per_iteration']} of "
             f"{settings['batch_size']} decisions",

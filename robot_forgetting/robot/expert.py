@@ -47,15 +47,16 @@ def grasp(env, thing, *, hover: float = 0.06) -> np.ndarray:
 
 
 def carry_and_release(env, thing, place, *, clearance: float = 0.05, tolerance: float = 0.008) -> np.ndarray:
-    """Lifts a held object, carries it above ``place`` (where its centre shall rest), lowers it and lets go."""
-    centre, offset = position(thing), np.asarray(place) - position(thing)
-    sideways = np.linalg.norm(offset[:2])
-    if sideways > tolerance:
-        low = -offset[2] < clearance - 0.015
-        # Far away and low: straight up. Otherwise keep height and travel.
-        travel = 0.0 if low and sideways > 0.025 else 1.0
-        target = hand(env) + np.array([*(offset[:2] * travel), place[2] + clearance - centre[2]])
-        return move_to(env, target, CLOSE)
-    if -offset[2] > 0.004:
-        return move_to(env, hand(env) + offset, CLOSE, limit=0.3)
-    return move_to(env, hand(env), OPEN)
+    """Lifts a held object, carries it above ``place`` (where its centre shall rest), lowers it and lets go.
+
+    The height is a funnel over the place: the closer sideways, the lower. A rule with a threshold instead (down when
+    aligned, up when not) makes a policy that cannot see the threshold bob up and down over it for ever.
+    """
+    offset = np.asarray(place) - position(thing)
+    sideways, height = np.linalg.norm(offset[:2]), -offset[2]
+    if sideways <= tolerance and height <= 0.004:
+        return move_to(env, hand(env), OPEN)
+    wanted = np.clip(3 * (sideways - tolerance), 0.0, clearance)
+    travel = 0.0 if sideways > 0.03 and height < clearance - 0.02 else 1.0  # low and far: straight up first
+    step = np.array([*(offset[:2] * travel), wanted - height])
+    return move_to(env, hand(env) + step, CLOSE, limit=0.5 if sideways > 0.03 else 0.3)
