@@ -170,5 +170,3 @@ def success_line(name: str, rows: Sequence[dict]) -> str:
     won = sum(row["success"] for row in rows)
     low, high = wilson(won, len(rows))
     return f"{name}: {won}/{len(rows)} = {won / max(1, len(rows)):.2f} [{low:.2f}, {high:.2f}]"
-
-

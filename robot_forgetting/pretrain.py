@@ -164,8 +164,8 @@ def card(summary: dict, run: dict, settings: dict, parent: list[str]) -> str:
     parameters = ", ".join(f"{count} of {task}" for task, count in settings["demonstrations"].items())
     seconds = run["timings"]
     rows = [
-        f"| {r['task']} | {r['role'].replace('_', '-')} | {r['decode']} | {r['successes']}/{r['n']} | {r['rate']:.3f} | "
-        f"[{r['low']:.3f}, {r['high']:.3f}] |"
+        f"| {r['task']} | {r['role'].replace('_', '-')} | {r['decode']} | {r['successes']}/{r['n']} "
+        f"| {r['rate']:.3f} | [{r['low']:.3f}, {r['high']:.3f}] |"
         for r in summary["success"]
     ]
     hardware = run.get("hardware", {})
@@ -181,13 +181,13 @@ def card(summary: dict, run: dict, settings: dict, parent: list[str]) -> str:
             f"- seed: {run['seed']}; demonstrations: {parameters}",
             f"- optimiser steps: {settings['iterations'] * settings['steps_per_iteration']} of "
             f"{settings['batch_size']} decisions",
-            f"- duration: {seconds.get('demonstrations', 0):.0f} s demonstrations, {seconds.get('train', 0):.0f} s training, "
-            f"{seconds.get('evaluate', 0):.0f} s evaluation, on {hardware.get('cpu', 'CPU')} "
+            f"- duration: {seconds.get('demonstrations', 0):.0f} s demonstrations, "
+            f"{seconds.get('train', 0):.0f} s training, on {hardware.get('cpu', 'CPU')} "
             f"({hardware.get('cores', '?')} cores)",
             f"- render option: {run.get('render', {}).get('option')}",
             "",
-            "Success on initial states used nowhere else; Wilson 95% intervals. `sampled` is temperature 1, the decode of",
-            "rollouts; `greedy` is temperature 0.",
+            "Success on initial states used nowhere else; Wilson 95% intervals. `sampled` is temperature 1, the decode",
+            "of rollouts; `greedy` is temperature 0.",
             "",
             "| task | role | decode | successes | rate | interval |",
             "| --- | --- | --- | --- | --- | --- |",

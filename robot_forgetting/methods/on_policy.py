@@ -39,7 +39,9 @@ class RolloutPlan:
         rng = np.random.default_rng([self.seed, iteration, 0x901])
         chosen = rng.integers(len(states) // 2, len(states), size=self.groups)
         streams = rng.integers(2**31, size=(self.groups, self.group_size))
-        return [EpisodeKey(states[int(s)], int(stream)) for s, row in zip(chosen, streams, strict=True) for stream in row]
+        return [
+            EpisodeKey(states[int(s)], int(stream)) for s, row in zip(chosen, streams, strict=True) for stream in row
+        ]
 
 
 @dataclass

@@ -85,7 +85,8 @@ def take(batch: Batch, index: Tensor) -> Batch:
     """Rows of a batch by index, in that order."""
     rows = index.tolist()
     obs = {
-        key: [column[i] for i in rows] if isinstance(column, list) else column[rows] for key, column in batch.obs.items()
+        key: [column[i] for i in rows] if isinstance(column, list) else column[rows]
+        for key, column in batch.obs.items()
     }
     action: Action = batch.action[index]
     advantage = None if batch.advantage is None else batch.advantage[index]

@@ -132,8 +132,8 @@ class Simulation:
     def _renew_physics(self) -> None:
         """Moves everything into a new, empty PhysX scene (0.3 ms).
 
-        A PhysX scene remembers earlier contacts in the order in which it solves new ones: without this, an episode would
-        depend on those before it, by as much as contacts are chaotic.
+        A PhysX scene remembers earlier contacts in the order in which it solves new ones: without this, an episode
+        would depend on those before it, by as much as contacts are chaotic.
         """
         import sapien
 
