@@ -6,12 +6,13 @@ SEEDS ?= 0,1,2
 # One thread per process: environment workers and the policy share the cores, and threads fighting over them are slower.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup test demo three-seeds benchmark wheel lint clean
+.PHONY: help setup test demo base three-seeds benchmark wheel lint clean
 
 help:
 	@echo "make setup        install into .venv, and a Vulkan driver where there is none"
 	@echo "make demo         the benchmark in small: two methods, one seed, one report with videos"
 	@echo "make three-seeds  the same over 3 seeds: the table in the README"
+	@echo "make base         train the base policy anew, in two phases, into runs/base/ (about 20 minutes)"
 	@echo "make test         the tests"
 	@echo "make benchmark    the speed ratios"
 	@echo "make wheel        dist/*.whl"
@@ -32,6 +33,15 @@ test: $(STAMP)
 demo: $(STAMP)
 	$(BIN)/robot-forgetting run --multirun method=sft,grpo seed=0 sweep=demo budget=demo
 	$(BIN)/robot-forgetting report runs/demo/*/ output=runs/demo/report.html
+
+# Smoothed labels first, plain ones after: docs/action_tokens.md says why.
+base: $(STAMP)
+	$(BIN)/robot-forgetting pretrain policy=openvla-nano-new run_dir=runs/base/first output=runs/base/first/policy
+	$(BIN)/robot-forgetting pretrain policy=openvla-nano policy.checkpoint=runs/base/first/policy \
+		'pretrain.demonstrations={pick_cube: 250, push_cube: 120, pull_cube: 120, stack_cube: 20}' \
+		pretrain.iterations=20 pretrain.label_sigma=0 \
+		pretrain.optimiser.learning_rate=7e-4 pretrain.optimiser.warmup_steps=20 \
+		run_dir=runs/base/second output=runs/base/policy
 
 three-seeds: $(STAMP)
 	$(BIN)/robot-forgetting run --multirun method=sft,grpo seed=$(SEEDS) sweep=three-seeds budget=demo
