@@ -176,7 +176,7 @@ def card(summary: dict, run: dict, settings: dict, parent: list[str]) -> str:
             "A small OpenVLA (same class as OpenVLA-7B, about a million parameters, trained from random weights) by",
             "behaviour cloning from scripted demonstrations in ManiSkill3. No data or weights of others went into it.",
             "",
-            f"- command: `{shlex.join(['robot-forgetting', *sys.argv[1:]])}`",
+            f"- command: `{shlex.join(['robot-forgetting', 'pretrain', *sys.argv[1:]])}`",
             *parent,
             f"- seed: {run['seed']}; demonstrations: {parameters}",
             f"- optimiser steps: {settings['iterations'] * settings['steps_per_iteration']} of "
