@@ -23,7 +23,7 @@ STATES = ("base", "fine_tuned", "demonstrations")
 
 
 def check_conventions(policy: Policy, tasks: Sequence[Task]) -> None:
-    """Compares what policy and tasks mean by an action and an observation; raises ``UserError`` naming the difference."""
+    """Compares what policy and tasks mean by an action and an observation; a difference is a ``UserError``."""
     ours = policy.convention()
     for task in tasks:
         theirs = task.convention()
@@ -46,7 +46,8 @@ def test_seeds(task: Task, episodes: int, seed_start: int | None) -> list[int]:
     if start not in split or start + episodes > split.stop:
         raise UserError(
             f"{episodes} episodes from seed {start} on leave the split: training states are {train.start} to "
-            f"{train.stop - 1}, test states {test.start} to {test.stop - 1}; choose another seed_start or fewer episodes"
+            f"{train.stop - 1}, test states {test.start} to {test.stop - 1}; choose another seed_start "
+            "or fewer episodes"
         )
     return list(range(start, start + episodes))
 
@@ -124,10 +125,10 @@ def _thin(obs: dict, episode: np.ndarray, limit: int) -> States:
 def measure_divergence(policy: Policy, states: States, *, chunk: int = 256, seed: int = 0) -> list[dict]:
     """Divergences between base and current policy on given states; rows without stage, task and states.
 
-    At each state one decision is sampled from the base and one from the current policy (temperature 1). Along the base's
-    tokens, forward KL, total variation and L2 are exact per token; along the current policy's, reverse KL. Summed over a
-    decision's tokens, the KL terms are unbiased for the KL of whole decisions (chain rule). Standard errors treat an
-    episode's states as one cluster.
+    At each state one decision is sampled from the base and one from the current policy (temperature 1). Along the
+    base's tokens, forward KL, total variation and L2 are exact per token; along the current policy's, reverse KL.
+    Summed over a decision's tokens, the KL terms are unbiased for the KL of whole decisions (chain rule). Standard
+    errors treat an episode's states as one cluster.
     """
     policy.eval()
     collected: dict[tuple[str, str], list[torch.Tensor]] = {}

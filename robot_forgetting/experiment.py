@@ -168,6 +168,8 @@ class Experiment:
                 after_iteration=self.interim_evaluation,
                 progress=advanced,
             )
+        if getattr(self.policy, "lora", None) is not None:
+            self.policy.save(self.folder.path / "adapter")
         with self.timed("evaluate_final"):
             self.measure_success(stage=FINAL_STAGE, iteration=done)
         with self.timed("divergence"):
@@ -237,8 +239,11 @@ class Experiment:
             for number, seed in enumerate(test_seeds(task, count, self.seed_start))
         }
         for sibling in sorted(self.folder.path.parent.glob("*/run.json")):
-            other = RunFolder(sibling.parent)
-            theirs = other.run
+            try:
+                other = RunFolder(sibling.parent)
+                theirs = other.run
+            except UserError:  # a damaged sibling is no reason to stop a healthy run
+                continue
             if other.path == self.folder.path or theirs.get("fingerprint") != mine["fingerprint"]:
                 continue
             if theirs.get("decode") != mine["decode"]:
@@ -317,6 +322,8 @@ def fingerprint(policy: Policy, tasks: Sequence[Task]) -> str:
     """Identifies a base policy's weights together with the tasks it is measured on."""
     digest = hashlib.sha256()
     for name, tensor in sorted(policy.state_dict().items()):
+        if "lora_" in name:  # fresh adapters change with the seed, the base they leave as it is does not
+            continue
         digest.update(f"{name} {list(tensor.shape)}".encode())
         # A sample of the numbers: a 7B model is fingerprinted in seconds, and two checkpoints do not agree in all of
         # them. (Sums would do too, but their rounding depends on the number of threads.)
@@ -421,6 +428,8 @@ def evaluate_command(
     seeds = test_seeds(task, episodes or budget["episodes"], seed_start)
     header = {"verb": "evaluate", "policy": names.get("policy"), "task": task.name, "seed": seed}
     header |= {"checkpoint": state["checkpoint"], "instructions": {task.name: task.instruction}}
+    header["fingerprint"] = fingerprint(policy, [task])
+    check_same_base(run_dir, header["fingerprint"])
     header |= {"decode": {"temperature": temperature}, "roles": {"new": [task.name], "prior": [], "held_out": []}}
     with open_run(run_dir, config, header) as folder:
         for decode, degree in (("sampled", temperature), ("greedy", 0.0)):

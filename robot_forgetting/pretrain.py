@@ -97,6 +97,9 @@ def pretrain(
     header |= {"decode": {"temperature": temperature}}
     header |= {"roles": {"new": [task.name], "prior": [t.name for t in prior], "held_out": [t.name for t in held_out]}}
     with open_run(run_dir, config, header) as folder:
+        if folder.finished:
+            say(f"{folder.path} is finished already; delete it to train again")
+            return 0
         started = time.perf_counter()
         statistics = {mixture.statistics: ranges(list(mixture.demonstrations(0)))}
         policy.set_statistics(statistics)
@@ -139,7 +142,7 @@ def pretrain(
                 evaluate_into(folder, policy, one, seeds, temperature=degree, num_envs=num_envs, **fields)
         folder.add_seconds("evaluate", time.perf_counter() - started)
         summary = summarise(folder)
-        write_atomic(output / "README.md", card(summary, folder.run, pretrain, parent_facts(config)))
+        write_atomic(output / "README.md", card(policy, summary, folder.run, pretrain, parent_facts(config)))
         folder.finish(summary)
     say(f"card: {output / 'README.md'}")
     return 0
@@ -159,8 +162,9 @@ def parent_facts(config: dict) -> list[str]:
     return [f"- started from: {parent}, whose card says:", *(f"  {line}" for line in facts)]
 
 
-def card(summary: dict, run: dict, settings: dict, parent: list[str]) -> str:
+def card(policy: Policy, summary: dict, run: dict, settings: dict, parent: list[str]) -> str:
     """What was trained, how, and how well it does: every number from the run folder."""
+    parameters_m = sum(parameter.numel() for parameter in policy.parameters()) / 1e6
     parameters = ", ".join(f"{count} of {task}" for task, count in settings["demonstrations"].items())
     seconds = run["timings"]
     rows = [
@@ -173,8 +177,8 @@ def card(summary: dict, run: dict, settings: dict, parent: list[str]) -> str:
         [
             "# Base policy",
             "",
-            "A small OpenVLA (same class as OpenVLA-7B, about a million parameters, trained from random weights) by",
-            "behaviour cloning from scripted demonstrations in ManiSkill3. No data or weights of others went into it.",
+            f"An OpenVLA with {parameters_m:.2f} million parameters, trained by behaviour cloning from scripted",
+            "demonstrations in ManiSkill3.",
             "",
             f"- command: `{shlex.join(['robot-forgetting', 'pretrain', *sys.argv[1:]])}`",
             *parent,
@@ -182,7 +186,7 @@ def card(summary: dict, run: dict, settings: dict, parent: list[str]) -> str:
             f"- optimiser steps: {settings['iterations'] * settings['steps_per_iteration']} of "
             f"{settings['batch_size']} decisions",
             f"- duration: {seconds.get('demonstrations', 0):.0f} s demonstrations, "
-            f"{seconds.get('train', 0):.0f} s training, on {hardware.get('cpu', 'CPU')} "
+            f"{seconds.get('train', 0):.0f} s training, on {hardware.get('processor', 'CPU')} "
             f"({hardware.get('cores', '?')} cores)",
             f"- render option: {run.get('render', {}).get('option')}",
             "",

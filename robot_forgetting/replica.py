@@ -83,8 +83,8 @@ class Replicas:
     def _died(process) -> UserError:
         process.join(timeout=5)
         return UserError(
-            f"a training process died (exit code {process.exitcode}), out of memory perhaps; the last checkpoint is kept, "
-            "the same command continues; processes=1 needs less memory"
+            f"a training process died (exit code {process.exitcode}), out of memory perhaps; the last "
+            "checkpoint is kept, the same command continues; processes=1 needs less memory"
         )
 
     def _serve(self, connection: Connection, parents_end: Connection, gradients: Tensor) -> None:

@@ -76,9 +76,9 @@ def train(
 ) -> int:
     """Runs the method's remaining iterations; returns the number of iterations done in all.
 
-    Continues from the run folder's checkpoint if it has one. ``after_iteration(i)`` is called once i iterations are done
-    and saved (also after a restart, so that work it left unfinished is completed). On a CPU, ``processes`` share the work
-    of every optimiser step.
+    Continues from the run folder's checkpoint if it has one. ``after_iteration(i)`` is called once i iterations are
+    done and saved (also after a restart, so that work it left unfinished is completed). On a CPU, ``processes`` share the
+    work of every optimiser step.
     """
     parameters = trainable(policy)
     if not parameters:
@@ -136,6 +136,7 @@ def train(
 
 def _backward(policy, method, penalties, part: Batch, share: float, micro_batch: int) -> tuple[float, float]:
     """Back-propagates ``share`` of the part's mean loss, in micro-batches; returns its shares of loss and penalty."""
+    policy.train()
     loss_sum = penalty_sum = 0.0
     for start in range(0, len(part), micro_batch):
         rows = part[start : start + micro_batch]
@@ -150,14 +151,13 @@ def _backward(policy, method, penalties, part: Batch, share: float, micro_batch:
 
 def _optimiser_step(policy, gradient: Replicas, batch: Batch, adam, parameters, optimiser: Optimiser) -> dict:
     """One AdamW step on a batch; returns the numbers of train.jsonl."""
-    policy.train()
     adam.zero_grad(set_to_none=True)
     loss, penalty = gradient(batch)
     norm = torch.nn.utils.clip_grad_norm_(parameters.values(), optimiser.max_grad_norm).item()
     if not (math.isfinite(loss) and math.isfinite(penalty) and math.isfinite(norm)):
         raise UserError(
-            f"the loss is not finite (loss {loss}, penalty {penalty}, gradient norm {norm}); the last checkpoint is kept: "
-            "lower method.optimiser.learning_rate, or look at the demonstrations"
+            f"the loss is not finite (loss {loss}, penalty {penalty}, gradient norm {norm}); the last "
+            "checkpoint is kept: lower method.optimiser.learning_rate, or look at the demonstrations"
         )
     adam.step()
     policy.eval()

@@ -16,8 +16,8 @@ from robot_forgetting.policy import Policy
 class GRPO(Method):
     """Advantages are relative to the group of episodes that start in the same state.
 
-    A = (R - group mean), divided by the group's std if ``scale_by_std`` (GRPO; without: Dr. GRPO, Liu et al. 2025), so a
-    group that always succeeds or always fails teaches nothing. Per token:
+    A = (R - group mean), divided by the group's std if ``scale_by_std`` (GRPO; without: Dr. GRPO, Liu et al. 2025),
+    so a group that always succeeds or always fails teaches nothing. Per token:
     loss = -min(r A, clip(r, 1 - clip, 1 + clip) A), r = pi / pi_sampled; mean over tokens, so that, as in Dr. GRPO, a
     decision weighs the same in a long episode as in a short one. No KL term: penalties are separate.
     """

@@ -78,7 +78,7 @@ class Rollouts:
 
 
 def sample_rollouts(policy: Policy, task, plan: RolloutPlan, iteration: int) -> Rollouts:
-    """Runs the iteration's episodes at temperature 1, i.e. from the distribution whose log-probabilities the loss uses."""
+    """Runs the iteration's episodes at temperature 1: the distribution whose log-probabilities the loss uses."""
     keys = plan.keys(task, iteration)
     policy.eval()
     finished = {episode.key: episode for episode in rollout(policy, task, keys, num_envs=plan.num_envs)}

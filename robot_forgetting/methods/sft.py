@@ -31,7 +31,7 @@ class SFT(Method):
     """Minimises the (smoothed) negative log-likelihood of the expert's tokens.
 
     demonstrations: how many successful expert episodes, from the task's training seeds
-    label_sigma: see ``smoothed_nll``; the shipped base policy was trained with the same value
+    label_sigma: see ``smoothed_nll``; above 0 it speeds early training up and breaks sampling (docs/action_tokens.md)
     """
 
     def __init__(
@@ -53,8 +53,8 @@ class SFT(Method):
         self._data: Batch | None = None
 
     def begin(self, policy: Policy, task, past: Sequence) -> None:
-        # Another seed means other demonstrations too: the spread over seeds then includes the data's. After 40 seeds they
-        # repeat, since the training states from 400,000 on have other uses (divergence, rollouts).
+        # Another seed means other demonstrations too: the spread over seeds then includes the data's. After 40 seeds
+        # they repeat, since the training states from 400,000 on have other uses (divergence, rollouts).
         start = self.seed % 40 * 10_000
         self._data = encode_demonstrations(policy, task, task.demonstrations(self.demonstrations, start=start))
 
@@ -69,7 +69,7 @@ class SFT(Method):
 
 
 def encode_demonstrations(policy: Policy, task, demonstrations) -> Batch:
-    """Expert episodes as one batch of decisions: pictures, instruction, the policy's tokens of the expert's commands."""
+    """Expert episodes as one batch of decisions: pictures, instruction, the policy's tokens of the commands."""
     episodes = list(demonstrations)
     if not episodes:
         raise UserError(f"task '{task.name}' gave no demonstrations; nothing to clone")

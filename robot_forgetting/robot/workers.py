@@ -1,8 +1,8 @@
 """Worker processes that hold simulations, and the ``VectorEnv`` over them.
 
 Processes are spawned once and kept for the life of the program (importing torch and SAPIEN costs seconds); a worker
-holds the environments of one task at a time. Pictures come back through the pipes as raw bytes of the pickled numpy
-arrays: at 64 px that is 12 KiB per step, far below the cost of drawing them.
+holds the environments of one task at a time. Pictures come back through the pipes: at 64 px that is
+12 KiB per step, far below the cost of drawing them.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ class ManiSkillVectorEnv(VectorEnv):
 
 
 def demonstrate(spec: SimulationSpec, seeds: list[int], noise: dict, processes: int):
-    """Runs the expert on ``seeds`` over the workers; yields (seed, success, images [L, H, W, 3], commands [L, 7]) in order."""
+    """Runs the expert on ``seeds`` over the workers; yields (seed, success, images, commands [L, 7]) in order."""
     workers = [POOL.prepare(group, spec, 1) for group in range(processes)]
     for worker in workers:
         worker.receive()
@@ -281,7 +281,7 @@ def _guarded(simulations: list[Simulation], spec: SimulationSpec, slot: int, act
 
 
 def _demonstrate(simulation: Simulation, seed: int, noise: dict) -> tuple[bool, np.ndarray, np.ndarray]:
-    """One expert episode. The executed command is disturbed, the recorded one is the expert's (DART, Laskey et al. 2017).
+    """One expert episode. The executed command is disturbed, the recorded one is the expert's (Laskey et al. 2017).
 
     noise: {"small": sigma of every step, "kick": sigma of rare large ones, "kick_probability"} in command units
     """
