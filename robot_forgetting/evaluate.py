@@ -29,8 +29,8 @@ def check_conventions(policy: Policy, tasks: Sequence[Task]) -> None:
         theirs = task.convention()
         if problems := ours.mismatches(theirs):
             raise UserError(
-                f"policy '{policy.name}' and task '{task.name}' disagree on {'; '.join(problems)} (policy against task); "
-                "choose a matching pair or change the task's settings"
+                f"policy '{policy.name}' and task '{task.name}' disagree on {'; '.join(problems)} "
+                "(policy against task); choose a matching pair or change the task's settings"
             )
 
 

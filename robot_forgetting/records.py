@@ -121,7 +121,8 @@ class RunFolder:
 
     @property
     def status(self) -> str:
-        """``running | finished | interrupted | failed``; a run that says "running" but has no writer was interrupted."""
+        """``running | finished | interrupted | failed``; a run that says "running" but has no writer was "
+        "interrupted."""
         status = self.run.get("status", "failed")
         return "interrupted" if status == "running" and not has_writer(self.path) else status
 

@@ -77,8 +77,8 @@ def train(
     """Runs the method's remaining iterations; returns the number of iterations done in all.
 
     Continues from the run folder's checkpoint if it has one. ``after_iteration(i)`` is called once i iterations are
-    done and saved (also after a restart, so that work it left unfinished is completed). On a CPU, ``processes`` share the
-    work of every optimiser step.
+    done and saved (also after a restart, so that work it left unfinished is completed). On a CPU, ``processes`` share
+    the work of every optimiser step.
     """
     parameters = trainable(policy)
     if not parameters:
