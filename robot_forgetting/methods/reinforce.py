@@ -15,8 +15,8 @@ class Reinforce(Method):
     """loss = -mean over tokens of A log pi(token), with A = (R - mean R) / std R over the iteration's episodes.
 
     R is 1 on success, else 0. Every decision of an episode carries the episode's advantage. The paper takes one
-    gradient step per iteration (``minibatch_size`` at least the number of decisions); with smaller parts, every decision
-    is still used once, the later parts slightly off-policy.
+    gradient step per iteration (``minibatch_size`` at least the number of decisions); with smaller parts, every
+    decision is still used once, the later parts slightly off-policy.
     """
 
     def __init__(
