@@ -159,27 +159,27 @@ class RunFolder:
     # ---- writing
 
     def append(self, table: str, *rows: Mapping) -> None:
-        """Appends rows, one write each, and forces them to the disk once. Non-finite numbers become null.
+        """Appends rows in one write, so that a kill loses all of them or none. Non-finite numbers become null.
 
-        When the disk is full the file is cut back to its last complete row and a ``UserError`` says so.
+        When the disk is full the file is cut back to what it was before and a ``UserError`` says so.
         """
+        if not rows:
+            return
         self._must_write()
         path = self.path / f"{table}.jsonl"
         with disk(path):
             if table not in self._files:
                 self._files[table] = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             file = self._files[table]
-            for row in rows:
-                line = (_dumps(row) + "\n").encode()
-                size = os.fstat(file).st_size
-                try:
-                    written = os.write(file, line)
-                    if written < len(line):  # the rest does not fit
-                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                except OSError:
-                    with contextlib.suppress(OSError):
-                        os.ftruncate(file, size)
-                    raise
+            lines = "".join(_dumps(row) + "\n" for row in rows).encode()
+            size = os.fstat(file).st_size
+            try:
+                if os.write(file, lines) < len(lines):  # the rest does not fit
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(file, size)
+                raise
             os.fsync(file)
 
     def keep(self, table: str, predicate: Callable[[dict], bool]) -> int:

@@ -127,11 +127,25 @@ def test_full_disk_keeps_what_was_recorded(tmp_path, monkeypatch):
         real = os.write
         monkeypatch.setattr(os, "write", lambda file, data: real(file, data[:5]))  # what a nearly full disk does
         with pytest.raises(UserError, match="disk is full.*run the same command again"):
-            folder.append("episodes", {"episode": 1})
+            folder.append("episodes", {"episode": 1}, {"episode": 2})
+        # Room for the first row of the group only: none of it stays.
+        monkeypatch.setattr(os, "write", lambda file, data: real(file, data[: data.index(b"\n") + 3]))
+        with pytest.raises(UserError, match="disk is full"):
+            folder.append("episodes", {"episode": 1}, {"episode": 2})
         monkeypatch.undo()
         assert (tmp_path / "a" / "episodes.jsonl").read_bytes() == b'{"episode":0}\n'
         folder.append("episodes", {"episode": 1})
     assert [row["episode"] for row in RunFolder(tmp_path / "a").episodes()] == [0, 1]
+
+
+def test_rows_of_one_call_are_one_write(tmp_path, monkeypatch):
+    with RunFolder.create(tmp_path / "a", config=CONFIG) as folder:
+        written, real = [], os.write
+        monkeypatch.setattr(os, "write", lambda file, data: written.append(data) or real(file, data))
+        folder.append("episodes", {"episode": 0}, {"episode": 1})
+        folder.append("train")
+        monkeypatch.undo()
+    assert written == [b'{"episode":0}\n{"episode":1}\n']
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
