@@ -42,7 +42,7 @@ examples:
   robot-forgetting doctor
   robot-forgetting run method=sft seed=0
   robot-forgetting run --multirun method=sft,reinforce,grpo seed=0,1,2 sweep=mine
-  robot-forgetting report runs/mine/* output=report.html
+  robot-forgetting report runs/mine/*/ output=report.html
   robot-forgetting evaluate policy=openvla-nano task=pick_cube episodes=100
   robot-forgetting record task=stack_cube episodes=4
   robot-forgetting check task=my_task 'hydra.searchpath=[file://my_configs]'

@@ -245,15 +245,26 @@ class RunFolder:
 
 
 def find_runs(paths: Iterable[str | Path]) -> list[RunFolder]:
-    """The run folders at or below the given paths, in the order given, each once; a path without one is an error."""
+    """The run folders at or below the given paths, in the order given, each once; a folder without one is an error.
+
+    Plain files are passed over: runs/NAME/* also matches the report beside the run folders. Nothing but files is an
+    error.
+    """
     found: dict[Path, RunFolder] = {}
-    for path in map(Path, paths):
+    paths = list(map(Path, paths))
+    for path in paths:
+        if path.name == "run.json":
+            path = path.parent
+        elif path.is_file():
+            continue
         files = [path / "run.json"] if (path / "run.json").is_file() else sorted(path.glob("**/run.json"))
         if not files:
             what = "holds no run folder" if path.is_dir() else "does not exist"
             raise UserError(f"{path} {what}; give run folders, or a folder that holds some, like runs/NAME")
         for file in files:
             found.setdefault(file.parent.resolve(), RunFolder(file.parent))
+    if paths and not found:
+        raise UserError(f"{paths[0]} is a file; give run folders, or a folder that holds some, like runs/NAME")
     return list(found.values())
 
 
