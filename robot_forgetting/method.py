@@ -48,7 +48,7 @@ class Method(ABC):
 
     iterations: int
 
-    def begin(self, policy: Policy, task, past: Sequence) -> None:
+    def begin(self, policy: Policy, task, past: Sequence) -> None:  # noqa: B027
         """Called once before the first iteration (and again after a restart, before ``load_state_dict``)."""
 
     @abstractmethod
@@ -57,9 +57,13 @@ class Method(ABC):
 
     @abstractmethod
     def loss(self, policy: Policy, batch: Batch) -> Tensor:
-        """Scalar: the mean over the batch's rows."""
+        """Scalar: the mean over the batch's rows.
 
-    def end(self, policy: Policy, task) -> None:
+        May read only the policy, the batch and what ``begin`` set: on a CPU a part of every batch is computed in a
+        forked process, which does not see what ``collect`` changed since. Carry anything else in ``batch.extra``.
+        """
+
+    def end(self, policy: Policy, task) -> None:  # noqa: B027
         """Called once after the last iteration."""
 
     def metrics(self) -> dict[str, float]:
@@ -77,7 +81,7 @@ class Method(ABC):
 class Penalty(ABC):
     """Rides on any method: a scalar added to its loss."""
 
-    def begin(self, policy: Policy, task, past: Sequence) -> None: ...
+    def begin(self, policy: Policy, task, past: Sequence) -> None: ...  # noqa: B027
 
     @abstractmethod
     def __call__(self, policy: Policy, batch: Batch) -> Tensor:
