@@ -8,12 +8,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import itertools
-import itertools
 import math
 import os
 import re
-import subprocess
-import tempfile
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
