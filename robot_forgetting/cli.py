@@ -24,6 +24,8 @@ from robot_forgetting.config_checks import check_node, check_root
 from robot_forgetting.errors import UserError, unknown
 
 GROUPS = ("task", "method", "policy", "penalty", "budget")
+# Keys that a run's id says in a word of its own, or that change nothing in its results.
+NOT_IN_ID = {*GROUPS, "seed", "sweep", "debug", "run_dir", "output", "device", "processes"}
 
 # Verb: (function, what it does). The function's parameter names say what it is given (see ``Arguments``).
 VERBS = {
@@ -247,9 +249,9 @@ class Arguments:
         parts += [names[key] for key, usual in (("policy", "openvla-nano"), ("penalty", "none"), ("budget", "demo"))
                   if names[key] != usual]  # fmt: skip
         for text in self._overrides:
-            key, _, value = text.lstrip("+").partition("=")
-            if "." in key or (self._verb != "run" and key in ("episodes", "seed_start", "checkpoint")):
-                parts.append(key.rpartition(".")[2] + Path(value).name)
+            key, _, value = text.lstrip("+~").partition("=")
+            if key not in NOT_IN_ID and not key.startswith("hydra."):
+                parts.append(key.rpartition(".")[2] + Path(value.strip("[]")).name)
         safe = "-".join([*parts, f"seed{self.plain['seed']}"])
         return "".join(letter if letter.isalnum() or letter in "._-" else "_" for letter in safe)
 

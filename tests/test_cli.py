@@ -112,7 +112,7 @@ def test_a_users_own_task(capsys, folder):
     assert cli.main(["check", SEARCH, "task=one", "prior=[two]", "seed=4", "task.factor=2"]) == 2  # not in the yaml
     assert "write +task.factor=" in capsys.readouterr().err
     assert cli.main(["check", SEARCH, "task=one", "prior=[two]", "seed=4", "+task.factor=2"]) == 0
-    assert capsys.readouterr().out == "3 [5] one runs/default/check-one-factor2-seed4 1.0 4\n"
+    assert capsys.readouterr().out == "3 [5] one runs/default/check-one-priortwo-factor2-seed4 1.0 4\n"
     assert {path.name for path in folder.iterdir() if path.suffix != ".py"} <= {"__pycache__", "my_configs"}
 
 
@@ -136,7 +136,8 @@ def test_a_sweep_goes_on_after_a_failure_and_leaves_no_files(capsys, folder):
     command = ["check", SEARCH, "--multirun", "task=one,two", "task.count=9,4", "prior=[]", "sweep=mine"]
     assert cli.main(command) == 2
     out, err = capsys.readouterr()
-    assert out.splitlines() == [f"4 [] {name} runs/mine/check-{name}-count4-seed0 1.0 0" for name in ("one", "two")]
+    expected = [f"4 [] {name} runs/mine/check-{name}-count4-prior-seed0 1.0 0" for name in ("one", "two")]
+    assert out.splitlines() == expected
     assert err.splitlines()[0].startswith("error: [task=one task.count=9") and err.count("count is at most 8") == 2
     assert not (folder / "multirun").exists() and not (folder / "multirun.yaml").exists()
 
@@ -153,6 +154,27 @@ def test_ctrl_c(capsys, monkeypatch):
     monkeypatch.setattr(cli.Arguments, "call", interrupted)
     assert cli.main(["run"]) == 130
     assert capsys.readouterr().err.strip() == "interrupted; the same command again continues where it stopped"
+
+
+@pytest.mark.parametrize(
+    "arguments, ids",
+    [
+        (["run"], ["stack_cube-sft-seed0"]),
+        (["run", "sweep=demo", "processes=1", "device=cpu", "debug=true", "seed=3"], ["stack_cube-sft-seed3"]),
+        (["run", "--multirun", "render=low_poly,stock", "episodes=8"],
+         ["stack_cube-sft-renderlow_poly-episodes8-seed0", "stack_cube-sft-renderstock-episodes8-seed0"]),
+        (["run", "--multirun", "image_size=64,128", "num_envs=4"],
+         ["stack_cube-sft-image_size64-num_envs4-seed0", "stack_cube-sft-image_size128-num_envs4-seed0"]),
+        (["run", "method=grpo", "method.optimiser.learning_rate=1e-4"],
+         ["stack_cube-grpo-learning_rate1e-4-seed0"]),
+        (["evaluate", "episodes=9", "checkpoint=runs/a/b"], ["evaluate-stack_cube-episodes9-checkpointb-seed0"]),
+    ],
+)  # fmt: skip
+def test_run_id_says_whatever_changes_the_result(capsys, monkeypatch, arguments, ids):
+    monkeypatch.setattr(cli.Arguments, "call", lambda self, _: print(self.value("run_dir").name))
+    monkeypatch.setattr(cli, "_load", lambda _: None)
+    assert cli.main(arguments) == 0
+    assert sorted(capsys.readouterr().out.split()) == sorted(ids)
 
 
 def test_run_folders_are_positional(capsys, monkeypatch, tmp_path):
