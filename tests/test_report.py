@@ -202,6 +202,19 @@ def test_settings_that_differ_make_rows_of_their_own(tmp_path):
     assert variants == {"base", "sft (learning_rate=1e-05)", "sft (learning_rate=3e-05)"}
 
 
+def test_runs_that_differ_in_a_fourth_setting_are_not_pooled(tmp_path):
+    for name, values in {"x": (1, 1, 1, 1), "y": (1, 1, 1, 2), "z": (2, 2, 2, 1)}.items():
+        path = make_run(tmp_path / name, n=6)
+        with open(path / "config.yaml", "a") as file:
+            file.write(f"extra: {json.dumps(dict(zip('abcd', values, strict=True)))}\n")
+    path = write_report([tmp_path], tmp_path / "r.html")
+    rows = json.loads(path.with_suffix(".json").read_text())["success"]
+    same = "sft (extra.a=1, extra.b=1, extra.c=1, ...)"
+    variants = {row["variant"] for row in rows}
+    assert variants == {"base", same, f"{same} #2", "sft (extra.a=2, extra.b=2, extra.c=2, ...)"}
+    assert {row["runs"] for row in rows} == {1}
+
+
 def test_too_many_videos_are_left_out_and_said_so(demo, tmp_path, monkeypatch):
     monkeypatch.setattr("robot_forgetting.report.media.BUDGET_BYTES", 30_000)
     monkeypatch.setattr("robot_forgetting.report.media.Embedder.__init__.__defaults__", (30_000,))

@@ -18,8 +18,9 @@ class GRPO(Method):
 
     A = (R - group mean), divided by the group's std if ``scale_by_std`` (GRPO; without: Dr. GRPO, Liu et al. 2025),
     so a group that always succeeds or always fails teaches nothing. Per token:
-    loss = -min(r A, clip(r, 1 - clip, 1 + clip) A), r = pi / pi_sampled; mean over tokens, so that, as in Dr. GRPO, a
-    decision weighs the same in a long episode as in a short one. No KL term: penalties are separate.
+    loss = -min(r A, clip(r, 1 - clip, 1 + clip) A), r = pi / pi_sampled. With ``length_normalised`` every episode weighs
+    the same (GRPO); without, every decision does, so that a long episode weighs more (Dr. GRPO). No KL term: penalties
+    are separate.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class GRPO(Method):
         epochs: int = 1,
         clip: float = 0.2,
         scale_by_std: bool = True,
+        length_normalised: bool = True,
         num_envs: int = 16,
         seed: int = 0,
     ):
@@ -40,12 +42,16 @@ class GRPO(Method):
             raise UserError(f"grpo compares episodes within a group: group_size must be at least 2, not {group_size}")
         self.iterations, self.optimiser, self.seed = iterations, optimiser, seed
         self.plan = RolloutPlan(groups, group_size, num_envs, seed)
-        self.minibatch_size, self.epochs, self.clip, self.scale_by_std = minibatch_size, epochs, clip, scale_by_std
+        self.minibatch_size, self.epochs, self.clip = minibatch_size, epochs, clip
+        self.scale_by_std, self.length_normalised = scale_by_std, length_normalised
         self._metrics: dict[str, float] = {}
 
     def collect(self, policy: Policy, task, iteration: int) -> Sequence[Batch]:
         rollouts = sample_rollouts(policy, task, self.plan, iteration)
         advantage = group_advantages(rollouts.rewards, self.plan.group_size, self.scale_by_std)
+        if self.length_normalised:
+            lengths = rollouts.lengths.clamp_min(1)
+            advantage = advantage * lengths.float().mean() / lengths
         batch = rollouts.batch(advantage)
         self._metrics = {**rollouts.metrics(), "used_decisions": 0 if batch is None else len(batch)}
         return minibatches(batch, size=self.minibatch_size, epochs=self.epochs, seed=[self.seed, iteration])

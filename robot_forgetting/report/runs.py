@@ -140,17 +140,27 @@ def group(runs: Sequence[Run]) -> list[Group]:
 
 
 def _variants(method: str, runs: Sequence[Run]) -> list[str]:
-    """The method's name, followed by the settings in which its runs differ apart from their seed."""
+    """The method's name, followed by the settings in which its runs differ apart from their seed.
+
+    Equal exactly where all settings are: what three settings do not tell apart gets a number.
+    """
     if method == BASE:
         return [BASE] * len(runs)
     flat = [_flatten(run.folder.config()) for run in runs]
     keys = sorted({key for config in flat for key in config})
     differing = [key for key in keys if len({config.get(key) for config in flat}) > 1]
-    names = []
-    for config in flat:
-        shown = [f"{key.removeprefix('method.')}={config.get(key, 'none')}" for key in differing]
-        names.append(method + (f" ({', '.join(shown[:3])}{', ...' if len(shown) > 3 else ''})" if shown else ""))
-    return names
+    settings = [tuple(config.get(key) for key in differing) for config in flat]
+    labels: dict[tuple, str] = {}
+    same: dict[str, int] = {}
+    for setting in dict.fromkeys(settings):
+        shown = [
+            f"{key.removeprefix('method.')}={'none' if value is None else value}"
+            for key, value in zip(differing, setting, strict=True)
+        ]
+        label = method + (f" ({', '.join(shown[:3])}{', ...' if len(shown) > 3 else ''})" if shown else "")
+        same[label] = same.get(label, 0) + 1
+        labels[setting] = label if same[label] == 1 else f"{label} #{same[label]}"
+    return [labels[setting] for setting in settings]
 
 
 def _flatten(value, prefix: str = "") -> dict[str, str]:
