@@ -215,6 +215,22 @@ def test_runs_that_differ_in_a_fourth_setting_are_not_pooled(tmp_path):
     assert {row["runs"] for row in rows} == {1}
 
 
+def test_base_episodes_are_pooled_by_fingerprint(tmp_path):
+    for name, mark, n in (("a", "aaaaaaaaaaaa", 6), ("b", "bbbbbbbbbbbb", 8), ("c", "bbbbbbbbbbbb", 10)):
+        path = make_run(tmp_path / name, n=n, seed=ord(name))
+        state = json.loads((path / "run.json").read_text())
+        (path / "run.json").write_text(json.dumps(state | {"fingerprint": mark}))
+    path = write_report([tmp_path], tmp_path / "r.html")
+    rows = json.loads(path.with_suffix(".json").read_text())["success"]
+    found = {
+        row["variant"]: row["n"]
+        for row in rows
+        if row["method"] == "base" and (row["task"], row["decode"]) == ("pick_cube", "sampled")
+    }
+    assert found == {"base (fingerprint aaaaaaaa)": 6, "base (fingerprint bbbbbbbb)": 10}
+    assert "the base policy openvla-nano (fingerprint aaaaaaaa) solved" in path.read_text()
+
+
 def test_too_many_videos_are_left_out_and_said_so(demo, tmp_path, monkeypatch):
     monkeypatch.setattr("robot_forgetting.report.media.BUDGET_BYTES", 30_000)
     monkeypatch.setattr("robot_forgetting.report.media.Embedder.__init__.__defaults__", (30_000,))

@@ -19,8 +19,8 @@ class GRPO(Method):
     A = (R - group mean), divided by the group's std if ``scale_by_std`` (GRPO; without: Dr. GRPO, Liu et al. 2025),
     so a group that always succeeds or always fails teaches nothing. Per token:
     loss = -min(r A, clip(r, 1 - clip, 1 + clip) A), r = pi / pi_sampled. With ``length_normalised`` every episode
-    weighs the same (GRPO); without, every decision does, so that a long episode weighs more (Dr. GRPO). No KL term: penalties
-    are separate.
+    weighs the same (GRPO); without, every decision does, so that a long episode weighs more (Dr. GRPO). No KL term:
+    penalties are separate.
     """
 
     def __init__(

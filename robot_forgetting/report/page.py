@@ -88,7 +88,7 @@ def build(runs: Sequence[Run], groups: Sequence[Group]) -> dict:
 
 
 def _provenance(run: Run) -> dict:
-    keys = ("verb", "seed", "decode", "versions", "hardware", "render", "timings", "peak_memory_bytes", "error")
+    keys = ("verb", "seed", "decode", "fingerprint", "versions", "hardware", "render", "timings", "peak_memory_bytes", "error")
     sources = sorted({row["source"] for row in run.episodes if row.get("source")})
     return {
         "run": run.id,
@@ -227,7 +227,7 @@ def _wide(rows: list[dict], cols, variants, colours, temperature: str, caption: 
             first = next(iter(cells.values()))
             colour = colours.colour(first["method"])
             line = {"method": first["method"], "variant": variant, "cells": []}
-            line["note"] = "" if variant == BASE else words.plural(first["runs"], "run")
+            line["note"] = "" if first["method"] == BASE else words.plural(first["runs"], "run")
             for task, _ in cols:
                 row = cells.get(task)
                 strip = ""
@@ -292,7 +292,8 @@ def _notes(runs: Sequence[Run], embedder: Embedder) -> list[str]:
     for run in runs:
         for (stage, _, task, _, decode), seeds in run.outcomes.items():
             for seed, success in seeds.items() if stage == 0 else ():
-                differing += seen.setdefault((run.policy, run.shipped, task, decode, seed), success) != success
+                key = (run.policy, run.state.get("fingerprint"), run.shipped, task, decode, seed)
+                differing += seen.setdefault(key, success) != success
     if differing:
         where = words.plural(differing, "episode")
         notes.append(f"The base policy's outcome differs between runs on {where}; the first run counts.")
@@ -331,6 +332,7 @@ def _distinct(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     result = []
     names = {
         "policy": "Policy",
+        "fingerprint": "Fingerprint of policy and tasks",
         "render": "Render option",
         "hardware": "Hardware",
         "versions": "Versions",

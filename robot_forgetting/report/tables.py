@@ -98,7 +98,11 @@ def success_rows(groups: Sequence[Group]) -> list[dict]:
 
 
 def with_base(groups: Sequence[Group]) -> list[Group]:
-    """A base row for each policy, new task and origin (measured, shipped) with base episodes, before its methods."""
+    """A base row for each policy, new task and origin (measured, shipped) with base episodes, before its methods.
+
+    Weights or tasks that differ under the same names (another fingerprint, as with another render option) get rows of
+    their own.
+    """
     result: list[Group] = []
     seen = set()
     for group in groups:
@@ -108,8 +112,13 @@ def with_base(groups: Sequence[Group]) -> list[Group]:
             runs = [
                 run for other in groups if (other.policy, other.new_task, other.shipped) == key for run in other.runs
             ]
-            if any(stage == 0 for run in runs for stage, *_ in run.outcomes):
-                result.append(Group(*key[:2], BASE, BASE, key[2], tuple(runs)))
+            bases: dict[str | None, list[Run]] = {}
+            for run in runs:
+                if any(stage == 0 for stage, *_ in run.outcomes):
+                    bases.setdefault(run.state.get("fingerprint"), []).append(run)
+            for mark, same in bases.items():
+                label = BASE if len(bases) == 1 else f"{BASE} (fingerprint {str(mark or 'unknown')[:8]})"
+                result.append(Group(*key[:2], BASE, label, key[2], tuple(same)))
         if group.method != BASE:
             result.append(group)
     return result

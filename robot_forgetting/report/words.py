@@ -66,10 +66,11 @@ def reading(
     sentences = []
     for variant in dict.fromkeys(row["variant"] for row in sampled):
         mine = [row for row in sampled if row["variant"] == variant]
+        is_base = mine[0]["method"] == BASE
         new = [row for row in mine if row["role"] == "new"]
         prior = [row for row in mine if row["task"] == PRIOR_MEAN] or [row for row in mine if row["role"] == "prior"]
         parts = (
-            [f"{'the new task ' * bool(prior)}{row['task']} in {_rate(row)}" for row in new] if variant == BASE else []
+            [f"{'the new task ' * bool(prior)}{row['task']} in {_rate(row)}" for row in new] if is_base else []
         )
         parts += [f"{row['task'] if len(new) > 1 else 'the new task'} in {_rate(row)}" for row in new if not parts]
         for row in prior:
@@ -77,9 +78,10 @@ def reading(
             parts.append(f"{which} in {_rate(row)}")
         if not parts:
             continue
-        if variant == BASE:
-            trained = any(row["variant"] != BASE for row in sampled)
+        if is_base:
+            trained = any(row["method"] != BASE for row in sampled)
             who = f"Before fine-tuning, the base policy {policy}" if trained else f"The policy {policy}"
+            who += variant.removeprefix(BASE)
         else:
             who = f"After {variant} ({plural(max(row['runs'] for row in mine), 'run')}) it"
         sentences.append(f"{who} solved {' and '.join(parts)}.")
