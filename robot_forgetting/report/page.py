@@ -88,7 +88,7 @@ def build(runs: Sequence[Run], groups: Sequence[Group]) -> dict:
 
 
 def _provenance(run: Run) -> dict:
-    keys = ("verb", "seed", "decode", "fingerprint", "versions", "hardware", "render", "timings", "peak_memory_bytes", "error")
+    keys = ("verb", "seed", "decode", "fingerprint", "versions", "hardware", "render", "timings", "error")
     sources = sorted({row["source"] for row in run.episodes if row.get("source")})
     return {
         "run": run.id,
@@ -101,6 +101,7 @@ def _provenance(run: Run) -> dict:
         "episodes": len(run.episodes),
         "copied_from": sources,
         "last_checkpoint": list(run.final) if run.final else None,
+        "peak_memory_bytes": run.state.get("peak_memory_bytes"),  # of the main process
     } | {key: run.state.get(key) for key in keys}
 
 
