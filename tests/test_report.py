@@ -231,6 +231,14 @@ def test_base_episodes_are_pooled_by_fingerprint(tmp_path):
     assert "the base policy openvla-nano (fingerprint aaaaaaaa) solved" in path.read_text()
 
 
+@pytest.mark.parametrize(("temperature", "text"), [(1, "temperature 1.0, as in rollouts)"), (0.5, "temperature 0.5)")])
+def test_temperature_of_evaluation_is_that_of_rollouts_only_at_1(tmp_path, temperature, text):
+    path = make_run(tmp_path / "a", n=6)
+    state = json.loads((path / "run.json").read_text())
+    (path / "run.json").write_text(json.dumps(state | {"decode": {"temperature": temperature}}))
+    assert f"Decode: sampled ({text}" in write_report([path], tmp_path / "r.html").read_text()
+
+
 def test_too_many_videos_are_left_out_and_said_so(demo, tmp_path, monkeypatch):
     monkeypatch.setattr("robot_forgetting.report.media.BUDGET_BYTES", 30_000)
     monkeypatch.setattr("robot_forgetting.report.media.Embedder.__init__.__defaults__", (30_000,))

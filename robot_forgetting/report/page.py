@@ -170,8 +170,8 @@ def _section(index: int, setting: tuple, groups: list[Group], tables: dict, colo
     name = f"s{index}"
     drawn = bool(points or rows["curves"])
     learned = [row for row in points if row["stage"] > 0]
-    temperatures = {str((run.state.get("decode") or {}).get("temperature", 1.0)) for run in runs}
-    temperature = " or ".join(sorted(temperatures))
+    temperatures = sorted({float((run.state.get("decode") or {}).get("temperature", 1.0)) for run in runs})
+    temperature = " or ".join(map(str, temperatures)) + (", as in rollouts" if temperatures == [1.0] else "")
     variants = [group.variant for group in with_base(groups)]
     return {
         "id": name,
@@ -239,7 +239,7 @@ def _wide(rows: list[dict], cols, variants, colours, temperature: str, caption: 
                 line["cells"].append({"row": row, "strip": strip, "mean": task == PRIOR_MEAN})
             lines.append(line)
         if lines:
-            how = f"temperature {temperature}, as in rollouts" if decode == "sampled" else "temperature 0"
+            how = f"temperature {temperature}" if decode == "sampled" else "temperature 0"
             dots = "; dots are runs, the bar the interval" if "rate" in mine[0] else ""
             tables.append({"caption": f"{caption}. Decode: {decode} ({how}){dots}.", "lines": lines})
     return tables
