@@ -14,6 +14,7 @@ from robot_forgetting.errors import UserError
 from robot_forgetting.metrics.statistics import crossed_mean, paired_difference, wilson
 from robot_forgetting.records import RunFolder
 from robot_forgetting.report import write_report
+from robot_forgetting.report.words import reading
 
 FEW = 20  # episodes per task
 
@@ -265,3 +266,37 @@ def test_what_is_no_run_folder(tmp_path):
 def test_same_records_give_the_same_tables(demo, tmp_path, page):
     path = write_report([demo], tmp_path / "again.html")
     assert json.loads(path.with_suffix(".json").read_text()) == page[1]
+
+
+def test_intervals_have_their_name(page):
+    _, report = page
+    for row in report["success"]:
+        mean = row["task"] == "prior mean"
+        one = "Wilson limits of each task, squared and added (MOVER)" if mean else "Wilson"
+        assert row["interval"] == (one if row["runs"] == 1 else "t over runs and initial states")
+
+
+def test_quadratic_fit_is_put_into_words_only_over_enough(page):
+    html, report = page
+    lead = re.search(r'<p class="lead">(.*?)</p>', html, re.S).group(1)
+    assert "of the variation in forgetting" not in lead  # two runs
+    row = {"r2": 0.5, "low": None, "high": None, "n": 10, "runs": 3}
+    rows = [r for r in report["success"] if r["shipped"]]
+    assert "R² = 0.50" in reading("p", "t", rows, [], [], row)[-1]
+    for few in ({"n": 9}, {"runs": 2}):
+        assert "R²" not in " ".join(reading("p", "t", rows, [], [], row | few))
+
+
+def test_matched_comparison_where_the_runs_bases_differ(tmp_path):
+    folders = [make_run(tmp_path / method, method=method, n=10, divergence=False) for method in ("sft", "reinforce")]
+    file = folders[0] / "episodes.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for row in rows:  # this run's base policy solves 8 of 10, the other's fewer: levels between are not common
+        if (row["stage"], row["task"]) == (0, "stack_cube"):
+            row["success"] = row["episode"] < 8
+        elif row["task"] == "stack_cube":
+            row["success"] = row["episode"] < 9
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = write_report([tmp_path], tmp_path / "r.html")
+    for row in json.loads(path.with_suffix(".json").read_text())["matched"]:
+        assert row["level"] is None or row["level"] > 0.8

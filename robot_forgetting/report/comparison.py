@@ -122,7 +122,7 @@ def _match(first: Group, second: Group) -> list[dict]:
         return [{**head, **empty, "note": f"no checkpoint of {' and '.join(missing)} was tried on every task"}]
     counts = {"first_runs": len(curves[0]), "second_runs": len(curves[1])}
     points = [[curve.points() for curve in found] for found in curves]
-    base = float(np.mean([run[0][0] for found in points for run in found]))
+    base = max(run[0][0] for found in points for run in found)  # every run's points reach down to it
     top = min(max(x for x, _ in run) for found in points for run in found)
     if top <= base + 1e-9:
         note = f"no overlap above the base policy's {base:.2f}: a run never did better than it on the new task"

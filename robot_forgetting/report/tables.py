@@ -82,7 +82,7 @@ def success_rows(groups: Sequence[Group]) -> list[dict]:
                         "rate": value,
                         "low": max(low, 0.0),
                         "high": min(high, 1.0),
-                        "interval": "Wilson" if len(used) == 1 else "t over runs and initial states",
+                        "interval": _interval_name(len(used), len(tasks)),
                         "per_run": [
                             {
                                 "run": run.id,
@@ -122,6 +122,12 @@ def with_base(groups: Sequence[Group]) -> list[Group]:
         if group.method != BASE:
             result.append(group)
     return result
+
+
+def _interval_name(runs: int, tasks: int) -> str:
+    if runs > 1:
+        return "t over runs and initial states"
+    return "Wilson" if tasks == 1 else "Wilson limits of each task, squared and added (MOVER)"
 
 
 def _outcomes(group: Group, run: Run, task: str, decode: str) -> dict[int, bool]:

@@ -98,7 +98,8 @@ def reading(
             sentences.append(f"{pair} cannot be compared at equal new-task success: {row['note']}.")
         elif row["note"]:
             sentences.append(_matched(row))
-    if fit is not None and fit["r2"] is not None:
+    # Fewer fit a curve of three coefficients too well, whatever they are; the plot shows it with its caption.
+    if fit is not None and fit["r2"] is not None and fit["n"] >= 10 and fit["runs"] >= 3:
         where = f" [{fit['low']:.2f}, {fit['high']:.2f}]" if fit["low"] is not None else ""
         sentences.append(
             f"Over {fit['n']} checkpoints of {plural(fit['runs'], 'run')}, a quadratic function of the forward KL on "
