@@ -9,8 +9,6 @@ import torch
 from scipy.special import rel_entr
 
 from robot_forgetting.metrics.divergence import (
-    MEASURES,
-    UNITS,
     forward_kl,
     l2,
     per_decision,
@@ -19,6 +17,7 @@ from robot_forgetting.metrics.divergence import (
     total_variation,
 )
 
+MEASURES = [forward_kl, reverse_kl, total_variation, l2]
 P, Q = torch.tensor([0.5, 0.5]), torch.tensor([0.9, 0.1])
 
 
@@ -45,19 +44,18 @@ def test_against_scipy():
     assert total_variation(a, b).shape == (5, 7)
 
 
-@pytest.mark.parametrize("name", MEASURES)
-def test_equal_logits_give_zero_and_values_are_never_negative(name):
+@pytest.mark.parametrize("measure", MEASURES)
+def test_equal_logits_give_zero_and_values_are_never_negative(measure):
     logits = torch.randn(100, 256, generator=torch.Generator().manual_seed(1)) * 10
-    assert (MEASURES[name](logits, logits) == 0).all()
-    assert (MEASURES[name](logits, logits + 1e-6 * logits) >= 0).all()
-    assert name in UNITS
+    assert (measure(logits, logits) == 0).all()
+    assert (measure(logits, logits + 1e-6 * logits) >= 0).all()
 
 
-@pytest.mark.parametrize("name", MEASURES)
+@pytest.mark.parametrize("measure", MEASURES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_extreme_logits_stay_finite(name, dtype):
+def test_extreme_logits_stay_finite(measure, dtype):
     a = torch.tensor([[1e4, 0.0, -1e4], [0.0, 0.0, 0.0]], dtype=dtype)
-    value = MEASURES[name](a, -a)
+    value = measure(a, -a)
     assert value.isfinite().all()
     assert value.dtype == torch.float32
 

@@ -1,11 +1,11 @@
-"""Fronts and matched comparisons on points small enough to check by eye."""
+"""Fronts, levels and fits on points small enough to check by eye."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from robot_forgetting.metrics.pareto import at_level, front, matched, near_front, quadratic_fit
+from robot_forgetting.metrics.pareto import at_level, front, near_front, quadratic_fit
 
 
 @pytest.mark.parametrize(
@@ -46,29 +46,6 @@ def test_at_level():
     assert at_level(points, 0.1) is None
     assert at_level([(0.2, 0.5), (0.6, 0.7)], 0.3) == 0.7  # (0.6, 0.7) is better on both
     assert at_level([], 0.5) is None
-
-
-def test_matched_at_the_largest_common_success():
-    sft, rl = [(0.2, 0.9), (0.9, 0.4)], [(0.2, 0.9), (0.6, 0.8)]
-    (result,) = matched(rl, sft)
-    assert result.level == 0.6
-    assert result.first == 0.8
-    assert result.second == pytest.approx(0.9 - 0.5 * 4 / 7)
-    assert result.difference == pytest.approx(result.first - result.second)
-    assert result.note == ""
-
-
-def test_matched_levels_and_what_cannot_be_compared():
-    sft, rl = [(0.2, 0.9), (0.9, 0.4)], [(0.2, 0.9), (0.6, 0.8)]
-    inside, outside = matched(rl, sft, levels=[0.5, 0.8])
-    assert inside.difference is not None
-    assert outside.difference is None
-    assert "common range 0.20 to 0.60" in outside.note
-    (none,) = matched([(0.1, 0.9)], [(0.5, 0.5)])
-    assert none.level is None
-    assert "no overlap" in none.note
-    assert matched([], rl)[0].note == "no checkpoints to compare"
-    assert "no better than the base" in matched(rl, [(0.2, 0.9)], base=0.2)[0].note
 
 
 def test_quadratic_fit():

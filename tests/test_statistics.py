@@ -13,7 +13,6 @@ from robot_forgetting.metrics.statistics import (
     clustered_mean,
     crossed_mean,
     mean_of_intervals,
-    mean_over_runs,
     minimum_detectable_difference,
     paired_difference,
     ratio_interval,
@@ -110,12 +109,6 @@ def test_bootstrap():
     assert bootstrap(list(values)) == (low, high)  # the seed is fixed
     assert bootstrap([1.0, 2.0]) == (None, None)
     assert bootstrap([1.0, 2.0, 3.0], lambda _: math.nan) == (None, None)
-
-
-def test_mean_over_runs():
-    expected = stats.t.interval(0.95, 2, loc=0.7, scale=0.1 / math.sqrt(3))
-    assert mean_over_runs([0.6, 0.7, 0.8]) == pytest.approx((0.7, *expected))
-    assert mean_over_runs([0.6]) == (0.6, None, None)
 
 
 def test_mean_of_intervals():

@@ -9,13 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-UNITS = {
-    "forward_kl": "nats/token",
-    "reverse_kl": "nats/token",
-    "total_variation": "1/token",
-    "l2": "1/token",
-}
-
 
 def _log_probabilities(logits: Tensor) -> Tensor:
     # bf16 and fp16 logits carry 8 to 11 bits; the sums over V must not lose more.
@@ -50,9 +43,6 @@ def l2(base: Tensor, fine_tuned: Tensor) -> Tensor:
     """||pi_0 - pi||_2 = sqrt(sum_v (pi_0(v) - pi(v))^2), per token, between 0 and sqrt(2), no unit."""
     difference = _log_probabilities(base).exp() - _log_probabilities(fine_tuned).exp()
     return torch.linalg.vector_norm(difference, dim=-1)
-
-
-MEASURES = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "total_variation": total_variation, "l2": l2}
 
 
 def per_token(values: Tensor, mask: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Fronts, comparison at matched new-task success, and the fit of forgetting on divergence."""
+"""Fronts, prior-task success at a level of new-task success, and the fit of forgetting on divergence."""
 
 from __future__ import annotations
 
@@ -46,57 +46,6 @@ def at_level(points: Sequence[Point], level: float) -> float | None:
         return None
     edge = [points[i] for i in front(points)]
     return float(np.interp(level, [x for x, _ in edge], [y for _, y in edge]))
-
-
-@dataclass(frozen=True)
-class Matched:
-    """Prior-task success of two sets of checkpoints at the same new-task success.
-
-    level: the new-task success compared at, or None where the two never reach a common one; ``note`` then says so.
-    """
-
-    level: float | None
-    first: float | None
-    second: float | None
-    note: str = ""
-
-    @property
-    def difference(self) -> float | None:
-        return None if self.first is None or self.second is None else self.first - self.second
-
-
-def matched(
-    first: Sequence[Point], second: Sequence[Point], levels: Sequence[float] | None = None, base: float | None = None
-) -> list[Matched]:
-    """Compares two methods at matched new-task success, at ``levels`` or at the largest that both reach.
-
-    base: new-task success of the base policy. A common level that is no better than the base is not a comparison of
-        what was learned, and the note says so.
-    """
-    if not first or not second:
-        return [Matched(None, None, None, "no checkpoints to compare")]
-    low = max(min(x for x, _ in points) for points in (first, second))
-    high = min(max(x for x, _ in points) for points in (first, second))
-    if low > high:
-        return [
-            Matched(
-                None,
-                None,
-                None,
-                f"no overlap: one method starts at {low:.2f}, the other ends at {high:.2f} new-task success",
-            )
-        ]
-    result = []
-    for level in [high] if levels is None else levels:
-        a, b = at_level(first, level), at_level(second, level)
-        if a is None or b is None:
-            note = f"not reached by both; common range {low:.2f} to {high:.2f}"
-        elif base is not None and level <= base:
-            note = "no better than the base policy on the new task"
-        else:
-            note = ""
-        result.append(Matched(level, a, b, note))
-    return result
 
 
 @dataclass(frozen=True)

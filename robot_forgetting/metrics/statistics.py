@@ -9,8 +9,6 @@ from statistics import NormalDist
 
 import numpy as np
 
-PAIRED_METHOD = "paired seeds; Newcombe's square-and-add interval from Wilson limits (1998, method 10)"
-
 
 def normal_quantile(confidence: float) -> float:
     """The two-sided standard normal quantile, 1.96 at 0.95."""
@@ -132,16 +130,6 @@ def bootstrap(
         return None, None
     low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
-
-
-def mean_over_runs(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float | None, float | None]:
-    """Mean over k runs with Student's t interval (k - 1 degrees); (mean, None, None) from one run."""
-    values = np.asarray(values, dtype=float)
-    k, mean = len(values), float(values.mean())
-    if k < 2:
-        return mean, None, None
-    half = _t_quantile(confidence, k - 1) * math.sqrt(float(values.var(ddof=1)) / k)
-    return mean, mean - half, mean + half
 
 
 def mean_of_intervals(intervals: Sequence[tuple[float, float, float]]) -> tuple[float, float, float]:
