@@ -69,9 +69,7 @@ def reading(
         is_base = mine[0]["method"] == BASE
         new = [row for row in mine if row["role"] == "new"]
         prior = [row for row in mine if row["task"] == PRIOR_MEAN] or [row for row in mine if row["role"] == "prior"]
-        parts = (
-            [f"{'the new task ' * bool(prior)}{row['task']} in {_rate(row)}" for row in new] if is_base else []
-        )
+        parts = [f"{'the new task ' * bool(prior)}{row['task']} in {_rate(row)}" for row in new] if is_base else []
         parts += [f"{row['task'] if len(new) > 1 else 'the new task'} in {_rate(row)}" for row in new if not parts]
         for row in prior:
             which = "the prior tasks on average" if row["task"] == PRIOR_MEAN else f"the prior task {row['task']}"
