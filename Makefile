@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= 1
 help:
 	@echo "make setup        install into .venv, and a Vulkan driver where there is none"
 	@echo "make demo         the benchmark in small: two methods, one seed, one report with videos"
-	@echo "make three-seeds  the same over 3 seeds: the table in the README"
+	@echo "make three-seeds  the same over 3 seeds"
 	@echo "make base         train the base policy anew, in two phases, into runs/base/ (about 20 minutes)"
 	@echo "make test         the tests"
 	@echo "make benchmark    the speed ratios"
