@@ -9,17 +9,15 @@ import numpy as np
 import torch
 
 from robot_forgetting.errors import UserError
-from robot_forgetting.method import Batch
-from robot_forgetting.methods.sft import take
+from robot_forgetting.methods.sft import demonstration_columns, take_columns
 from robot_forgetting.metrics import divergence as distances
 from robot_forgetting.metrics.statistics import clustered_mean
-from robot_forgetting.policy import Action, Policy
+from robot_forgetting.policy import Policy
 from robot_forgetting.rollout import Episode, EpisodeKey, columns, rollout
 from robot_forgetting.task import Task
 
 # Sampling noise of evaluation: one stream for every policy, so that the same seed is the same test for all (paired).
 STREAM = 1_000_000
-STATES = ("base", "fine_tuned", "demonstrations")
 
 
 def check_conventions(policy: Policy, tasks: Sequence[Task]) -> None:
@@ -108,17 +106,16 @@ def policy_states(policy: Policy, task: Task, seeds: Sequence[int], *, num_envs:
 def demonstration_states(task: Task, count: int, *, limit: int, start: int = 400_000) -> States:
     """The states of ``count`` expert episodes that no method trains on."""
     episodes = list(task.demonstrations(count, start=start))
-    obs = {
-        "image": np.concatenate([episode.images for episode in episodes]),
-        "instruction": [episode.instruction for episode in episodes for _ in episode.commands],
-    }
-    return _thin(obs, np.repeat([e.seed for e in episodes], [len(e.commands) for e in episodes]), limit)
+    return _thin(
+        demonstration_columns(episodes),
+        np.repeat([e.seed for e in episodes], [len(e.commands) for e in episodes]),
+        limit,
+    )
 
 
 def _thin(obs: dict, episode: np.ndarray, limit: int) -> States:
     keep = np.unique(np.linspace(0, len(episode) - 1, min(limit, len(episode))).round().astype(int))
-    batch = take(Batch(obs, Action(torch.zeros(len(episode), 1), torch.ones(len(episode), 1))), torch.from_numpy(keep))
-    return States(batch.obs, episode[keep])
+    return States(take_columns(obs, keep), episode[keep])
 
 
 @torch.no_grad()

@@ -98,7 +98,6 @@ class _Slot:
     def __init__(self):
         self.episode: Episode | None = None
         self.row: dict | None = None
-        self.noise: np.ndarray | None = None
         self.started = 0.0
 
 
@@ -135,7 +134,6 @@ def _rollout(policy, env, keys, temperature, statistics, width) -> Iterator[Epis
 
 def _begin(slot: _Slot, key: EpisodeKey) -> int:
     slot.episode, slot.started = Episode(key), time.perf_counter()
-    slot.noise = None
     return key.seed
 
 

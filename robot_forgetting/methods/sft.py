@@ -74,20 +74,26 @@ def encode_demonstrations(policy: Policy, task, demonstrations) -> Batch:
     if not episodes:
         raise UserError(f"task '{task.name}' gave no demonstrations; nothing to clone")
     commands = np.concatenate([episode.commands for episode in episodes])
-    obs = {
+    return Batch(demonstration_columns(episodes), policy.encode(commands, statistics=getattr(task, "statistics", None)))
+
+
+def demonstration_columns(episodes: Sequence) -> dict:
+    """The observation columns of expert episodes, one row per command."""
+    return {
         "image": np.concatenate([episode.images for episode in episodes]),
         "instruction": [episode.instruction for episode in episodes for _ in episode.commands],
     }
-    return Batch(obs, policy.encode(commands, statistics=getattr(task, "statistics", None)))
+
+
+def take_columns(obs: dict, rows: Sequence[int]) -> dict:
+    """Rows of observation columns by index, in that order."""
+    rows = list(rows)
+    return {key: [column[i] for i in rows] if isinstance(column, list) else column[rows] for key, column in obs.items()}
 
 
 def take(batch: Batch, index: Tensor) -> Batch:
     """Rows of a batch by index, in that order."""
-    rows = index.tolist()
-    obs = {
-        key: [column[i] for i in rows] if isinstance(column, list) else column[rows]
-        for key, column in batch.obs.items()
-    }
+    obs = take_columns(batch.obs, index.tolist())
     action: Action = batch.action[index]
     advantage = None if batch.advantage is None else batch.advantage[index]
     extra = None if batch.extra is None else {key: value[index] for key, value in batch.extra.items()}
