@@ -190,8 +190,7 @@ class ManiSkillVectorEnv(VectorEnv):
     def _replace(self, group: int, slots: list[int]) -> list[Transition]:
         self._workers[group] = POOL.prepare(group, self.spec, len(self.groups[group]))
         self._workers[group].receive()
-        size = self.spec.image_size
-        blank = {"image": np.zeros((size, size, 3), np.uint8), "instruction": self.spec.instruction}
+        blank = _blank(self.spec)
         return [
             Transition(slot, blank, done=True, error="the simulator process died during this episode") for slot in slots
         ]
@@ -270,14 +269,18 @@ def _advance(simulations: list[Simulation], spec: SimulationSpec, resets: dict, 
     return answers
 
 
+def _blank(spec: SimulationSpec) -> dict:
+    """The observation of an episode that ended in a crash."""
+    return {"image": np.zeros((spec.image_size, spec.image_size, 3), np.uint8), "instruction": spec.instruction}
+
+
 def _guarded(simulations: list[Simulation], spec: SimulationSpec, slot: int, action) -> dict:
     """Runs one slot's work; an exception there ends that episode only, and the slot gets a fresh environment."""
     try:
         return action(simulations[slot])
     except Exception as error:
-        blank = {"image": np.zeros((spec.image_size, spec.image_size, 3), np.uint8), "instruction": spec.instruction}
         simulations[slot] = Simulation(spec)
-        return {"observation": blank, "done": True, "error": f"{type(error).__name__}: {error}".splitlines()[0]}
+        return {"observation": _blank(spec), "done": True, "error": f"{type(error).__name__}: {error}".splitlines()[0]}
 
 
 def _demonstrate(simulation: Simulation, seed: int, noise: dict) -> tuple[bool, np.ndarray, np.ndarray]:
