@@ -131,7 +131,7 @@ def train(
             rows: list[list[dict]] = []  # logged step -> network -> row
             for batch in batches:
                 rates = [one.rate(step, done / method.iterations) for one in optimisers]
-                numbers = _optimiser_step(stepper, batch, rates)
+                numbers = stepper.step(batch, rates)
                 step += 1
                 last = done + 1 == method.iterations and batch is batches[-1]
                 if step % log_every == 0 or last:
@@ -197,10 +197,6 @@ def _backward(policy, method, penalties, part: Batch, share: float, micro_batch:
 
 def _number(value: Tensor) -> float | Tensor:
     return value.item() if value.dim() == 0 else value.detach()
-
-
-def _optimiser_step(stepper: _Stepper, batch: Batch, rates: list[float]) -> list[dict]:
-    return stepper.step(batch, rates)
 
 
 class _Stepper:
