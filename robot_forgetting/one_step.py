@@ -50,7 +50,8 @@ class OneStepTask(Task):
     def items(self, seeds: np.ndarray) -> tuple[str, np.ndarray]:
         """The split that the seeds belong to, and the index of each one's item in it."""
         seeds = np.asarray(seeds)
-        split = "train" if seeds[0] in self.seeds("train") else "test"
+        # int: a range looks for any other kind of number one element after the other.
+        split = "train" if int(seeds[0]) in self.seeds("train") else "test"
         return split, (seeds - self.seeds(split).start) % self.size(split)
 
     def training_seeds(self, step: int, count: int, *, seed: int) -> np.ndarray:

@@ -55,6 +55,8 @@ class MLPPolicy(Policy):
         for run in range(runs):
             for key in self.places:
                 self._register(run, key)
+        self._parameters_in_order = tuple(self.parameters())  # walking the modules costs more than a small layer
+        self._gradients = torch.zeros(self._buffer.shape)
         self._inside_base = False
         self._kept: _Forward | None = None  # the last pass, for a loss and a penalty on the same rows
 
@@ -77,6 +79,10 @@ class MLPPolicy(Policy):
         views = {key: self._view(self._buffer[run : run + 1], key)[0] for key in self.places}
         return {key: view.clone() for key, view in views.items()} if copy else views
 
+    def train(self, mode: bool = True) -> MLPPolicy:
+        self.training = mode  # no layer behaves differently, and there are many to tell
+        return self
+
     @torch.no_grad()
     def reset(self, run: int) -> None:
         """Makes one network the base again."""
@@ -95,7 +101,7 @@ class MLPPolicy(Policy):
         return {key: self._view(self._base, key)[0].float().clone() for key in self.places}
 
     def run_parameters(self) -> list[list[nn.Parameter]]:
-        parameters = list(self.parameters())
+        parameters = list(self._parameters_in_order)
         each = len(self.places)
         return [parameters[run * each : (run + 1) * each] for run in range(self.runs)]
 
@@ -115,7 +121,7 @@ class MLPPolicy(Policy):
         if not torch.is_grad_enabled():
             return self._spread(kept.out, inner).reshape(shape)
         if kept.graph is None:  # loss and penalty share one backward pass
-            kept.graph = _Network.apply(self, kept, *self.parameters())
+            kept.graph = _Network.apply(self, kept, *self._parameters_in_order)
         return self._spread(kept.graph, inner).reshape(shape)
 
     @torch.no_grad()
@@ -182,10 +188,16 @@ class MLPPolicy(Policy):
         self._kept = forward
         return forward
 
+    def _gradient_buffer(self) -> Tensor:
+        """[R, P] float32: always the same memory, new pages cost more than the products' writes; but not while the
+        parameters still hold the last pass's gradients, to which this one's will be added."""
+        held = any(parameter.grad is not None for parameter in self._parameters_in_order)
+        return torch.empty_like(self._gradients) if held else self._gradients
+
     def _version(self) -> int:
         # Changes when weights are loaded; the fused optimiser leaves it as it is, hence ``_Network.backward`` drops
         # what was kept as well: no optimiser step without a backward pass.
-        return sum(parameter._version for parameter in self.parameters())
+        return sum(parameter._version for parameter in self._parameters_in_order)
 
     def _forward(self, values: Tensor) -> _Forward:
         buffer = self._base if self._inside_base else self._buffer
@@ -228,7 +240,7 @@ class _Network(torch.autograd.Function):
     def backward(ctx, gradient: Tensor):
         policy, kept = ctx.policy, ctx.kept
         policy._kept = None
-        flat = torch.empty(kept.buffer.shape)
+        flat = policy._gradient_buffer()
         for layer in range(len(policy.sizes) - 1, 0, -1):
             inputs, weight = kept.hidden[layer - 1], policy._view(kept.buffer, f"layer{layer}.weight")
             flipped = inputs.transpose(1, 2).expand(len(gradient), -1, -1)
