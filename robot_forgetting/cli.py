@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
 
-from robot_forgetting.config_checks import ROOT_TYPES, check_node, check_root
+from robot_forgetting.config_checks import ROOT_TYPES, by_kind, check_node, check_root
 from robot_forgetting.errors import UserError, unknown
 
 GROUPS = ("task", "method", "policy", "penalty", "budget", "reproduce")
@@ -131,6 +131,8 @@ def _hydra_main(verb: str, overrides: list[str], folders: list[Path], debug: boo
     import hydra
     from hydra.core.hydra_config import HydraConfig
 
+    register_resolvers()
+
     codes = []
 
     def job(config) -> None:
@@ -156,6 +158,13 @@ def _hydra_main(verb: str, overrides: list[str], folders: list[Path], debug: boo
         main_dir = str(Path(configs.__file__).parent)
         hydra.main(version_base="1.3", config_path=main_dir, config_name="config")(job)()
     return max(codes, default=0)
+
+
+def register_resolvers() -> None:
+    """What the yaml files may write besides plain interpolations: ``${by_kind:ROBOT,TEXT}``."""
+    from omegaconf import OmegaConf
+
+    OmegaConf.register_new_resolver("by_kind", by_kind, replace=True)
 
 
 def _postponed(text: str) -> str:

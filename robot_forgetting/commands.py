@@ -8,11 +8,20 @@ import numpy as np
 
 from robot_forgetting.errors import UserError
 from robot_forgetting.evaluate import check_conventions, success_line, test_seeds
-from robot_forgetting.experiment import FINAL_STAGE, check_same_base, evaluate_into, fingerprint, open_run, record
+from robot_forgetting.experiment import (
+    FINAL_STAGE,
+    benchmarks,
+    check_same_base,
+    evaluate_into,
+    fingerprint,
+    open_run,
+    record,
+)
 from robot_forgetting.files import read_json
 from robot_forgetting.policy import Policy
 from robot_forgetting.progress import say
 from robot_forgetting.records import RunFolder
+from robot_forgetting.scored import SCORED, ScoredTask
 from robot_forgetting.summary import summarise
 from robot_forgetting.task import Task
 from robot_forgetting.train import latest_checkpoint, load_weights
@@ -50,23 +59,28 @@ def evaluate_command(
     num_envs: int,
     budget: dict,
 ) -> int:
-    """Success of a policy on a task, at the rollout decode and greedy."""
+    """Success of a policy on a task, at the rollout decode and greedy; a benchmark's score by its own protocol."""
     check_conventions(policy, [task])
+    scored = isinstance(task, ScoredTask)
+    if scored and (reason := task.left_out()) is not None:
+        raise UserError(reason)
     state = with_checkpoint(policy, checkpoint)
-    seeds = test_seeds(task, episodes or budget["episodes"], seed_start)
+    seeds = test_seeds(task, episodes or (None if scored else budget["episodes"]), seed_start)
     header = {"verb": "evaluate", "policy": names.get("policy"), "task": task.name, "seed": seed}
     header |= {"checkpoint": state["checkpoint"], "instructions": {task.name: task.instruction}}
     header["fingerprint"] = fingerprint(policy, [task])
     check_same_base(run_dir, header["fingerprint"])
     header |= {"decode": {"temperature": temperature}, "roles": {"new": [task.name], "prior": [], "held_out": []}}
+    header |= benchmarks([task])
     with open_run(run_dir, config, header) as folder:
-        for decode, degree in (("sampled", temperature), ("greedy", 0.0)):
+        for decode, degree in [(SCORED, None)] if scored else [("sampled", temperature), ("greedy", 0.0)]:
             fields = {key: state[key] for key in ("stage", "iteration", "trained_on")} | {
                 "role": "new",
                 "decode": decode,
             }
             rows = evaluate_into(folder, policy, task, seeds, temperature=degree, num_envs=num_envs, **fields)
-            say(f"{decode} (temperature {degree}): " + success_line(task.name, rows))
+            how = decode if degree is None else f"{decode} (temperature {degree})"
+            say(f"{how}: " + success_line(task.name, rows))
         folder.finish(summarise(folder))
     say(f"records: {folder.path}")
     return 0

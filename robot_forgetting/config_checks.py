@@ -14,9 +14,20 @@ ROOT_TYPES = {
     "seed": int, "episodes": int | None, "seed_start": int | None, "num_envs": int, "processes": int, "render": str,
     "image_size": int,
     "sweep": str, "run_dir": str | None, "output": str | None, "golden": str | None, "checkpoint": str | None,
-    "device": str, "debug": bool, "quick": bool, "prior": list, "held_out": list,
+    "recordings": str | None,
+    "device": str, "kind": str, "debug": bool, "quick": bool, "prior": list, "held_out": list,
+    "limit": int | None, "allow_code_execution": bool | str,
 }  # fmt: skip
-LEAST = {"seed": 0, "episodes": 1, "seed_start": 0, "num_envs": 1, "processes": 1, "image_size": 16, "temperature": 0}
+LEAST = {
+    "seed": 0,
+    "episodes": 1,
+    "limit": 1,
+    "seed_start": 0,
+    "num_envs": 1,
+    "processes": 1,
+    "image_size": 16,
+    "temperature": 0,
+}
 
 
 # What the commands read of a budget; its other keys are for the yaml of methods.
@@ -24,6 +35,14 @@ BUDGET = ("episodes", "greedy_episodes", "interim_points", "interim_episodes", "
           "divergence_states", "videos")  # fmt: skip
 PRETRAIN = {"demonstrations": dict, "iterations": int, "steps_per_iteration": int, "batch_size": int,
             "label_sigma": float, "episodes": int, "optimiser": dict}  # fmt: skip
+
+
+KINDS = ("robot", "text")  # of tasks; methods have settings for each
+
+
+def by_kind(robot, text, *, _root_):
+    """The resolver ``${by_kind:ROBOT,TEXT}``: the value for the kind of task that the configuration is about."""
+    return text if _root_.get("kind") == "text" else robot
 
 
 def check_root(plain: dict) -> None:
@@ -37,6 +56,8 @@ def check_root(plain: dict) -> None:
         if key in LEAST and value is not None and value < LEAST[key]:
             raise UserError(f"{shown}={value} is too small; the least is {LEAST[key]}")
 
+    if plain.get("kind") not in KINDS:
+        raise UserError(f"kind={plain.get('kind')} is unknown; choose one of: {', '.join(KINDS)}")
     _check_mapping("budget", plain.get("budget"), dict.fromkeys(BUDGET, int))
     _check_mapping("pretrain", plain.get("pretrain"), PRETRAIN)
     counts = plain["pretrain"]["demonstrations"]

@@ -51,7 +51,8 @@ class Check:
 def doctor() -> int:
     """Prints one line per part; returns 0, or 2 where a needed part fails."""
     failed = False
-    for examine in (python, packages, libraries, torchvision, gpu, vulkan_device, lavapipe, assets, disk, weights):
+    parts = (python, packages, libraries, torchvision, gpu, vulkan_device, lavapipe, assets, simpler, disk, weights)
+    for examine in parts:
         check = guarded(examine)
         failed |= check.state == "FAIL"
         print(check, flush=True)
@@ -146,7 +147,7 @@ def lavapipe() -> Check:
 
 
 def assets() -> Check:
-    """The meshes inside the mani-skill wheel are all that our tasks use; MS_ASSET_DIR is for further ones."""
+    """The Panda's meshes are inside the mani-skill wheel; SimplerEnv's tasks have theirs in MS_ASSET_DIR."""
     spec = importlib.util.find_spec("mani_skill")
     if spec is None or not spec.submodule_search_locations:
         return Check("assets", "FAIL", "mani-skill is not installed", "type: make setup")
@@ -159,6 +160,18 @@ def assets() -> Check:
     if own and not Path(own).is_dir():
         return Check("assets", "warn", f"MS_ASSET_DIR={own} does not exist", "type: unset MS_ASSET_DIR, or correct it")
     return Check("assets", "ok", f"Panda and {meshes} collision meshes" + (f"; MS_ASSET_DIR={own}" if own else ""))
+
+
+def simpler() -> Check:
+    """SimplerEnv's meshes and photos, which only its tasks need."""
+    from robot_forgetting.robot.assets import BUNDLES, data_folder, missing
+
+    absent = [name for name in BUNDLES if missing(name)]
+    there = [name for name in BUNDLES if name not in absent]
+    found = f"{', '.join(there) or 'no assets'} of SimplerEnv in {data_folder()}"
+    cure = f"for their tasks type: robot-forgetting assets {absent[0]}" if absent else ""
+    missed = f" ({', '.join(absent)} not)" if there and absent else ""
+    return Check("Simpler", "ok", found + missed, cure)
 
 
 def disk() -> Check:

@@ -15,11 +15,11 @@ from robot_forgetting.metrics.statistics import clustered_mean
 from robot_forgetting.one_step import OneStepTask, answer
 from robot_forgetting.policy import Policy
 from robot_forgetting.rollout import Episode, EpisodeKey, columns, rollout
+from robot_forgetting.scored import ScoredTask
 from robot_forgetting.task import Task
 
 # Sampling noise of evaluation: one stream for every policy, so that the same seed is the same test for all (paired).
 STREAM = 1_000_000
-ANSWERS = 1024  # decisions of one-step tasks at once
 
 
 def check_conventions(policy: Policy, tasks: Sequence[Task]) -> None:
@@ -34,8 +34,13 @@ def check_conventions(policy: Policy, tasks: Sequence[Task]) -> None:
             )
 
 
-def test_seeds(task: Task, episodes: int, seed_start: int | None) -> list[int]:
-    """The initial states of an evaluation: the first of the test split, or from ``seed_start`` on (of either split)."""
+def test_seeds(task: Task, episodes: int | None, seed_start: int | None) -> list[int]:
+    """The initial states of an evaluation: the first of the test split, or from ``seed_start`` on (of either split).
+
+    A scored task chooses its items itself (``ScoredTask.chosen``); None: as many as its limit says.
+    """
+    if isinstance(task, ScoredTask) and (episodes is None or episodes > 0):
+        return task.chosen(episodes)
     if episodes < 1:
         raise UserError(f"episodes must be at least 1, not {episodes}")
     train, test = task.seeds("train"), task.seeds("test")
@@ -57,12 +62,15 @@ def evaluate(
     task: Task,
     seeds: Sequence[int],
     *,
-    temperature: float,
+    temperature: float | None,
     num_envs: int,
     render: bool = False,
 ) -> Iterator[Episode]:
-    """One episode per seed, in the order in which they end."""
+    """One episode per seed, in the order in which they end. A scored task has no use for a temperature (None)."""
     policy.eval()
+    if isinstance(task, ScoredTask):
+        yield from task.score(policy, seeds)
+        return
     keys = [EpisodeKey(seed, STREAM) for seed in seeds]
     if isinstance(task, OneStepTask):
         yield from _answers(policy, task, keys, temperature)
@@ -72,15 +80,15 @@ def evaluate(
 
 def _answers(policy: Policy, task: OneStepTask, keys: Sequence[EpisodeKey], temperature: float) -> Iterator[Episode]:
     """The episodes that the rollout loop would run, many at once."""
-    for start in range(0, len(keys), ANSWERS):
-        chunk = keys[start : start + ANSWERS]
+    for start in range(0, len(keys), policy.decisions_at_once):
+        chunk = keys[start : start + policy.decisions_at_once]
         streams = np.array([[key.stream] for key in chunk])
         found = answer(policy, task, np.array([key.seed for key in chunk]), streams, temperature=temperature)
         commands = policy.decode(found.action, statistics=getattr(task, "statistics", None))
         for index, (key, reward) in enumerate(zip(chunk, found.rewards.tolist(), strict=True)):
             row = {name: column[index] for name, column in found.obs.items()}
             episode = Episode(key, success=reward >= 1, reward=reward, observations=[row, row])
-            episode.flags = {"success": episode.success}
+            episode.flags = {"success": episode.success, **task.flags(key.seed, commands[index])}
             episode.commands, episode.actions = [commands[index]], [found.action[index : index + 1]]
             yield episode
 
@@ -116,7 +124,14 @@ class States:
 
 
 def policy_states(policy: Policy, task: Task, seeds: Sequence[int], *, num_envs: int, limit: int) -> States:
-    """Every state a policy visits on ``seeds`` at temperature 1, thinned evenly to ``limit``."""
+    """Every state a policy visits on ``seeds`` at temperature 1, thinned evenly to ``limit``.
+
+    Questions are asked, not visited: of one-step tasks, and of scored ones that show their ``prompts``, these are the
+    items' observations, whatever the policy.
+    """
+    ask = task.observations if isinstance(task, OneStepTask) else getattr(task, "prompts", None)
+    if ask is not None:
+        return _thin(ask(np.asarray(seeds)), np.asarray(seeds), limit)
     episodes = sorted(evaluate(policy, task, seeds, temperature=1.0, num_envs=num_envs), key=lambda e: e.key.seed)
     rows = [row for episode in episodes for row in episode.observations[: episode.steps]]
     index = np.repeat([episode.key.seed for episode in episodes], [episode.steps for episode in episodes])
@@ -138,6 +153,14 @@ def _thin(obs: dict, episode: np.ndarray, limit: int) -> States:
     return States(take_columns(obs, keep), episode[keep])
 
 
+ALONG_BASE = {
+    "forward_kl": distances.forward_kl,
+    "total_variation": distances.total_variation,
+    "l2": distances.l2,
+}  # at the base's tokens
+ALONG_OWN = {"reverse_kl": distances.reverse_kl}  # at the current policy's
+
+
 @torch.no_grad()
 def measure_divergence(policy: Policy, states: States, *, chunk: int = 256, seed: int = 0) -> list[dict]:
     """Divergences between base and current policy on given states; rows without stage, task and states.
@@ -155,18 +178,13 @@ def measure_divergence(policy: Policy, states: States, *, chunk: int = 256, seed
         drawn = noise[start : start + chunk]
         with policy.base():
             base_action = policy.act(obs, temperature=1.0, noise=drawn)
-            base_on_base = policy.logits(obs, base_action)
         action = policy.act(obs, temperature=1.0, noise=drawn)
-        with policy.base():
-            base_on_own = policy.logits(obs, action)
-        own_on_base, own_on_own = policy.logits(obs, base_action), policy.logits(obs, action)
-        for name, function, first, second, mask in (
-            ("forward_kl", distances.forward_kl, base_on_base, own_on_base, base_action.mask),
-            ("reverse_kl", distances.reverse_kl, base_on_own, own_on_own, action.mask),
-            ("total_variation", distances.total_variation, base_on_base, own_on_base, base_action.mask),
-            ("l2", distances.l2, base_on_base, own_on_base, base_action.mask),
-        ):
-            values = function(first, second)
+        along_base = policy.compared(obs, base_action, ALONG_BASE)
+        along_own = policy.compared(obs, action, ALONG_OWN)
+        for name, values, mask in [
+            *((name, values, base_action.mask) for name, values in along_base.items()),
+            *((name, values, action.mask) for name, values in along_own.items()),
+        ]:
             mask = mask.to(values.device)
             unit = "nats/token" if name.endswith("kl") else "1/token"
             collected.setdefault((name, unit), []).append(distances.per_token(values, mask).cpu())

@@ -8,7 +8,7 @@ import resource
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +31,7 @@ from robot_forgetting.policy import Policy
 from robot_forgetting.progress import bar, say
 from robot_forgetting.records import RunFolder, holds_records
 from robot_forgetting.rollout import Episode
+from robot_forgetting.scored import SCORED, ScoredTask, measurable
 from robot_forgetting.summary import summarise
 from robot_forgetting.task import Task
 from robot_forgetting.train import train
@@ -72,10 +73,13 @@ class Setup:
 
 def run(setup: Setup) -> int:
     """Fine-tunes the policy on the task and records what it gained and forgot; continues an unfinished run."""
-    experiment = Experiment(setup)
+    prior, left_out = measurable(setup.prior)
+    experiment = Experiment(replace(setup, prior=prior))
+    for reason in left_out.values():
+        say(f"left out: {reason}")
     check_conventions(setup.policy, experiment.tasks)
     check_data(setup.method, setup.task)
-    header = experiment.header()
+    header = experiment.header() | {"left_out": left_out}
     check_same_base(setup.run_dir, header["fingerprint"])
     with open_run(setup.run_dir, setup.config, header) as folder:
         if folder.finished:
@@ -97,6 +101,10 @@ def assign_roles(task: Task, prior: Sequence[Task], held_out: Sequence[Task]) ->
 
 def check_data(method: Method, task: Task) -> None:
     """``UserError``, before anything is measured, where a method clones demonstrations and the task has none."""
+    if isinstance(task, ScoredTask):
+        raise UserError(
+            f"task '{task.name}' is a benchmark: nothing can be trained on it; use robot-forgetting evaluate"
+        )
     clones = getattr(method, "demonstrations", 0) and not isinstance(task, OneStepTask)
     if clones and not task.has_demonstrations:
         list(task.demonstrations(0))  # says what to do
@@ -132,6 +140,7 @@ class Experiment:
             "fingerprint": fingerprint(self.policy, self.tasks),
             "iterations": self.method.iterations,
             "instructions": {task.name: task.instruction for task in self.tasks},
+            **benchmarks(self.tasks),
         }
 
     def go(self, folder: RunFolder) -> None:
@@ -194,22 +203,30 @@ class Experiment:
 
     def measure_success(self, *, stage: int, iteration: int, interim: bool = False) -> None:
         """Evaluates every task at every decode; interim points at the rollout decode only, with fewer episodes."""
-        for decode, count in ({"sampled": self.budget["interim_episodes"]} if interim else self.counts()).items():
+        for decode in ("sampled", "greedy", SCORED):
             for role, tasks in self.roles.items():
                 if interim and role == "held_out":
                     continue
                 for task in tasks:
-                    self.measure_task(task, role, decode, count, stage, iteration)
+                    if seeds := self.plan(task, interim=interim).get(decode):
+                        self.measure_task(task, role, decode, seeds, stage, iteration)
+
+    def plan(self, task: Task, *, interim: bool = False) -> dict[str, list[int]]:
+        """Decode -> seeds on which a task is evaluated."""
+        fewer = self.budget["interim_episodes"]
+        if isinstance(task, ScoredTask):
+            return {SCORED: test_seeds(task, fewer if interim else self.setup.episodes, None)}
+        counts = {"sampled": fewer} if interim else self.counts()
+        return {decode: test_seeds(task, count, self.setup.seed_start) for decode, count in counts.items()}
 
     def counts(self) -> dict[str, int]:
         """Episodes per task at each decode, before and after."""
         return {"sampled": self.episodes, "greedy": min(self.budget["greedy_episodes"], self.episodes)}
 
-    def temperature(self, decode: str) -> float:
-        return self.setup.temperature if decode == "sampled" else 0.0
+    def temperature(self, decode: str) -> float | None:
+        return {"sampled": self.setup.temperature, "greedy": 0.0, SCORED: None}[decode]
 
-    def measure_task(self, task: Task, role: str, decode: str, count: int, stage: int, iteration: int) -> None:
-        seeds = test_seeds(task, count, self.setup.seed_start)
+    def measure_task(self, task: Task, role: str, decode: str, seeds: list[int], stage: int, iteration: int) -> None:
         rows = evaluate_into(
             self.folder,
             self.policy,
@@ -232,10 +249,9 @@ class Experiment:
         have = {_identity(row) for row in self.folder.episodes()}
         wanted = {
             (0, 0, task.name, decode, self.temperature(decode), seed): number
-            for decode, count in self.counts().items()
-            for tasks in self.roles.values()
-            for task in tasks
-            for number, seed in enumerate(test_seeds(task, count, self.setup.seed_start))
+            for task in self.tasks
+            for decode, seeds in self.plan(task).items()
+            for number, seed in enumerate(seeds)
         }
         for sibling in sorted(self.folder.path.parent.glob("*/run.json")):
             try:
@@ -272,6 +288,8 @@ class Experiment:
                         continue
                     if name == "demonstrations" and not task.has_demonstrations:
                         continue  # a task without an expert can still be learned by RL
+                    if isinstance(task, ScoredTask) and (name != "base" or not hasattr(task, "prompts")):
+                        continue  # its prompts do not depend on who answers
                     states = self.states(name, task, count, limit)
                     rows = measure_divergence(self.policy, states, seed=self.setup.seed)
                     fields = {"stage": FINAL_STAGE, "iteration": iteration, "task": task.name, "role": role}
@@ -293,7 +311,7 @@ class Experiment:
         count = self.budget["videos"]
         for role, tasks in self.roles.items():
             for task in tasks if role != "held_out" else []:
-                if isinstance(task, OneStepTask):  # one picture or question is no film
+                if isinstance(task, OneStepTask | ScoredTask):  # one picture or question is no film
                     continue
                 seeds = [task.seeds("test").start + VIDEO_SEED + i for i in range(count)]
                 missing = [s for s in seeds if not list(self.folder.videos.glob(f"{task.name}-seed{s}-{who}-*.mp4"))]
@@ -303,6 +321,15 @@ class Experiment:
 
 
 # ---- shared by the commands
+
+
+def benchmarks(tasks: Sequence[Task]) -> dict:
+    """What run.json says of scored tasks: their protocols, and the rate that guessing reaches on the chosen items."""
+    scored = [task for task in tasks if isinstance(task, ScoredTask)]
+    return {
+        "protocols": {task.name: task.settings() for task in scored},
+        "chance": {task.name: task.chance(task.chosen(None)) for task in scored},
+    }
 
 
 def _identity(row: dict) -> tuple:
@@ -361,7 +388,7 @@ def evaluate_into(
     task: Task,
     seeds: Sequence[int],
     *,
-    temperature: float,
+    temperature: float | None,
     num_envs: int,
     **fields,
 ) -> list[dict]:

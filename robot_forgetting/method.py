@@ -19,12 +19,15 @@ class Batch:
     action: N decisions (sampled, or a demonstration's)
     advantage: [N] or None; reward-like weight of a decision
     extra: further [N, ...] tensors a method wants to carry to its own loss
+    tokens_per_row: how many tokens a row stands for in means over tokens; None: what the batch has on average. A part
+        of a batch keeps the whole's number, so that parts of long and of short decisions add up to the whole's mean.
     """
 
     obs: dict
     action: Action
     advantage: Tensor | None = None
     extra: dict[str, Tensor] | None = None
+    tokens_per_row: float | None = None
 
     def __len__(self) -> int:
         return len(self.action)
@@ -36,16 +39,26 @@ class Batch:
             action=self.action[index],
             advantage=None if self.advantage is None else self.advantage[index],
             extra=None if self.extra is None else {key: value[index] for key, value in self.extra.items()},
+            tokens_per_row=self.mean_tokens,
         )
 
+    @property
+    def mean_tokens(self) -> float:
+        """``tokens_per_row``, counted where it was not given."""
+        if self.tokens_per_row is not None:
+            return self.tokens_per_row
+        return self.action.mask.sum().item() / max(1, len(self))
 
-def mean_over_tokens(values: Tensor, mask: Tensor, runs: int = 1) -> Tensor:
+
+def mean_over_tokens(values: Tensor, mask: Tensor, runs: int = 1, per_row: float | None = None) -> Tensor:
     """Mean of [N, T] values over the tokens that count, 0 where none does.
 
     A scalar; for a policy that stacks several networks (rows run-major) one mean per network, [R].
+    per_row: divide by so many tokens per row in place of those there are (``Batch.tokens_per_row``); not for stacks
     """
     if runs == 1:
-        return (values * mask).sum() / mask.sum().clamp_min(1)
+        count = mask.sum().clamp_min(1) if per_row is None else max(1.0, len(mask) * per_row)
+        return (values * mask).sum() / count
     values, mask = (values * mask).view(runs, -1), mask.reshape(runs, -1)
     return values.sum(1) / mask.sum(1).clamp_min(1)
 

@@ -40,6 +40,10 @@ class OneStepTask(Task):
     def rewards(self, seeds: np.ndarray, answers: Sequence) -> np.ndarray:
         """[N] float32 in 0 .. 1 for what ``policy.decode`` gave; 1 is a success."""
 
+    def flags(self, seed: int, answer) -> dict:
+        """What the records say of an answer besides its reward, under names other than 'success'."""
+        return {}
+
     # How many answers there are, if they are the numbers 0 .. choices - 1; None for free text.
     choices: int | None = None
 
@@ -169,7 +173,8 @@ class OneStepEnv(VectorEnv):
             rewards = self.task.rewards(seeds, [commands[slot] for slot in slots])
             for slot, reward in zip(slots, map(float, rewards), strict=True):
                 success = reward >= 1.0
-                made.append(Transition(slot, self._rows[slot], reward, success, True, {"success": success}))
+                flags = {"success": success, **self.task.flags(self._seeds[slot], commands[slot])}
+                made.append(Transition(slot, self._rows[slot], reward, success, True, flags))
         if resets:
             obs = self.task.observations(np.array(list(resets.values())))
             for index, (slot, seed) in enumerate(resets.items()):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -37,12 +38,22 @@ class Action:
 
     @staticmethod
     def cat(actions: Sequence[Action]) -> Action:
+        """All rows, right-padded to the longest decision."""
+        longest = max(action.tokens.shape[1] for action in actions)
+        actions = [action._padded(longest) for action in actions]
         log_probs = [action.log_prob for action in actions]
         return Action(
             torch.cat([action.tokens for action in actions]),
             torch.cat([action.mask for action in actions]),
             None if any(log_prob is None for log_prob in log_probs) else torch.cat(log_probs),
         )
+
+    def _padded(self, width: int) -> Action:
+        missing = width - self.tokens.shape[1]
+        if not missing:
+            return self
+        parts = (self.tokens, self.mask, self.log_prob)
+        return Action(*(None if part is None else F.pad(part, (0, missing)) for part in parts))
 
 
 @dataclass(frozen=True)
@@ -79,6 +90,10 @@ class Policy(nn.Module, ABC):
     runs: int = 1
     # Whether a part of a batch is worth computing in another process.
     splits_batches: bool = True
+    # Decisions of one-step tasks that are worth asking for at once; so many are lost at most when a run is interrupted.
+    decisions_at_once: int = 1024
+    # The longest decision that is sampled, in tokens; None: all are equally long.
+    max_new_tokens: int | None = None
 
     @abstractmethod
     def act(self, obs: dict, *, temperature: float = 1.0, noise: Tensor | None = None) -> Action:
@@ -99,6 +114,19 @@ class Policy(nn.Module, ABC):
         chosen = logits.gather(-1, action.tokens.unsqueeze(-1)).squeeze(-1)
         return (chosen - logits.logsumexp(-1)) * action.mask
 
+    def compared(
+        self, obs: dict, action: Action, functions: dict[str, Callable[[Tensor, Tensor], Tensor]]
+    ) -> dict[str, Tensor]:
+        """Functions of the base's and the own logits at each token of the same decisions, differentiable in the own.
+
+        Each takes two float32 tensors [..., V] (base, own) and gives [...]. Returns [N, T] by name; what stands where
+        the mask is False is not defined. A policy with a large vocabulary never holds all logits at once.
+        """
+        with torch.no_grad(), self.base():
+            base = self.logits(obs, action)
+        own = self.logits(obs, action)
+        return {name: function(base, own) for name, function in functions.items()}
+
     @abstractmethod
     def decode(self, action: Action, *, statistics: str | None = None) -> Sequence:
         """Tokens to what the environment takes: a label, a text, or un-normalised commands [N, 7] float32."""
@@ -114,6 +142,10 @@ class Policy(nn.Module, ABC):
     @abstractmethod
     def convention(self) -> ConventionSpec:
         """What this policy assumes of a task."""
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers about the last ``act`` for train.jsonl."""
+        return {}
 
     def run_parameters(self) -> list[list[nn.Parameter]]:
         """Each network's parameters, trainable or not."""

@@ -258,10 +258,10 @@ def holds_records(path: Path) -> bool:
 
 
 def find_runs(paths: Iterable[str | Path]) -> list[RunFolder]:
-    """The run folders at or below the given paths, in the order given, each once; a folder without one is an error.
+    """The run folders at or below the given paths, in the order given, each once; a path that is not there is an error.
 
-    Plain files are passed over: runs/NAME/* also matches the report beside the run folders. Nothing but files is an
-    error.
+    Files, and folders without a run, are passed over beside others: runs/NAME/* also matches the report and what else
+    lies beside the run folders. No run folder at all is an error.
     """
     found: dict[Path, RunFolder] = {}
     paths = list(map(Path, paths))
@@ -270,14 +270,14 @@ def find_runs(paths: Iterable[str | Path]) -> list[RunFolder]:
             path = path.parent
         elif path.is_file():
             continue
-        files = [path / "run.json"] if (path / "run.json").is_file() else sorted(path.glob("**/run.json"))
-        if not files:
-            what = "holds no run folder" if path.is_dir() else "does not exist"
-            raise UserError(f"{path} {what}; give run folders, or a folder that holds some, like runs/NAME")
-        for file in files:
+        if not path.is_dir():
+            raise UserError(f"{path} does not exist; give run folders, or a folder that holds some, like runs/NAME")
+        for file in [path / "run.json"] if (path / "run.json").is_file() else sorted(path.glob("**/run.json")):
             found.setdefault(file.parent.resolve(), RunFolder(file.parent))
     if paths and not found:
-        raise UserError(f"{paths[0]} is a file; give run folders, or a folder that holds some, like runs/NAME")
+        folders = [path for path in paths if path.is_dir()]
+        what = f"{folders[0]} holds no run folder" if folders else f"{paths[0]} is a file"
+        raise UserError(f"{what}; give run folders, or a folder that holds some, like runs/NAME")
     return list(found.values())
 
 

@@ -8,7 +8,7 @@ from robot_forgetting.metrics.statistics import paired_difference, retention, wi
 from robot_forgetting.records import SCHEMA_VERSION, RunFolder
 
 ROLES = ("new", "prior", "held_out")
-DECODES = ("sampled", "greedy")
+DECODES = ("sampled", "greedy")  # "scored" rows, of benchmarks with a protocol of their own, go with both
 
 
 def summarise(folder: RunFolder) -> dict:
@@ -20,6 +20,7 @@ def summarise(folder: RunFolder) -> dict:
     return {
         "schema_version": SCHEMA_VERSION,
         "success": success_table(episodes),
+        "no_signal": no_signal(outcomes(episodes), folder.run.get("chance") or {}),
         "forgetting": forgetting_table(episodes),
         "divergence": latest(folder.rows("divergence"), ("stage", "iteration", "task", "states", "measure", "unit")),
         "errors": [
@@ -53,6 +54,22 @@ def _order(stage: int, iteration: int, task: str, role: str, decode: str) -> tup
         return names.index(name) if name in names else len(names)
 
     return stage, iteration, place(DECODES, decode), place(ROLES, role), task
+
+
+def no_signal(groups: Mapping[tuple, Mapping[int, bool]], chance: Mapping[str, float]) -> list[dict]:
+    """Tasks on which the base policy cannot be told from guessing: its Wilson interval includes the rate of chance.
+
+    Whatever happens to such a success rate says nothing about forgetting; means over tasks leave it out.
+    """
+    rows = []
+    for (stage, _, task, role, decode), seeds in groups.items():
+        if stage == 0 and task in chance and seeds:
+            n = len(seeds)
+            low, high = wilson(sum(seeds.values()), n)
+            if low - 1e-9 <= chance[task] <= high + 1e-9:
+                row = {"task": task, "role": role, "decode": decode, "n": n, "rate": sum(seeds.values()) / n}
+                rows.append(row | {"low": low, "high": high, "chance": chance[task]})
+    return rows
 
 
 def success_table(episodes: Iterable[Mapping]) -> list[dict]:

@@ -25,6 +25,10 @@ from robot_forgetting.records import RunFolder
 from robot_forgetting.replica import Replicas
 from robot_forgetting.task import Task
 
+# Every iteration is saved, unless that takes more than QUICK seconds (all weights and moments of a 3B model are 36 GB):
+# then the next one waits PATIENCE times as long.
+QUICK, PATIENCE = 1.0, 20
+
 
 @dataclass(frozen=True)
 class Optimiser:
@@ -122,6 +126,7 @@ def train(
     alone = policy.device.type != "cpu" or not policy.splits_batches
     gradient = Replicas(list(parameters.values()), backward, 0 if alone else processes - 1)
     stepper = _Stepper(policy, networks, adam, gradient, optimiser.max_grad_norm, diverged)
+    saved, saving = time.perf_counter(), 0.0
     try:
         while done < method.iterations and not all(stepper.dead):
             torch.manual_seed(seed * 1_000_003 + done)
@@ -144,9 +149,12 @@ def train(
                 rows = [[{"iteration": done, "step": step, "learning_rate": 0.0, **nothing} for _ in folders]]
             if rows:
                 # Rows first: a restart drops those beyond its checkpoint, but could not make up for missing ones.
-                _record(folders, rows, seconds, method.metrics(), stepper.dead)
-            if checkpoints:
+                _record(folders, rows, seconds, {**method.metrics(), **policy.metrics()}, stepper.dead)
+            last = done == method.iterations or all(stepper.dead)
+            if checkpoints and (last or time.perf_counter() - saved >= PATIENCE * saving):
+                saved = time.perf_counter()
                 save_checkpoint(folders[0], policy, adam, method, iteration=done, step=step)
+                saving = max(0.0, time.perf_counter() - saved - QUICK)
             if rows:
                 progress(done, rows[-1][0])
             after_iteration(done)

@@ -8,6 +8,10 @@ import pytest
 # As the command line sets it: some tests fork, and a forked child hangs where its parent's OpenMP has threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from robot_forgetting.cli import register_resolvers  # noqa: E402
+
+register_resolvers()  # for tests that compose a configuration without the command line
+
 
 @pytest.fixture(scope="session")
 def shared() -> Path:

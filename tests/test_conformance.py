@@ -21,7 +21,8 @@ from robot_forgetting.methods.grpo import GRPO
 from robot_forgetting.methods.kl import KL
 from robot_forgetting.methods.reinforce import Reinforce
 from robot_forgetting.methods.sft import SFT
-from robot_forgetting.policy import Action
+from robot_forgetting.one_step import OneStepTask
+from robot_forgetting.policy import Action, ConventionSpec
 from robot_forgetting.task import Demonstration
 from robot_forgetting.train import Optimiser
 
@@ -348,3 +349,50 @@ def test_golden_needs_no_other_weights(capsys, shared):
     assert cli.main(["check", "policy=openvla", f"golden={shared / 'golden' / 'openvla'}"]) == 0
     out = capsys.readouterr().out
     assert "vision_features" in out and "FAIL" not in out
+
+
+# ---- one-step tasks
+
+
+class Sum(OneStepTask):
+    """Is the number even? Two items of each kind; ``mistake`` names what is wrong with it."""
+
+    name, choices = "sum", 2
+
+    def __init__(self, mistake: str = ""):
+        self.mistake, self.calls = mistake, 0
+
+    def convention(self) -> ConventionSpec:
+        return ConventionSpec(action_mode=None if self.mistake == "mode" else "label")
+
+    def size(self, split: str) -> int:
+        return 4
+
+    def observations(self, seeds: np.ndarray) -> dict:
+        self.calls += self.mistake == "random"
+        return {"features": (self.items(seeds)[1] + self.calls).reshape(-1, 1).astype(np.float32)}
+
+    def rewards(self, seeds: np.ndarray, answers) -> np.ndarray:
+        if self.mistake == "unanswerable":
+            return np.zeros(len(seeds), np.float32)
+        scale = 2.0 if self.mistake == "scale" else 1.0
+        return scale * (np.asarray(answers) == self.items(seeds)[1] % 2).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "check", "words"),
+    [
+        ("", None, ""),
+        ("mode", "convention", "leaves action_mode open"),
+        ("random", "same seed, same observation", "differs from call to call"),
+        ("scale", "rewards", "rewards reach from 0 to 2"),
+        ("unanswerable", "rewards", "has no right answer among its 2"),
+    ],
+)
+def test_one_step_tasks(mistake, check, words):
+    table = Table()
+    assert check_task(table, Sum(mistake)) is bool(mistake)
+    if mistake:
+        assert words in failures(table)[check]
+    else:
+        assert [row.state for row in table.rows] == ["ok"] * 7

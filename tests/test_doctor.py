@@ -98,7 +98,7 @@ def test_exit_code_and_one_line_each(monkeypatch, capsys, found):
     monkeypatch.setattr(doctor, "weights", lambda: 1 / 0)  # a check that fails itself
     assert doctor.doctor() == 2
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 20 and lines[-1].startswith("FAIL") and "ZeroDivisionError" in lines[-1]
+    assert len(lines) == 22 and lines[-1].startswith("FAIL") and "ZeroDivisionError" in lines[-1]
 
 
 def test_this_machine_renders():

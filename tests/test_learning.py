@@ -18,7 +18,8 @@ from robot_forgetting.records import RunFolder
 from robot_forgetting.train import Optimiser, train
 
 CONFIGS = Path(configs.__file__).parent
-METHODS = sorted(path.stem for path in (CONFIGS / "method").glob("*.yaml"))
+# simpo wants questions (tests/test_text_methods.py)
+METHODS = sorted({path.stem for path in (CONFIGS / "method").glob("*.yaml")} - {"simpo"})
 PENALTIES = sorted(path.stem for path in (CONFIGS / "penalty").glob("*.yaml"))
 
 
@@ -43,7 +44,7 @@ def learn(tmp_path, made, policy=None, penalties=(), name="run", rate=None) -> t
         return policy, folder.rows("train")
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "self_sft"])  # gets no better than its successes
 def test_every_method_learns_the_toy(tmp_path, name):
     """Sampled success from chance (about .4) to .9 and more, in seconds, with the settings of the methods' files except
     the learning rate (tables learn faster than networks) and label smoothing (three bins are too few for it)."""

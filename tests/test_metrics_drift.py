@@ -186,6 +186,17 @@ def test_nan_stays_in_its_run(weights):
     assert found.isnan().tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e25])
+def test_no_spectrum_of_a_diverged_run(weights, value):
+    """1e25 is finite, but its square is not in float32; ranks square in float64, where it is."""
+    base, fine_tuned = weights
+    broken = {name: w.clone() for name, w in fine_tuned.items()}
+    broken["a.weight"][1, 0, 0] = value
+    for measure in (drift.weight_change, drift.spectral_norm, *([] if value == 1e25 else [drift.ranks])):
+        with pytest.raises(UserError, match="a.weight has no singular values: it is not finite, or too large"):
+            measure(base, broken)
+
+
 def test_cosine():
     gradient = {"a": torch.tensor([1.0, 0.0]), "b": torch.tensor([[2.0]])}
     update = {

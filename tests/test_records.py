@@ -280,13 +280,16 @@ def test_find_runs_expands_a_sweep_once(tmp_path):
     assert [run.id for run in find_runs([tmp_path / "c", tmp_path / "s", tmp_path / "s" / "a"])] == ["c", "a", "b"]
 
 
-def test_find_runs_passes_over_files_beside_the_folders(tmp_path):
+def test_find_runs_passes_over_what_lies_beside_the_folders(tmp_path):
     RunFolder.create(tmp_path / "a", config=CONFIG).close()
     (tmp_path / "report.html").write_text("")
+    (tmp_path / "figures").mkdir()
     assert [run.id for run in find_runs(sorted(tmp_path.glob("*")))] == ["a"]
     with pytest.raises(UserError, match="report.html is a file; give run folders"):
         find_runs([tmp_path / "report.html"])
     assert [run.id for run in find_runs([tmp_path / "a" / "run.json"])] == ["a"]
+    with pytest.raises(UserError, match="nothing does not exist"):
+        find_runs([tmp_path / "a", tmp_path / "nothing"])
 
 
 def test_plain():

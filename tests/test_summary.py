@@ -64,4 +64,5 @@ def test_empty_run(tmp_path):
             "forgetting": [],
             "divergence": [],
             "errors": [],
+            "no_signal": [],
         }

@@ -17,23 +17,32 @@ def check(
     method: Method | None = None,
     penalty: Penalty | None = None,
     golden: Path | None = None,
+    recordings: str | None = None,
     output: Path | None = None,
 ) -> int:
     """Checks whatever is given, one printed line per check; returns 0, or 2 where one failed.
 
     golden: a folder of reference tensors; OpenVLA's arithmetic is then compared with them, and no policy is checked
+    recordings: a folder of recorded episodes of the original simulator; the task is then compared with them, and
+        nothing else of it is checked
     output: a png file for the initial states of a task
     A method or penalty is tried on a tiny policy and on the given task, or on a toy task that needs no simulator.
     """
-    if not any((policy, task, method, penalty, golden)):
+    if not any((policy, task, method, penalty, golden, recordings)):
         raise UserError("name what to check: task=NAME, method=NAME, penalty=NAME, policy=NAME, or golden=FOLDER")
     from robot_forgetting.conformance.method import check_method, check_penalty
     from robot_forgetting.conformance.policy import check_golden_tensors, check_policy
+    from robot_forgetting.conformance.recordings import check_recordings
     from robot_forgetting.conformance.task import check_task
 
     table = Table()
     if golden is not None:
         check_golden_tensors(table, golden)
+    if recordings is not None:
+        if task is None:
+            raise UserError("recordings= needs the task that they are of: task=NAME")
+        check_recordings(table, task, Path(recordings))
+        return table.finish()
     if policy is not None:
         check_policy(table, policy, task)
     if task is not None and check_task(table, task, output) and (method or penalty):

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from robot_forgetting.conformance.table import NotApplicable, Row, Table, expect
+from robot_forgetting.one_step import OneStepTask
 from robot_forgetting.policy import Action, ConventionSpec, Policy
 from robot_forgetting.task import Task
 from robot_forgetting.train import trainable
 
+QUESTIONS = ["What is 2 + 3?", "Name a colour.", "Which is larger, seven or nine? Answer with one word."]
 INSTRUCTIONS = ["pick up the red cube and hold it at the green ball", "push the blue cube onto the target"]
 
 
@@ -34,8 +36,8 @@ def check_policy(table: Table, policy: Policy, task: Task | None = None) -> None
         return
     if task is not None:
         table.check("same convention as task", lambda: _agrees(policy, task))
-    obs = observations(policy.convention().image_size or 64, [task.instruction] if task is not None else INSTRUCTIONS)
-    noise = torch.rand(len(obs["image"]), 16, generator=torch.Generator().manual_seed(0))
+    obs = _observations(policy, task)
+    noise = torch.rand(_count(obs), 16, generator=torch.Generator().manual_seed(0))
     actions: list[Action] = []
     if not table.check("act", lambda: _act(policy, obs, noise, actions)):
         return
@@ -52,6 +54,23 @@ def check_policy(table: Table, policy: Policy, task: Task | None = None) -> None
     table.check("encode and decode", lambda: _round_trip(policy, action, task))
     table.check("gradient", lambda: _gradient(policy, obs, action))
     table.check("base()", lambda: _base(policy, obs, action))
+
+
+def _answers_texts(policy: Policy) -> bool:
+    return policy.convention().action_mode == "text"
+
+
+def _observations(policy: Policy, task: Task | None) -> dict:
+    """Pictures with instructions, or questions; those of the task where it has some of its own."""
+    if _answers_texts(policy):
+        if isinstance(task, OneStepTask):
+            return task.observations(np.array(task.seeds("test")[:3]))
+        return {"messages": [[{"role": "user", "content": question}] for question in QUESTIONS]}
+    return observations(policy.convention().image_size or 64, [task.instruction] if task is not None else INSTRUCTIONS)
+
+
+def _count(obs: dict) -> int:
+    return len(next(iter(obs.values())))
 
 
 def observations(size: int, instructions: list[str]) -> dict:
@@ -94,7 +113,7 @@ def _agrees(policy: Policy, task: Task) -> None:
 
 def _act(policy: Policy, obs: dict, noise: Tensor, made: list[Action]) -> str:
     action = policy.act(obs, temperature=1.0, noise=noise)
-    rows = len(obs["image"])
+    rows = _count(obs)
     expect(isinstance(action, Action), f"act() gives a {type(action).__name__}; return an Action")
     tokens, mask, log_prob = action.tokens, action.mask, action.log_prob
     expect(
@@ -133,6 +152,8 @@ def _logits(policy: Policy, obs: dict, action: Action) -> str:
 
 @torch.no_grad()
 def _sees(policy: Policy) -> str:
+    if _answers_texts(policy):
+        return _reads(policy)
     size = policy.convention().image_size or 64
     images = np.stack([np.zeros((size, size, 3), np.uint8), np.full((size, size, 3), 255, np.uint8)])
     obs = {"image": images, "instruction": INSTRUCTIONS[:1] * 2}
@@ -145,6 +166,15 @@ def _sees(policy: Policy) -> str:
         "a black and a white picture give the same logits; the picture does not reach the action tokens",
     )
     return f"black and white pictures differ by up to {difference:.3g} in a logit"
+
+
+def _reads(policy: Policy) -> str:
+    obs = {"messages": [[{"role": "user", "content": question}] for question in QUESTIONS[:2]]}
+    action = policy.act(obs, temperature=0.0)
+    first, second = policy.logits(obs, Action(action.tokens[:1].repeat(2, 1), action.mask[:1].repeat(2, 1)))[:, 0]
+    difference = float((first - second).abs().max())
+    expect(difference > 1e-4, "two questions give the same logits; the prompt does not reach the answer's tokens")
+    return f"two questions differ by up to {difference:.3g} in a logit"
 
 
 @torch.no_grad()
@@ -203,13 +233,13 @@ def _repeatable(policy: Policy, obs: dict, noise: Tensor, action: Action) -> Non
 @torch.no_grad()
 def _alone(policy: Policy, obs: dict, noise: Tensor, action: Action) -> str:
     together, error = policy.log_prob(obs, action).cpu(), 0.0
-    for index in range(len(obs["image"])):
+    for index in range(_count(obs)):
         alone = policy.log_prob(_row(obs, index), action[index : index + 1]).cpu()
         error = max(error, _largest(alone - together[index : index + 1]))
         if tolerance(policy) < 0.01:  # in half precision rounding alone can choose another token
             chosen = policy.act(_row(obs, index), temperature=1.0, noise=noise[index : index + 1])
             expect(
-                torch.equal(chosen.tokens.cpu(), action.tokens[index : index + 1].cpu()),
+                _tokens(chosen) == _tokens(action[index : index + 1]),
                 f"observation {index} alone gives other tokens than in a batch; look at padding, positions and masks",
             )
     expect(
@@ -219,11 +249,22 @@ def _alone(policy: Policy, obs: dict, noise: Tensor, action: Action) -> str:
     return f"largest difference {error:.1e} nats"
 
 
+def _tokens(action: Action) -> list[list[int]]:
+    return [row[mask].tolist() for row, mask in zip(action.tokens.cpu(), action.mask.cpu(), strict=True)]
+
+
 def _statistics(policy: Policy, task: Task | None) -> str | None:
     return getattr(task, "statistics", None) or policy.convention().statistics
 
 
 def _decode(policy: Policy, action: Action, task: Task | None) -> str:
+    if _answers_texts(policy):
+        texts = policy.decode(action)
+        expect(
+            isinstance(texts, list) and len(texts) == len(action) and all(isinstance(text, str) for text in texts),
+            f"decode() gives {type(texts).__name__}; give a list of {len(action)} texts",
+        )
+        return f"the first answer begins with {texts[0][:40]!r}"
     commands, width = policy.decode(action, statistics=_statistics(policy, task)), policy.convention().action_dimensions
     expect(
         isinstance(commands, np.ndarray) and commands.dtype == np.float32 and commands.shape == (len(action), width),
@@ -237,6 +278,11 @@ def _decode(policy: Policy, action: Action, task: Task | None) -> str:
 def _round_trip(policy: Policy, action: Action, task: Task | None) -> str:
     if type(policy).encode is Policy.encode:
         raise NotApplicable("no encode(): methods that clone demonstrations (sft) will refuse this policy")
+    if _answers_texts(policy):
+        texts = ["4", "The answer is blue.\nBecause of the sky."]
+        back = policy.decode(policy.encode(texts))
+        expect(back == texts, f"encode() and decode() turn {texts[0]!r} into {back[0]!r}; make them inverses")
+        return "texts come back"
     key = _statistics(policy, task)
     commands = policy.decode(action, statistics=key)
     back = policy.encode(commands, statistics=key)

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
+from robot_forgetting.conformance.one_step import check_one_step
 from robot_forgetting.conformance.table import NotApplicable, Table, expect
 from robot_forgetting.files import disk
+from robot_forgetting.one_step import OneStepTask
 from robot_forgetting.policy import ConventionSpec
 from robot_forgetting.task import Task, Transition, VectorEnv
 
@@ -27,7 +29,9 @@ def check_task(table: Table, task: Task, output: Path | None = None) -> bool:
     table.check("description", lambda: _description(task))
     seeds_fine = table.check("seeds", lambda: _seeds(task))
     spec_fine = table.check("convention", lambda: _convention(task))
-    if seeds_fine and spec_fine:
+    if seeds_fine and spec_fine and isinstance(task, OneStepTask):
+        check_one_step(table, task)
+    elif seeds_fine and spec_fine:
         _check_environment(table, task, output)
         _check_expert(table, task)
     return sum(row.state == "FAIL" for row in table.rows) > before
@@ -42,13 +46,16 @@ def _description(task: Task) -> str:
         f"name {task.name!r} becomes part of file names; use letters, digits and underscores",
     )
     expect(
-        isinstance(task.instruction, str) and task.instruction.strip(),
+        isinstance(task, OneStepTask) or (isinstance(task.instruction, str) and task.instruction.strip()),
         f"instruction {task.instruction!r} is not a sentence; tell the policy what to do",
     )
     expect(
         type(task.max_steps) is int and task.max_steps >= 1,
         f"max_steps {task.max_steps!r} is not a whole number above 0; give the time limit in control steps",
     )
+    if isinstance(task, OneStepTask):
+        expect(task.max_steps == 1, f"max_steps is {task.max_steps}, but a one-step task has one decision")
+        return "one decision per episode"
     return f"'{task.instruction}', at most {task.max_steps} steps"
 
 
@@ -69,6 +76,9 @@ def _seeds(task: Task) -> str:
 def _convention(task: Task) -> str:
     spec = task.convention()
     expect(isinstance(spec, ConventionSpec), f"convention() gives {type(spec).__name__}; return a ConventionSpec")
+    if isinstance(task, OneStepTask):
+        expect(spec.action_mode, "convention() leaves action_mode open; say what an answer is, as in 'label' or 'text'")
+        return f"answers: {spec.action_mode}"
     empty = [field.name for field in dataclasses.fields(spec) if getattr(spec, field.name) is None]
     expect(not empty, f"convention() leaves open: {', '.join(empty)}; a task commits itself to every field")
     return f"{spec.action_mode}, {spec.rotation}, gripper {spec.gripper}, {spec.image_size} px, {spec.control_hz} Hz"
@@ -192,7 +202,7 @@ def _motion(task: Task, player: Player, seed: int) -> str:
     transition = player.reset(0, seed)
     before, changed = transition.observation["image"], 0.0
     for index in range(min(8, task.max_steps)):
-        command = np.array([0.5, 0.5 * (-1) ** (index // 4), -0.3, 0, 0, 0, 1], np.float32)
+        command = np.array([0.5, 0.5 * (-1) ** (index // 4), -0.3, 0, 0, 0, 1], np.float32) * _unit(task)
         transition = player.step(0, command)
         expect(type(transition.success) is bool, _not_bool("success", transition.success))
         expect(type(transition.done) is bool, _not_bool("done", transition.done))
@@ -207,13 +217,19 @@ def _motion(task: Task, player: Player, seed: int) -> str:
     return f"up to {changed:.0%} of the pixels"
 
 
+def _unit(task: Task) -> np.ndarray:
+    """What scales commands to steps of at most 0.1 m: the WidowX's are metres, the Panda's tenths of one."""
+    metres = getattr(getattr(task, "robot", None), "metres_per_unit", 0.1)
+    return np.array([0.1 / metres] * 6 + [1], np.float32)
+
+
 def _not_bool(name: str, value) -> str:
     return f"{name} is {value!r} of type {type(value).__name__}; give a bool"
 
 
 def _repeatable(task: Task, player: Player, seed: int) -> str:
     rng = np.random.default_rng(seed)
-    commands = rng.uniform(-0.5, 0.5, (min(10, task.max_steps), 7)).astype(np.float32)
+    commands = rng.uniform(-0.5, 0.5, (min(10, task.max_steps), 7)).astype(np.float32) * _unit(task)
 
     def play(slot: int) -> list[Transition]:
         player.reset(slot, seed)

@@ -21,6 +21,10 @@ class GRPO(Method):
     loss = -min(r A, clip(r, 1 - clip, 1 + clip) A), r = pi / pi_sampled. With ``length_normalised`` every episode
     weighs the same (GRPO); without, every decision does, so that a long episode weighs more (Dr. GRPO). No KL term:
     penalties are separate.
+
+    normaliser: what sums over tokens are divided by, besides the number of episodes: "tokens", the batch's mean
+        length; or "longest", the constant ``policy.max_new_tokens`` of Dr. GRPO (for policies of equally long
+        decisions both are the same)
     """
 
     def __init__(
@@ -35,15 +39,18 @@ class GRPO(Method):
         clip: float = 0.2,
         scale_by_std: bool = True,
         length_normalised: bool = True,
+        normaliser: str = "tokens",
         num_envs: int = 16,
         seed: int = 0,
     ):
         if group_size < 2:
             raise UserError(f"grpo compares episodes within a group: group_size must be at least 2, not {group_size}")
+        if normaliser not in ("tokens", "longest"):
+            raise UserError(f"unknown normaliser '{normaliser}'; choose one of: longest, tokens")
         self.iterations, self.optimiser, self.seed = iterations, optimiser, seed
         self.plan = RolloutPlan(groups, group_size, num_envs, seed)
         self.minibatch_size, self.epochs, self.clip = minibatch_size, epochs, clip
-        self.scale_by_std, self.length_normalised = scale_by_std, length_normalised
+        self.scale_by_std, self.length_normalised, self.normaliser = scale_by_std, length_normalised, normaliser
         self._metrics: dict[str, float] = {}
 
     def collect(self, policy: Policy, task, iteration: int) -> Sequence[Batch]:
@@ -52,7 +59,7 @@ class GRPO(Method):
         if self.length_normalised:
             lengths = rollouts.lengths.clamp_min(1)
             advantage = advantage * lengths.float().mean() / lengths
-        batch = rollouts.batch(advantage)
+        batch = rollouts.batch(advantage, policy.max_new_tokens if self.normaliser == "longest" else None)
         self._metrics = {**rollouts.metrics(), "used_decisions": 0 if batch is None else len(batch)}
         seed = [self.seed, iteration]
         return minibatches(batch, size=self.minibatch_size, epochs=self.epochs, seed=seed, runs=policy.runs)
@@ -63,7 +70,7 @@ class GRPO(Method):
         advantage = batch.advantage.to(log_prob.device).unsqueeze(1)
         clipped = ratio.clamp(1 - self.clip, 1 + self.clip)
         gain = torch.minimum(ratio * advantage, clipped * advantage)
-        return -mean_over_tokens(gain, batch.action.mask.to(log_prob.device), policy.runs)
+        return -mean_over_tokens(gain, batch.action.mask.to(log_prob.device), policy.runs, batch.tokens_per_row)
 
     def metrics(self) -> dict[str, float]:
         return self._metrics

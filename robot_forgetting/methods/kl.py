@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from robot_forgetting.errors import UserError
@@ -32,8 +31,6 @@ class KL(Penalty):
         pass
 
     def __call__(self, policy: Policy, batch: Batch) -> Tensor:
-        with torch.no_grad(), policy.base():
-            base = policy.logits(batch.obs, batch.action)
-        values = self.divergence(base, policy.logits(batch.obs, batch.action))
+        values = policy.compared(batch.obs, batch.action, {"kl": self.divergence})["kl"]
         mask = batch.action.mask.to(values.device)
-        return self.coefficient * mean_over_tokens(values, mask, policy.runs)
+        return self.coefficient * mean_over_tokens(values, mask, policy.runs, batch.tokens_per_row)

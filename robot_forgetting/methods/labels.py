@@ -1,7 +1,8 @@
-"""Where supervised labels of one-step tasks come from: a table, the nearest correct policy, a teacher, wrong answers.
+"""Where supervised labels of one-step tasks come from: the data, a table, the nearest correct policy, a teacher, ...
 
 A labeler gives one target per training item, drawn once from (seed, item) alone, so that a run's data do not depend on
 how its batches are cut. Methods of demonstrations (``SFT``, ``SimPO``) take one; without, they use the task's expert.
+Labels are class numbers, or texts where the task asks questions.
 """
 
 from __future__ import annotations
@@ -24,9 +25,12 @@ CHUNK = 4096
 
 @dataclass(frozen=True)
 class Labels:
-    """labels: [N] int64; probabilities: [N, V] float32 soft targets, or None."""
+    """labels: [N] int64, or N texts; None in place of a text: no target, the item is not trained on.
 
-    labels: np.ndarray
+    probabilities: [N, V] float32 soft targets, or None
+    """
+
+    labels: np.ndarray | list[str | None]
     probabilities: Tensor | None = None
 
 
@@ -37,7 +41,10 @@ class Labeler(ABC):
 
 
 class LabelledItems:
-    """All training items of a one-step task with their labels, cut into the batches of ``task.training_seeds``."""
+    """All training items of a one-step task with their labels, cut into the batches of ``task.training_seeds``.
+
+    Items without a label are left out of every epoch's order; the others keep theirs.
+    """
 
     def __init__(
         self, policy: Policy, task: OneStepTask, labeler: Labeler | None, seed: int, *, stream: int | None = None
@@ -45,25 +52,61 @@ class LabelledItems:
         labeler = labeler or task.labels()
         if labeler is None:
             raise UserError(f"task '{task.name}' has no labels of its own; give method.labels")
-        self.task, self.seed = task, seed
+        self.policy, self.task, self.seed = policy, task, seed
         self._start = task.seeds("train").start
         every = self._start + np.arange(task.size("train"))
         found = labeler.label(policy, task, every, seed if stream is None else stream)
-        self._action, self._soft = policy.encode(found.labels), found.probabilities
+        self._labels, self._soft = found.labels, found.probabilities
+        self.kept = np.array([label is not None for label in found.labels])
+        self._check()
+
+    def keep(self, kept: np.ndarray) -> None:
+        """Leaves out more items, [size] bool: those that a partner in pairs lacks."""
+        self.kept = self.kept & kept
+        self._check()
 
     def batch(self, step: int, size: int, runs: int) -> Batch:
         """The step's batch, the same rows for each of ``runs`` stacked networks; soft targets as extra["target"]."""
-        seeds, rows = self._rows(step, size, runs)
-        extra = None if self._soft is None else {"target": self._soft[rows]}
-        return Batch(repeated(self.task.observations(seeds), outer=runs), self._action[rows], extra=extra)
+        seeds = self._seeds(step, size)
+        extra = None if self._soft is None else {"target": self._soft[self._rows(seeds, runs)]}
+        return Batch(repeated(self.task.observations(seeds), outer=runs), self._encoded(seeds, runs), extra=extra)
 
     def action(self, step: int, size: int, runs: int) -> Action:
         """The decisions of that batch alone."""
-        return self._action[self._rows(step, size, runs)[1]]
+        return self._encoded(self._seeds(step, size), runs)
 
-    def _rows(self, step: int, size: int, runs: int) -> tuple[np.ndarray, Tensor]:
-        seeds = self.task.training_seeds(step, size, seed=self.seed)
-        return seeds, torch.from_numpy(seeds - self._start).repeat(runs)
+    def _seeds(self, step: int, size: int) -> np.ndarray:
+        if self.kept.all():
+            return self.task.training_seeds(step, size, seed=self.seed)
+        size = min(size, int(self.kept.sum()))
+        epoch, batch = divmod(step, int(self.kept.sum()) // size)
+        whole = self.task.training_seeds(epoch, len(self.kept), seed=self.seed)  # one batch: the whole epoch
+        return whole[self.kept[whole - self._start]][batch * size : (batch + 1) * size]
+
+    def _rows(self, seeds: np.ndarray, runs: int) -> Tensor:
+        return torch.from_numpy(seeds - self._start).repeat(runs)
+
+    def _encoded(self, seeds: np.ndarray, runs: int) -> Action:
+        """Tokens of this batch's labels only: a whole data set's solutions, padded to the longest, are many GB."""
+        if not isinstance(self._labels, list):
+            return self.policy.encode(self._labels[self._rows(seeds, runs).numpy()])
+        return self.policy.encode([self._labels[row] for row in self._rows(seeds, runs)])
+
+    def _check(self) -> None:
+        if not self.kept.any():
+            raise UserError(
+                f"no training item of task '{self.task.name}' has a target to learn from; name a teacher "
+                "(task.teacher.base_url) or use a method that learns from rewards"
+            )
+
+
+class GivenTargets(Labeler):
+    """The solutions that the items of a text task bring along."""
+
+    def label(self, policy, task, seeds, stream) -> Labels:
+        if not hasattr(task, "targets"):
+            raise UserError(f"task '{task.name}' gives no solutions; given targets fit tasks of questions")
+        return Labels(task.targets(seeds))
 
 
 class FixedLabels(Labeler):
@@ -115,9 +158,14 @@ class TeacherLabels(Labeler):
 
 
 class WrongLabels(Labeler):
-    """A wrong answer per item, uniform among all wrong ones: negatives from an external model that knows nothing."""
+    """A wrong answer per item, uniform among all wrong ones: negatives from an external model that knows nothing.
+
+    A text task says itself what a wrong answer looks like (``wrong_answers``), where it has a fixed set of them.
+    """
 
     def label(self, policy, task, seeds, stream) -> Labels:
+        if hasattr(task, "wrong_answers"):
+            return Labels(task.wrong_answers(seeds, uniforms(seeds, np.full(len(seeds), stream))))
         wrong = 1.0 - correct(task, seeds)
         return Labels(draw(wrong / wrong.sum(1, keepdim=True).clamp_min(1e-30), seeds, stream))
 

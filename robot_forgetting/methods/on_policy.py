@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -72,7 +72,7 @@ class Rollouts:
             "errors": sum(episode.error is not None for episode in self.episodes),
         }
 
-    def batch(self, advantage: Tensor) -> Batch:
+    def batch(self, advantage: Tensor, tokens_per_row: float | None = None) -> Batch | None:
         """All decisions whose episode has a non-zero advantage [E], in episode order; the rest teach nothing."""
         kept = [(e, a) for e, a in zip(self.episodes, advantage, strict=True) if abs(a) > 1e-8 and e.steps]
         if not kept:
@@ -80,14 +80,15 @@ class Rollouts:
         rows = [row for episode, _ in kept for row in episode.observations[: episode.steps]]
         action = type(kept[0][0].actions[0]).cat([episode.action() for episode, _ in kept])
         weights = torch.cat([value.repeat(episode.steps) for episode, value in kept])
-        return Batch(columns(rows), action, weights)
+        return Batch(columns(rows), action, weights, tokens_per_row=tokens_per_row)
 
 
 @dataclass
 class OneStepRollouts:
-    """The same for one-step tasks, from one call of the policy; every decision stays in the batch.
+    """The same for one-step tasks, from one call of the policy.
 
-    (Rows without advantage cost nothing there, and equal numbers of rows are what stacked networks need.)
+    Every one-token decision stays in the batch: without advantage it costs nothing, and equal numbers of rows are what
+    stacked networks need. Texts without advantage are left out, but count in the means.
     """
 
     answers: Answers
@@ -99,14 +100,30 @@ class OneStepRollouts:
 
     @property
     def lengths(self) -> Tensor:
-        return torch.ones(len(self.rewards), dtype=torch.int64)
+        return self.answers.action.mask.sum(1)
 
     def metrics(self) -> dict[str, float]:
         success = self.rewards.view(self.runs, -1)
-        return {"rollout_success": success.mean(1).tolist(), "episodes": success.shape[1]}
+        numbers = {"rollout_success": success.mean(1).tolist(), "episodes": success.shape[1]}
+        if self.answers.action.tokens.shape[1] > 1:
+            numbers["completion_tokens"] = self.lengths.float().mean().item()
+        return numbers
 
-    def batch(self, advantage: Tensor) -> Batch:
-        return Batch(self.answers.obs, self.answers.action, advantage)
+    def batch(self, advantage: Tensor, tokens_per_row: float | None = None) -> Batch | None:
+        action = self.answers.action
+        whole = Batch(self.answers.obs, action, advantage)
+        if self.runs > 1 or (action.tokens.shape[1] == 1 and tokens_per_row is None):
+            return whole
+        kept = (advantage.abs() > 1e-8).nonzero().squeeze(1)
+        if not len(kept):
+            return None
+        part, counted = take(whole, kept), int(action.mask.sum())
+        # A mean over what is left times its share of what there was: the rest counts in the loss, but not in a penalty.
+        divisor = counted if tokens_per_row is None else tokens_per_row * len(whole)
+        share = int(part.action.mask.sum()) / divisor
+        # One copy of each row in a column of its own keeps the order: a policy reads a group's prompt once.
+        obs = {key: Repeated(column) for key, column in part.obs.items()}
+        return replace(part, obs=obs, advantage=part.advantage * share, tokens_per_row=part.mean_tokens)
 
 
 def sample_rollouts(policy: Policy, task, plan: RolloutPlan, iteration: int) -> Rollouts | OneStepRollouts:

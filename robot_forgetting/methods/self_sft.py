@@ -82,9 +82,12 @@ class SelfSFT(Method):
         with nullcontext() if self.iterative else policy.base():
             found = answer(policy, task, seeds, streams)
         right = (found.rewards >= 1).view(policy.runs, len(seeds), self.samples)
-        first = right.int().argmax(2, keepdim=True)
-        tokens = found.action.tokens[:, 0].view(right.shape).gather(2, first)
         kept = right.any(2, keepdim=True)
+        first = right.int().argmax(2)[..., None, None].expand(-1, -1, 1, found.action.tokens.shape[1])
+        tokens, mask = (
+            part.view(*right.shape, -1).gather(2, first).squeeze(2) for part in (found.action.tokens, found.action.mask)
+        )
+        mask = mask & kept
         self._metrics = {
             "rollout_success": right.float().mean((1, 2)).tolist(),
             "kept": kept.float().mean((1, 2)).tolist(),
@@ -92,13 +95,17 @@ class SelfSFT(Method):
         batches, start = [], 0
         for part in parts:
             rows = slice(start, start + len(part))
-            action = Action(tokens[:, rows].reshape(-1, 1), kept[:, rows].reshape(-1, 1))
-            batches.append(Batch(repeated(task.observations(part), outer=policy.runs), action))
+            action = Action(tokens[:, rows].flatten(0, 1), mask[:, rows].flatten(0, 1))
+            batch = Batch(repeated(task.observations(part), outer=policy.runs), action)
+            if tokens.shape[2] > 1:  # a text that teaches nothing is not computed
+                batch = take(batch, action.mask.any(1).nonzero().squeeze(1))
+            batches += [batch] if len(batch) else []
             start += len(part)
         return batches
 
     def loss(self, policy: Policy, batch: Batch) -> Tensor:
-        return -mean_over_tokens(policy.log_prob(batch.obs, batch.action), batch.action.mask, policy.runs)
+        log_prob = policy.log_prob(batch.obs, batch.action)
+        return -mean_over_tokens(log_prob, batch.action.mask.to(log_prob.device), policy.runs, batch.tokens_per_row)
 
     def metrics(self) -> dict:
         return self._metrics

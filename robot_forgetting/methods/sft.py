@@ -76,12 +76,15 @@ class SFT(Method):
         return [take(self._data, torch.from_numpy(index)) for index in rows]
 
     def loss(self, policy: Policy, batch: Batch) -> Tensor:
-        logits = policy.logits(batch.obs, batch.action)
         if batch.extra is not None and "target" in batch.extra:  # soft labels of the first token
-            nll = -(batch.extra["target"].unsqueeze(1) * logits.log_softmax(-1)).sum(-1)
+            log_probs = policy.logits(batch.obs, batch.action).log_softmax(-1)
+            nll = -(batch.extra["target"].to(log_probs.device).unsqueeze(1) * log_probs).sum(-1)
+        elif self.label_sigma:
+            logits = policy.logits(batch.obs, batch.action)
+            nll = smoothed_nll(logits, batch.action.tokens.to(logits.device), self.label_sigma)
         else:
-            nll = smoothed_nll(logits, batch.action.tokens, self.label_sigma)
-        return mean_over_tokens(nll, batch.action.mask, policy.runs)
+            nll = -policy.log_prob(batch.obs, batch.action)
+        return mean_over_tokens(nll, batch.action.mask.to(nll.device), policy.runs, batch.tokens_per_row)
 
 
 def encode_demonstrations(policy: Policy, task, demonstrations) -> Batch:
@@ -113,4 +116,4 @@ def take(batch: Batch, index: Tensor) -> Batch:
     action: Action = batch.action[index]
     advantage = None if batch.advantage is None else batch.advantage[index]
     extra = None if batch.extra is None else {key: value[index] for key, value in batch.extra.items()}
-    return Batch(obs, action, advantage, extra)
+    return Batch(obs, action, advantage, extra, batch.tokens_per_row)

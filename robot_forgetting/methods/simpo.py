@@ -45,6 +45,8 @@ class SimPO(Method):
         self._chosen = LabelledItems(policy, task, self.labels, self.seed)
         # Another stream than the labels': a wrong answer must not depend on which right one was drawn.
         self._rejected = LabelledItems(policy, task, self.negatives, self.seed, stream=self.seed + 1_000_003)
+        self._chosen.keep(self._rejected.kept)
+        self._rejected.keep(self._chosen.kept)
 
     def collect(self, policy: Policy, task, iteration: int) -> Sequence[Batch]:
         batches = []
@@ -58,4 +60,4 @@ class SimPO(Method):
         chosen = policy.log_prob(batch.obs, batch.action).sum(1)
         rejected = policy.log_prob(batch.obs, Action(batch.extra["rejected"], batch.extra["counts"])).sum(1)
         loss = -logsigmoid(chosen - rejected - self.margin).unsqueeze(1)
-        return mean_over_tokens(loss, batch.action.mask[:, :1], policy.runs)
+        return mean_over_tokens(loss, batch.action.mask[:, :1].to(loss.device), policy.runs)

@@ -111,7 +111,7 @@ def sparsity(
 
 def spectral_norms(base: Weights, fine_tuned: Weights, *, run_dims: int | None = None) -> dict[str, Tensor]:
     """Largest singular value of the change of each matrix, {name: [*runs]}, exact to float32."""
-    return {name: _largest(matrix) for name, matrix in _matrices(changes(base, fine_tuned, run_dims=run_dims))}
+    return {name: _largest(name, matrix) for name, matrix in _matrices(changes(base, fine_tuned, run_dims=run_dims))}
 
 
 def spectral_norm(base: Weights, fine_tuned: Weights, *, aggregate: str = "max", run_dims: int | None = None) -> Tensor:
@@ -131,7 +131,7 @@ def singular_values(base: Weights, fine_tuned: Weights, *, run_dims: int | None 
     1e-8 of the largest are noise, which float32 weights have anyway.
     """
     found = _matrices(changes(base, fine_tuned, run_dims=run_dims))
-    return {name: _singular_values(matrix) for name, matrix in found}
+    return {name: _singular_values(name, matrix) for name, matrix in found}
 
 
 def numerical_rank(values: Tensor, relative_tolerance: float) -> Tensor:
@@ -160,8 +160,8 @@ def ranks(
     float32 weights round by 6e-8 of their own size: an update that small beside them has full rank by rounding alone.
     """
     numerical, effective = [], []
-    for _, matrix in _matrices(changes(base, fine_tuned, run_dims=run_dims)):
-        values, side = _singular_values(matrix), max(matrix.shape[-2:])
+    for name, matrix in _matrices(changes(base, fine_tuned, run_dims=run_dims)):
+        values, side = _singular_values(name, matrix), max(matrix.shape[-2:])
         tolerance = side * torch.finfo(torch.float32).eps if relative_tolerance is None else relative_tolerance
         numerical.append(numerical_rank(values, tolerance).double() / values.shape[-1])
         effective.append(effective_rank(values) / values.shape[-1])
@@ -180,7 +180,8 @@ def weight_change(
     """Every measure of the weights except the ranks in one pass, each [*runs] float64.
 
     {"weight_l1", "weight_l2", "weight_spectral", "weight_sparsity"}, and with the Fisher "weight_fisher_l2"; formulas
-    at the functions of those names. ``ranks`` costs twice as much as all these together.
+    at the functions of those names. ``ranks`` costs twice as much as all these together. UserError where a change of
+    a matrix is not finite, or so large that its square is not.
     """
     if fisher is not None:
         _same_names(base, fisher, "the Fisher")
@@ -194,7 +195,7 @@ def weight_change(
         for still, size in _still([change], tolerance):
             columns["sparsity"].append(still)
             count += size
-        columns["spectral"] += [_largest(matrix) for _, matrix in _matrices([change])]
+        columns["spectral"] += [_largest(name, matrix) for name, matrix in _matrices([change])]
     found = {
         "weight_l1": _total(columns["l1"]),
         "weight_l2": _total(columns["l2"]).sqrt(),
@@ -275,12 +276,21 @@ def _gram(matrix: Tensor) -> Tensor:
     return matrix @ matrix.mT if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT @ matrix
 
 
-def _largest(matrix: Tensor) -> Tensor:
-    return torch.linalg.eigvalsh(_gram(matrix))[..., -1].clamp_min(0).sqrt().double()
+def _largest(name: str, matrix: Tensor) -> Tensor:
+    return _eigenvalues(name, _gram(matrix))[..., -1].clamp_min(0).sqrt().double()
 
 
-def _singular_values(matrix: Tensor) -> Tensor:
-    return torch.linalg.eigvalsh(_gram(matrix.double())).clamp_min(0).sqrt().flip(-1)
+def _singular_values(name: str, matrix: Tensor) -> Tensor:
+    return _eigenvalues(name, _gram(matrix.double())).clamp_min(0).sqrt().flip(-1)
+
+
+def _eigenvalues(name: str, gram: Tensor) -> Tensor:
+    if not torch.isfinite(gram).all():
+        raise UserError(
+            f"the change of {name} has no singular values: it is not finite, or too large to be squared; "
+            "leave policies out that diverged"
+        )
+    return torch.linalg.eigvalsh(gram)
 
 
 def _total(parts) -> Tensor:

@@ -245,10 +245,10 @@ class _Network(torch.autograd.Function):
             inputs, weight = kept.hidden[layer - 1], policy._view(kept.buffer, f"layer{layer}.weight")
             flipped = inputs.transpose(1, 2).expand(len(gradient), -1, -1)
             torch.bmm(flipped, gradient, out=policy._view(flat, f"layer{layer}.weight"))
-            policy._view(flat, f"layer{layer}.bias").copy_(gradient.sum(1))
+            torch.sum(gradient, 1, out=policy._view(flat, f"layer{layer}.bias"))
             if layer > 1:
-                behind = torch.bmm(gradient, weight.transpose(1, 2))
-                gradient = torch.ops.aten.threshold_backward(behind, inputs, 0)
+                gradient = torch.bmm(gradient, weight.transpose(1, 2))
+                torch.ops.aten.threshold_backward.grad_input(gradient, inputs, 0, grad_input=gradient)  # the ReLU's
         flat = flat.to(policy._buffer.dtype)
         return None, None, *(policy._view(flat[r : r + 1], key)[0] for r in range(len(flat)) for key in policy.places)
 

@@ -1,4 +1,4 @@
-"""LoRA adapters (Hu et al., 2021, arXiv:2106.09685) on an OpenVLA, by peft; saved in peft's layout."""
+"""LoRA adapters (Hu et al., 2021, arXiv:2106.09685) on a VLA or a language model, by peft; saved in peft's layout."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def add(
 
 
 def _names(model: nn.Module, targets: list | None) -> list[str]:
-    unused = set(map(id, model.unused_parameters()))
+    unused = {id(parameter) for parameter in getattr(model, "unused_parameters", list)()}
     linear = [
         name
         for name, module in model.named_modules()

@@ -25,7 +25,7 @@ def checkpoint_points(groups: Sequence[Group]) -> list[dict]:
     rows = []
     for group in groups:
         for run in group.runs:
-            if group.method == BASE or not run.tasks["new"] or not run.tasks["prior"]:
+            if group.method == BASE or not run.tasks["new"] or not run.counted("prior"):
                 continue
             for checkpoint in [(0, 0), *run.checkpoints]:
                 row = _point(run, checkpoint)
@@ -37,13 +37,13 @@ def checkpoint_points(groups: Sequence[Group]) -> list[dict]:
 def _point(run: Run, checkpoint: tuple[int, int]) -> dict | None:
     row: dict = {"stage": checkpoint[0], "iteration": checkpoint[1], "final": checkpoint == run.final}
     for role in ("new", "prior"):
-        tried = [run.tried(checkpoint, task) for task in run.tasks[role]]
+        tried = [run.tried(checkpoint, task) for task in run.counted(role)]
         if not all(tried):
             return None
         rates = [(sum(s.values()) / len(s), *wilson(sum(s.values()), len(s))) for s in tried]
         row[role], row[f"{role}_low"], row[f"{role}_high"] = mean_of_intervals(rates)
         row[f"n_{role}"] = sum(map(len, tried))
-    pairs = [paired(run, checkpoint, task) for task in run.tasks["prior"]] if checkpoint[0] else []
+    pairs = [paired(run, checkpoint, task) for task in run.counted("prior")] if checkpoint[0] else []
     row |= {"forgetting": None, "forgetting_low": None, "forgetting_high": None}
     if pairs and None not in pairs:
         row["forgetting"], row["forgetting_low"], row["forgetting_high"] = mean_of_intervals(
@@ -162,7 +162,7 @@ class _Curve:
         for checkpoint in [(0, 0), *run.checkpoints]:
             roles = {}
             for role in ("new", "prior"):
-                tried = [run.tried(checkpoint, task) for task in run.tasks[role]]
+                tried = [run.tried(checkpoint, task) for task in run.counted(role)]
                 if tried and all(tried):
                     roles[role] = [(list(seeds), np.array(list(seeds.values()), dtype=float)) for seeds in tried]
             if len(roles) == 2:

@@ -31,6 +31,7 @@ from robot_forgetting.report.tables import (
     columns,
     divergence_rows,
     forgetting_rows,
+    silent,
     success_rows,
     with_base,
 )
@@ -181,13 +182,16 @@ def _section(index: int, setting: tuple, groups: list[Group], tables: dict, colo
     temperatures = sorted({float((run.state.get("decode") or {}).get("temperature", 1.0)) for run in runs})
     temperature = " or ".join(map(str, temperatures)) + (", as in rollouts" if temperatures == [1.0] else "")
     variants = [group.variant for group in with_base(groups)]
+    protocols = any(run.state.get("protocols") for run in runs)
     return {
         "id": name,
         "title": f"{new_task} with {policy}" + (", shipped results" if shipped else ""),
         "shipped": shipped,
         "reading": " ".join(words.reading(policy, new_task, rows["success"], rows["forgetting"], rows["matched"], fit)),
         "columns": cols,
-        "success": _wide(rows["success"], cols, variants, colours, temperature, "Share of episodes that succeed"),
+        "success": _wide(
+            rows["success"], cols, variants, colours, temperature, "Share of episodes that succeed", protocols
+        ),
         "forgetting": _wide(
             rows["forgetting"],
             [col for col in cols if col[1] != "new"],
@@ -195,9 +199,11 @@ def _section(index: int, setting: tuple, groups: list[Group], tables: dict, colo
             colours,
             temperature,
             "Forgetting in points: base minus fine-tuned success on the same initial states, with 95 % intervals",
+            protocols,
         ),
         "trained": any(group.method != BASE for group in groups),
         "detectable": words.detectable(rows["forgetting"]),
+        "no_signal": words.no_signal(list(silent(runs).values())),
         "scatter": Markup(figures.scatter(points, rows["fronts"], colours, f"{name}a")) if learned else None,
         "matched": rows["matched"] if len({row["method"] for row in learned}) > 1 or rows["matched"] else [],
         "divergence": _divergence(rows["divergence"], cols, variants),
@@ -233,7 +239,9 @@ def _kl_text(key: str) -> str:
     return f"forward KL on new-task inputs, at states of {states.get(key.split('|')[3], 'demonstrations')}"
 
 
-def _wide(rows: list[dict], cols, variants, colours, temperature: str, caption: str) -> list[dict]:
+def _wide(
+    rows: list[dict], cols, variants, colours, temperature: str, caption: str, protocols: bool = False
+) -> list[dict]:
     """Rows as one table per decode: a line per policy, a cell per task."""
     tables = []
     for decode in DECODES:
@@ -258,6 +266,7 @@ def _wide(rows: list[dict], cols, variants, colours, temperature: str, caption: 
             lines.append(line)
         if lines:
             how = f"temperature {temperature}" if decode == "sampled" else "temperature 0"
+            how += "; benchmarks by their own protocol" if protocols else ""
             dots = "; dots are runs, the bar the interval" if "rate" in mine[0] else ""
             tables.append({"caption": f"{caption}. Decode: {decode} ({how}){dots}.", "lines": lines})
     return tables
@@ -352,6 +361,9 @@ def _distinct(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     names = {
         "policy": "Policy",
         "fingerprint": "Fingerprint of policy and tasks",
+        "protocols": "Protocols of benchmarks",
+        "chance": "Rate of guessing",
+        "left_out": "Left out",
         "render": "Render option",
         "hardware": "Hardware",
         "versions": "Versions",

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from robot_forgetting.records import RunFolder
-from robot_forgetting.summary import outcomes
+from robot_forgetting.scored import SCORED
+from robot_forgetting.summary import no_signal, outcomes
 
 BASE = "base"
 # Keys in which the configurations of two seeds of one experiment may differ.
@@ -81,11 +82,26 @@ class Run:
         return self.checkpoints[-1] if self.checkpoints else None
 
     def tried(self, checkpoint: tuple[int, int], task: str, decode: str = "sampled") -> dict[int, bool]:
-        """{seed: success} of a task at a checkpoint ((0, 0) is the base policy), whatever the task's role."""
-        for (stage, iteration, name, _, mode), seeds in self.outcomes.items():
-            if (stage, iteration, name, mode) == (*checkpoint, task, decode):
-                return seeds
-        return {}
+        """{seed: success} of a task at a checkpoint ((0, 0) is the base policy), whatever the task's role.
+
+        A benchmark's own protocol stands in for either decode.
+        """
+        found = {
+            mode: seeds
+            for (stage, iteration, name, _, mode), seeds in self.outcomes.items()
+            if (stage, iteration, name) == (*checkpoint, task)
+        }
+        return found.get(decode) or found.get(SCORED, {})
+
+    @cached_property
+    def silent(self) -> dict[str, dict]:
+        """Prior task -> its row of ``summary.no_signal``: the base policy cannot be told from guessing there."""
+        rows = no_signal(self.outcomes, self.state.get("chance") or {})
+        return {row["task"]: row for row in rows if row["role"] == "prior"}
+
+    def counted(self, role: str) -> list[str]:
+        """The role's tasks that means are taken over: all but the silent ones."""
+        return [task for task in self.tasks[role] if task not in self.silent]
 
     @cached_property
     def progress(self) -> dict[int, dict]:

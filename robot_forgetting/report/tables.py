@@ -22,13 +22,14 @@ PRIOR_MEAN = "prior mean"
 Single = tuple[float, float, float, Mapping[int, float]]
 
 
-def columns(runs: Iterable[Run]) -> list[tuple[str, str]]:
+def columns(runs: Sequence[Run]) -> list[tuple[str, str]]:
     """(task, role) in the order of the tables: new, prior tasks, their mean, held-out."""
     found: dict[str, list[str]] = {"new": [], "prior": [], "held_out": []}
     for run in runs:
         for role, tasks in run.tasks.items():
             found[role] += [task for task in tasks if task not in found[role]]
-    mean = [(PRIOR_MEAN, "prior")] if len(found["prior"]) > 1 else []
+    counted = set(found["prior"]) - silent(runs).keys()
+    mean = [(PRIOR_MEAN, "prior")] if len(found["prior"]) > 1 and counted else []
     return [
         *((task, "new") for task in found["new"]),
         *((task, "prior") for task in found["prior"]),
@@ -37,9 +38,16 @@ def columns(runs: Iterable[Run]) -> list[tuple[str, str]]:
     ]
 
 
-def members(task: str, cols: Sequence[tuple[str, str]]) -> list[str]:
-    """The tasks a column stands for."""
-    return [name for name, role in cols if role == "prior" and name != PRIOR_MEAN] if task == PRIOR_MEAN else [task]
+def silent(runs: Iterable[Run]) -> dict[str, dict]:
+    """Prior tasks on which the base policy cannot be told from guessing in some run, see ``Run.silent``."""
+    return {task: row for run in runs for task, row in run.silent.items()}
+
+
+def members(task: str, cols: Sequence[tuple[str, str]], without: Iterable[str] = ()) -> list[str]:
+    """The tasks a column stands for: the mean for all prior tasks that carry a signal."""
+    if task != PRIOR_MEAN:
+        return [task]
+    return [name for name, role in cols if role == "prior" and name != PRIOR_MEAN and name not in without]
 
 
 def aggregate(per_run: Sequence[Sequence[Single]]) -> tuple[float, float, float]:
@@ -57,10 +65,10 @@ def success_rows(groups: Sequence[Group]) -> list[dict]:
     """Success of the base policy and of each method's final policy, per task and decode."""
     rows = []
     for group in with_base(groups):
-        cols = columns(group.runs)
-        for decode in DECODES:
+        cols, at_chance = columns(group.runs), silent(group.runs)
+        for decode in _decodes(group.runs):
             for task, role in cols:
-                tasks, used, per_run = members(task, cols), [], []
+                tasks, used, per_run = members(task, cols, at_chance), [], []
                 for run in group.runs:
                     tried = [_outcomes(group, run, name, decode) for name in tasks]
                     if all(tried):
@@ -77,6 +85,7 @@ def success_rows(groups: Sequence[Group]) -> list[dict]:
                         "task": task,
                         "role": role,
                         "decode": decode,
+                        "at_chance": task in at_chance,
                         "runs": len(used),
                         "n": sum(len(single[3]) for tasks in per_run for single in tasks),
                         "rate": value,
@@ -95,6 +104,12 @@ def success_rows(groups: Sequence[Group]) -> list[dict]:
                     }
                 )
     return rows
+
+
+def _decodes(runs: Sequence[Run]) -> list[str]:
+    """Those that some episode has; benchmarks alone stand in the first."""
+    met = {decode for run in runs for *_, decode in run.outcomes}
+    return [decode for decode in DECODES if decode in met] or list(DECODES[:1])
 
 
 def with_base(groups: Sequence[Group]) -> list[Group]:
@@ -158,12 +173,12 @@ def forgetting_rows(groups: Sequence[Group]) -> list[dict]:
     """Forgetting and retention of each method's final policy per prior and held-out task, on paired initial states."""
     rows = []
     for group in groups:
-        cols = columns(group.runs)
-        for decode in DECODES:
+        cols, at_chance = columns(group.runs), silent(group.runs)
+        for decode in _decodes(group.runs):
             for task, role in cols:
                 if role == "new":
                     continue
-                tasks, used, per_run = members(task, cols), [], []
+                tasks, used, per_run = members(task, cols, at_chance), [], []
                 for run in group.runs:
                     found = [paired(run, run.final, name, decode) if run.final else None for name in tasks]
                     if None not in found:
@@ -180,6 +195,7 @@ def forgetting_rows(groups: Sequence[Group]) -> list[dict]:
                         "task": task,
                         "role": role,
                         "decode": decode,
+                        "at_chance": task in at_chance,
                         "runs": len(used),
                         "n": sum(len(single[3]) for tasks in per_run for single in tasks),
                         "base": base[0],

@@ -82,7 +82,9 @@ def reading(
         mine = [row for row in sampled if row["variant"] == variant]
         is_base = mine[0]["method"] == BASE
         new = [row for row in mine if row["role"] == "new"]
-        prior = [row for row in mine if row["task"] == PRIOR_MEAN] or [row for row in mine if row["role"] == "prior"]
+        prior = [row for row in mine if row["task"] == PRIOR_MEAN] or [
+            row for row in mine if row["role"] == "prior" and not row.get("at_chance")
+        ]
         parts = [f"{'the new task ' * bool(prior)}{row['task']} in {_rate(row)}" for row in new] if is_base else []
         parts += [f"{row['task'] if len(new) > 1 else 'the new task'} in {_rate(row)}" for row in new if not parts]
         for row in prior:
@@ -123,6 +125,7 @@ def reading(
 def detectable(rows: Sequence[dict]) -> str | None:
     """The smallest single-task difference that one run's episodes can show."""
     rows = [row for row in rows if (row["decode"], row["role"]) == ("sampled", "prior") and row["task"] != PRIOR_MEAN]
+    rows = [row for row in rows if not row.get("at_chance")]
     if not rows:
         return None
     row = min(rows, key=lambda row: row["n"] / row["runs"])
@@ -131,6 +134,21 @@ def detectable(rows: Sequence[dict]) -> str | None:
     return (
         f"With {n} episodes per task and run, and the outcomes of base and fine-tuned policy taken for independent, a "
         f"change of less than {number(points)} points on one task would be missed in more than one of five repetitions."
+    )
+
+
+def no_signal(rows: Sequence[dict]) -> str:
+    """What the greyed-out columns are; "" where there are none."""
+    if not rows:
+        return ""
+    named = ", ".join(
+        f"{row['task']} ({percent(row['rate'])} of {row['n']} items {interval(row['low'], row['high'])}, "
+        f"guessing {percent(row['chance'])})"
+        for row in rows
+    )
+    return (
+        f"Greyed out: on {named} the base policy cannot be told from guessing. What such a benchmark shows is no "
+        "forgetting and no retention; it is part of no mean."
     )
 
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 from robot_forgetting.errors import UserError
 from robot_forgetting.policy import ConventionSpec
+from robot_forgetting.robot.conventions import Boundary
+from robot_forgetting.robot.robots import find_robot
 from robot_forgetting.robot.simulation import SimulationSpec
 from robot_forgetting.task import Demonstration, Task, VectorEnv
-
-STATISTICS = "maniskill_panda"
 
 
 class ManiSkillTask(Task):
@@ -23,7 +23,9 @@ class ManiSkillTask(Task):
     camera: eye and target in metres, fov in radians; the square picture has ``image_size`` pixels a side
     render: "low_poly" or "stock"; demonstrations and evaluation share it
     noise: disturbance of demonstrations, see ``workers._demonstrate``
+    statistics: the policy's key for the ranges of commands; null: the robot's
     processes: worker processes (default: one per core, at most 2 per 16 environments)
+    robot, overlay, full_pictures, ends_on_success, rotation, gripper: see ``SimulationSpec``
     """
 
     def __init__(
@@ -41,13 +43,21 @@ class ManiSkillTask(Task):
         render: str = "low_poly",
         env_arguments: dict | None = None,
         noise: dict | None = None,
-        statistics: str = STATISTICS,
+        statistics: str | None = None,
         processes: int | None = None,
+        robot: str = "panda",
+        overlay: bool = False,
+        full_pictures: bool = False,
+        ends_on_success: bool = True,
+        rotation: str | None = None,
+        gripper: str | None = None,
     ):
         if max_steps < 1:
             raise UserError(f"task '{name}': max_steps must be at least 1, not {max_steps}")
         self.name, self.instruction, self.max_steps, self.spawn = name, instruction, max_steps, spawn
-        self.statistics = statistics
+        self.robot = find_robot(robot)
+        Boundary(self.robot, rotation, gripper)  # refuses what cannot be converted
+        self.statistics = statistics or self.robot.statistics
         self.disturbance = dict(noise or {"small": 0.05, "kick": 0.3, "kick_probability": 0.15})
         self.processes = processes or max(1, min(2, os.cpu_count() or 1))
         arguments = dict(env_arguments or {})
@@ -64,16 +74,22 @@ class ManiSkillTask(Task):
             modules=tuple(dict.fromkeys([*modules, *expert_module])),
             env_arguments=arguments,
             expert=expert,
+            robot=robot,
+            overlay=overlay,
+            full_pictures=full_pictures,
+            ends_on_success=ends_on_success,
+            rotation=rotation,
+            gripper=gripper,
         )
 
     def convention(self) -> ConventionSpec:
         return ConventionSpec(
             action_dimensions=7,
             action_mode="delta",
-            rotation="euler_xyz",
-            gripper="+1 opens",
+            rotation=self.spec.rotation or self.robot.rotation,
+            gripper=self.spec.gripper or self.robot.gripper,
             image_size=self.spec.image_size,
-            control_hz=20.0,
+            control_hz=self.robot.control_hz,
             statistics=self.statistics,
         )
 

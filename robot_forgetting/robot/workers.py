@@ -22,6 +22,7 @@ from robot_forgetting.task import Transition, VectorEnv
 
 SPAWN = multiprocessing.get_context("spawn")
 START_SECONDS = 120.0
+SETTLED = 6  # steps of success, with the gripper open, after which a demonstration ends
 
 
 class Worker:
@@ -289,11 +290,14 @@ def _demonstrate(simulation: Simulation, seed: int, noise: dict) -> tuple[bool, 
     """One expert episode. The executed command is disturbed, the recorded one is the expert's (Laskey et al. 2017).
 
     noise: {"small": sigma of every step, "kick": sigma of rare large ones, "kick_probability"} in command units
+
+    An episode that would run to its time limit ends once success has lasted ``SETTLED`` steps: what follows is the
+    same picture over and over.
     """
     rng = np.random.default_rng([seed, 0xDA27])
-    observation, success, done = simulation.reset(seed), False, False
+    observation, success, done, lasting = simulation.reset(seed), False, False, 0
     images, commands = [], []
-    while not done:
+    while not done and lasting < SETTLED:
         command = simulation.expert_command()
         images.append(observation["image"])
         commands.append(command)
@@ -301,4 +305,5 @@ def _demonstrate(simulation: Simulation, seed: int, noise: dict) -> tuple[bool, 
         disturbed[:3] += rng.normal(0, noise["small"], 3)
         disturbed[:3] += rng.normal(0, noise["kick"], 3) * (rng.random() < noise["kick_probability"])
         observation, _, success, done, _ = simulation.step(disturbed)
+        lasting = lasting + 1 if success and disturbed[6] > 0 else 0
     return success, np.stack(images), np.stack(commands)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import os
 import zlib
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from robot_forgetting.errors import UserError
+from robot_forgetting.tasks.sources import VARIABLE, local_folder
 
-VARIABLE = "ROBOT_FORGETTING_DATA"
 STEMS = {"train": "train", "test": "t10k"}
 HUB = {"mnist": "ylecun/mnist", "fashion_mnist": "zalando-datasets/fashion_mnist"}
 DIMENSIONS = {"images": 3, "labels": 1}
@@ -34,14 +33,14 @@ def load_images(name: str, split: str) -> Images:
     Looks into $ROBOT_FORGETTING_DATA/NAME for ``train-images-idx3-ubyte[.gz]`` and its companions. Without the
     variable, downloads through ``datasets`` if that is installed. UserError where neither works, or a file is damaged.
     """
-    return _load(os.environ.get(VARIABLE) or None, name, split)
+    return _load(local_folder(name), name, split)
 
 
 @lru_cache(maxsize=8)
-def _load(folder: str | None, name: str, split: str) -> Images:
+def _load(folder: Path | None, name: str, split: str) -> Images:
     if folder is None:
         return _from_hub(name, split)
-    files = {kind: _find(Path(folder) / name, f"{STEMS[split]}-{kind}-idx{n}-ubyte") for kind, n in DIMENSIONS.items()}
+    files = {kind: _find(folder, f"{STEMS[split]}-{kind}-idx{n}-ubyte") for kind, n in DIMENSIONS.items()}
     pixels, labels = (read_idx(files[kind], kind) for kind in ("images", "labels"))
     if len(pixels) != len(labels):
         raise UserError(f"{files['images']} has {len(pixels)} images, {files['labels'].name} {len(labels)} labels")

@@ -1,0 +1,343 @@
+"""Chat language models as policies: a list of messages in, a completion out; any causal LM that transformers loads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from robot_forgetting.errors import UserError
+from robot_forgetting.files import disk
+from robot_forgetting.one_step import Repeated
+from robot_forgetting.policies import openvla_lora as adapters
+from robot_forgetting.policies.causal_lm_checkpoint import DTYPES, load, quiet
+from robot_forgetting.policies.causal_lm_hidden import Prompts, completion_states
+from robot_forgetting.policies.causal_lm_sampling import sample
+from robot_forgetting.policies.causal_lm_vllm import Sampler, as_action, importance_ratios
+from robot_forgetting.policies.causal_lm_vocabulary import Head, compare, token_log_probs
+from robot_forgetting.policy import Action, ConventionSpec, Policy
+
+
+class CausalLM(Policy):
+    """Reads the column ``messages`` (a list of {"role", "content"} per row) and answers with a text.
+
+    An action is a completion: its tokens are indices into the whole vocabulary [N, T], right-padded, and its mask is
+    True up to and including the end-of-text token, if it came before ``max_new_tokens``.
+
+    checkpoint: a folder, a Hub id, a GGUF file or package:MODULE/FILE.gguf; see ``causal_lm_checkpoint.load``
+    max_new_tokens: the longest completion that is sampled; context: the longest prompt with completion, in tokens
+        (null: what the model was made for)
+    dtype: float32, bfloat16, or mixed: weights in float32, products in bfloat16. Full fine-tuning in plain bfloat16
+        loses updates smaller than 1/256 of a weight.
+    lora: null for full fine-tuning, or {rank, alpha, targets} of ``openvla_lora.add``; adapters are float32
+    keep_base: whether full fine-tuning keeps a copy of the base weights, which ``base()`` needs
+    batch_rows: completions sampled at once, and rows of a forward pass without gradients
+    threads: torch's, on a CPU; null leaves them as they are (the command line starts with one)
+    chat_template: a jinja file in the place of the tokenizer's own
+    sampler: null for transformers, or {_target_: ...VLLMSampler, ...}, see ``causal_lm_vllm``
+    """
+
+    splits_batches = False  # one process with all cores beats forked halves here: the weights are read once
+
+    def __init__(
+        self,
+        checkpoint: str,
+        *,
+        name: str = "causal-lm",
+        max_new_tokens: int = 256,
+        context: int | None = None,
+        dtype: str = "float32",
+        device: str = "auto",
+        lora: dict | None = None,
+        keep_base: bool = True,
+        gradient_checkpointing: bool = False,
+        batch_rows: int = 64,
+        threads: int | None = None,
+        chat_template: str | None = None,
+        sampler: Sampler | None = None,
+    ):
+        super().__init__()
+        if min(max_new_tokens, batch_rows) < 1:
+            raise UserError("max_new_tokens and batch_rows must be at least 1")
+        if dtype not in DTYPES:
+            raise UserError(f"unknown dtype '{dtype}'; choose one of: {', '.join(DTYPES)}")
+        place = _device(device)
+        if threads is not None and place.type == "cpu":
+            torch.set_num_threads(threads)
+        loaded = load(checkpoint, dtype=DTYPES[dtype], chat_template=chat_template)
+        self.name, self.source, self.tokenizer = name, loaded.source, loaded.tokenizer
+        self.model: nn.Module = loaded.model.to(place).eval()
+        self._mixed = torch.bfloat16 if dtype == "mixed" else None
+        longest = self.model.config.max_position_embeddings
+        self.max_new_tokens, self.batch_rows = max_new_tokens, batch_rows
+        self.decisions_at_once = batch_rows
+        self.prompts = Prompts(self.tokenizer, min(context or longest, longest), name)
+        ends = self.model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        self.stops = {self.tokenizer.eos_token_id, *(end for end in ends if end is not None)}
+        pad = self.tokenizer.pad_token_id
+        self.pad = self.tokenizer.eos_token_id if pad is None else pad
+        _without_dropout(self.model)
+        self._check_head()
+        if gradient_checkpointing:
+            # The older name, which transformers 5.23 deprecates, is the only one of its first 5.x releases.
+            enable = getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})
+        self.gradient_checkpointing = gradient_checkpointing
+        self.lora, self.sampler = lora, sampler
+        self._in_base = False
+        self._base_weights: list[Tensor] | None = None
+        self._metrics: dict[str, float] = {}
+        if lora is not None:
+            adapters.add(self.model, **lora)
+            for parameter in self.trainable_parameters():
+                parameter.data = parameter.data.float()
+        else:
+            self.model.requires_grad_(True)
+            if keep_base:
+                self._base_weights = [parameter.detach().clone() for parameter in self.trainable_parameters()]
+        # What changes a completion besides the weights: part of a run's fingerprint.
+        self.config = {
+            "max_new_tokens": max_new_tokens,
+            "context": self.prompts.context,
+            "chat_template": self.tokenizer.chat_template,
+            "stops": sorted(self.stops),
+        }
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    # ---- Policy
+
+    @torch.no_grad()
+    def act(self, obs: dict, *, temperature: float = 1.0, noise: Tensor | None = None) -> Action:
+        prompts, repeats, order = self._read(obs, room=self.max_new_tokens)
+        count = len(prompts) * repeats
+        noise = torch.rand(count) if noise is None else noise[:, 0]
+        noise = noise[order]
+        if self.sampler is not None:
+            action = self._sampled_outside(prompts, repeats, temperature, noise)
+        else:
+            action = self._sampled(prompts, repeats, temperature, noise)
+        return action[torch.argsort(order)]
+
+    def logits(self, obs: dict, action: Action) -> Tensor:
+        hidden, places = self._states(self._prompts_of(obs, action), action)
+        weight, bias = self._head()
+        flat = nn.functional.linear(hidden, weight, bias).float()
+        out = flat.new_zeros(*action.tokens.shape, flat.shape[-1])
+        return out.index_put(places, flat)
+
+    def log_prob(self, obs: dict, action: Action) -> Tensor:
+        if not torch.is_grad_enabled() and len(action) > self.batch_rows:
+            return torch.cat([self.log_prob(*part) for part in self._parts(obs, action)])
+        return self._log_prob(self._prompts_of(obs, action), action)
+
+    def compared(
+        self, obs: dict, action: Action, functions: dict[str, Callable[[Tensor, Tensor], Tensor]]
+    ) -> dict[str, Tensor]:
+        if not torch.is_grad_enabled() and len(action) > self.batch_rows:
+            parts = [self.compared(*part, functions) for part in self._parts(obs, action)]
+            return {name: torch.cat([part[name] for part in parts]) for name in functions}
+        prompts = self._prompts_of(obs, action)
+        with self.base():
+            base, _ = self._states(prompts, action)
+            base_head = tuple(None if part is None else part.detach() for part in self._head())
+        hidden, places = self._states(prompts, action)
+        values = compare(base, hidden, (base_head, self._head()), list(functions.values()))
+        shape = action.tokens.shape
+        return {name: row.new_zeros(shape).index_put(places, row) for name, row in zip(functions, values, strict=True)}
+
+    def decode(self, action: Action, *, statistics: str | None = None) -> list[str]:
+        """Completions without the prompt and without special tokens."""
+        kept = [row[mask].tolist() for row, mask in zip(action.tokens.cpu(), action.mask.cpu(), strict=True)]
+        return self.tokenizer.batch_decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def encode(self, commands, *, statistics: str | None = None) -> Action:
+        """Texts to completions that end with the end-of-text token."""
+        end = self.tokenizer.eos_token_id
+        rows = [row + [end] for row in self.prompts.tokens(list(commands))]
+        width = max(map(len, rows), default=1)
+        tokens = torch.tensor([row + [self.pad] * (width - len(row)) for row in rows], dtype=torch.int64)
+        lengths = torch.tensor([len(row) for row in rows])
+        return Action(tokens.view(len(rows), width), torch.arange(width) < lengths.view(-1, 1))
+
+    @contextmanager
+    def base(self) -> Iterator[None]:
+        if self._in_base:
+            yield
+            return
+        self._in_base = True
+        try:
+            with torch.no_grad(), self._as_base():
+                yield
+        finally:
+            self._in_base = False
+
+    def convention(self) -> ConventionSpec:
+        return ConventionSpec(action_dimensions=1, action_mode="text")
+
+    def metrics(self) -> dict[str, float]:
+        return self._metrics
+
+    # ---- beyond Policy
+
+    def save(self, folder) -> None:
+        """Writes the whole policy in transformers' layout, or with LoRA the adapter alone in peft's."""
+        if self.lora is not None:
+            adapters.save(folder, self.model, base=self.source)
+            return
+        with disk(folder), quiet():
+            self.model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+
+    @property
+    def body(self) -> nn.Module:
+        """The model without its head."""
+        return self.model.base_model
+
+    def _read(self, obs: dict, *, room: int) -> tuple[list[list[int]], int, Tensor]:
+        """Prompts' tokens, how often each is repeated in a row, and the order of rows that sorts them by length.
+
+        Prompts of like length share a batch; a ``Repeated`` column's values stay together.
+        """
+        column = self._messages(obs)
+        repeats = 1
+        if isinstance(column, Repeated) and column.outer == 1:
+            column, repeats = column.values, column.inner
+        prompts = self.prompts.read(column, room)
+        by_length = sorted(range(len(prompts)), key=lambda row: (-len(prompts[row]), row))
+        order = torch.tensor([row * repeats + copy for row in by_length for copy in range(repeats)], dtype=torch.int64)
+        return [prompts[row] for row in by_length], repeats, order
+
+    def _messages(self, obs: dict):
+        if "messages" not in obs:
+            raise UserError(
+                f"policy '{self.name}' needs observations with 'messages'; this task gives {sorted(obs)}: "
+                "language models go with text tasks"
+            )
+        return obs["messages"]
+
+    def _sampled(self, prompts, repeats: int, temperature: float, noise: Tensor) -> Action:
+        """In batches of at most ``batch_rows`` rows: several prompts with all their copies, or some of one's copies."""
+        parts, at_once = [], max(1, self.batch_rows // repeats)
+        with self._products():
+            for start in range(0, len(prompts), at_once):
+                for copy in range(0, repeats, self.batch_rows):
+                    drawn = noise.view(-1, repeats)[start : start + at_once, copy : copy + self.batch_rows]
+                    parts.append(
+                        sample(
+                            self.body,
+                            self.model.get_output_embeddings(),
+                            prompts[start : start + at_once],
+                            repeats=drawn.shape[1],
+                            stops=self.stops,
+                            pad=self.pad,
+                            limit=self.max_new_tokens,
+                            temperature=temperature,
+                            noise=drawn.flatten(),
+                        )
+                    )
+        return Action.cat(parts)
+
+    def _sampled_outside(self, prompts, repeats: int, temperature: float, noise: Tensor) -> Action:
+        """The same through ``sampler``, whose probabilities are compared with the policy's own."""
+        self.sampler.update(self)
+        every = [prompt for prompt in prompts for _ in range(repeats)]
+        seeds = (noise.double() * 2**24).long().tolist()
+        options = {"limit": self.max_new_tokens, "stops": self.stops, "temperature": temperature, "seeds": seeds}
+        action = as_action(self.sampler.complete(every, **options), self.pad)
+        if temperature == 1:  # what training rollouts use; others are evaluations
+            own = torch.cat(
+                [
+                    self._log_prob(every[start : start + self.batch_rows], action[start : start + self.batch_rows])
+                    for start in range(0, len(every), self.batch_rows)
+                ]
+            )
+            self._metrics = importance_ratios(own, action, self.sampler.largest_difference)
+        return action
+
+    def _log_prob(self, prompts, action: Action) -> Tensor:
+        hidden, places = self._states(prompts, action)
+        weight, bias = self._head()
+        values = token_log_probs(hidden, weight, bias, action.tokens.to(self.device)[places])
+        return values.new_zeros(action.tokens.shape).index_put(places, values)
+
+    def _prompts_of(self, obs: dict, action: Action) -> list[list[int]]:
+        column = self._messages(obs)
+        rows = column[torch.arange(len(column)).numpy()] if isinstance(column, Repeated) else column
+        return self.prompts.read(rows, max(action.mask.sum(1).tolist(), default=0))
+
+    def _states(self, prompts, action: Action) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Hidden states [M, D] before each token that counts, and those tokens' (row, column)."""
+        with self._products():
+            hidden, places = completion_states(
+                self.body, prompts, action, self.pad, share=not (self.model.training and self.gradient_checkpointing)
+            )
+        return hidden if self._mixed is None else hidden.to(self._mixed), places
+
+    def _parts(self, obs: dict, action: Action) -> Iterator[tuple[dict, Action]]:
+        for start in range(0, len(action), self.batch_rows):
+            rows = slice(start, start + self.batch_rows)
+            yield {key: column[rows] for key, column in obs.items()}, action[rows]
+
+    def _products(self):
+        return nullcontext() if self._mixed is None else torch.autocast(self.device.type, self._mixed)
+
+    def _head(self) -> Head:
+        head = self.model.get_output_embeddings()
+        bias = getattr(head, "bias", None)
+        if self._mixed is None:
+            return head.weight, bias
+        return head.weight.to(self._mixed), None if bias is None else bias.to(self._mixed)
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        """``UserError`` for a model that does more to its logits than multiply (soft caps, scales)."""
+        ids = torch.arange(1, 5, device=self.device).unsqueeze(0)
+        with self._products():
+            hidden = self.body(input_ids=ids, use_cache=False).last_hidden_state
+            ours, theirs = self.model.get_output_embeddings()(hidden), self.model(input_ids=ids, use_cache=False).logits
+        if not (torch.isfinite(ours).all() and torch.allclose(ours.float(), theirs.float(), rtol=1e-3, atol=1e-3)):
+            raise UserError(
+                f"{self.source} does more to its logits than one linear layer, or its weights are broken; policies of "
+                "this kind are not supported"
+            )
+
+    @contextmanager
+    def _as_base(self) -> Iterator[None]:
+        if self.lora is not None:
+            with adapters.disabled(self.model):
+                yield
+            return
+        if self._base_weights is None:
+            raise UserError(
+                f"policy '{self.name}' keeps no copy of its base weights; use policy.lora or policy.keep_base=true"
+            )
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        """Exchanges trainable weights and the base's by pointer; nothing is copied, and twice is the identity."""
+        for index, parameter in enumerate(self.trainable_parameters()):
+            parameter.data, self._base_weights[index] = self._base_weights[index], parameter.data
+
+
+def _device(device: str) -> torch.device:
+    from robot_forgetting.policies.openvla import _device as parse
+
+    return parse(device)
+
+
+def _without_dropout(model: nn.Module) -> None:
+    """The distribution that is trained is the one that was sampled from."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0

@@ -1,0 +1,119 @@
+"""Prompts as tokens, and the hidden states from which a completion's tokens are predicted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from robot_forgetting.errors import UserError
+from robot_forgetting.policies.causal_lm_sampling import left_padded
+from robot_forgetting.policy import Action
+
+REMEMBERED = 20_000  # prompts whose tokens are kept
+
+
+class Prompts:
+    """The chat template and the tokenizer, with memory: a group's rows and a step's passes read the same prompt."""
+
+    def __init__(self, tokenizer, context: int, name: str):
+        self.tokenizer, self.context, self.name = tokenizer, context, name
+        self._known: dict[str, list[int]] = {}
+
+    def read(self, chats: Sequence[list[dict]], room: int) -> list[list[int]]:
+        """Token ids of each prompt, ready to be answered; ``UserError`` where ``room`` tokens more do not fit."""
+        rows = []
+        for index, chat in enumerate(chats):
+            text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            ids = self._known.get(text)
+            if ids is None:
+                if len(self._known) >= REMEMBERED:
+                    self._known.clear()
+                ids = self._known[text] = self.tokens([text])[0]
+            if len(ids) + room > self.context:
+                raise UserError(
+                    f"item {index} of the batch, '{_beginning(chat)}': its prompt has {len(ids)} tokens and its "
+                    f"completion may have {room}, together more than the {self.context} that policy '{self.name}' can "
+                    "read; shorten it, leave it out, or lower policy.max_new_tokens"
+                )
+            rows.append(ids)
+        return rows
+
+    def tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of plain texts; the chat template writes special tokens itself."""
+        if not texts:
+            return []
+        # The tokenizer would warn of texts longer than the context; ``read`` says more.
+        return self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _beginning(chat: list[dict]) -> str:
+    words = " ".join(str(chat[-1].get("content", "")).split()) if chat else ""
+    return words if len(words) <= 60 else words[:57] + "..."
+
+
+def completion_states(
+    body: nn.Module, prompts: Sequence[Sequence[int]], action: Action, pad: int, *, share: bool
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """The last layer's states [M, D] from which each counting token is predicted, and those tokens' (row, column).
+
+    share: compute a prompt that several rows have once, with its keys and values serving all of them
+    """
+    device = next(body.parameters()).device
+    tokens, mask = action.tokens.to(device), action.mask.to(device)
+    width = max(1, int(mask.any(0).sum()))
+    tokens, mask = tokens[:, :width].masked_fill(~mask[:, :width], pad), mask[:, :width]
+    different = list(dict.fromkeys(map(tuple, prompts)))
+    if share and len(different) < len(prompts):
+        which = {prompt: number for number, prompt in enumerate(different)}
+        owner = torch.tensor([which[tuple(prompt)] for prompt in prompts], device=device)
+        hidden = _shared(body, different, owner, tokens, mask, pad)
+    else:
+        hidden = _whole(body, prompts, tokens, mask, pad)
+    places = mask.nonzero(as_tuple=True)
+    return hidden[places], places
+
+
+def _whole(body, prompts, tokens: Tensor, mask: Tensor, pad: int) -> Tensor:
+    """States [N, T, D]; prompt and completion in one row, right-padded, so that plain causal attention is right."""
+    device = tokens.device
+    starts = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    used = mask.sum(1)
+    ids = torch.full((len(prompts), int((starts + used).max())), pad, dtype=torch.int64, device=device)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)] = torch.tensor(prompt, device=device)
+    rows, columns = mask.nonzero(as_tuple=True)
+    ids[rows, starts[rows] + columns] = tokens[rows, columns]
+    hidden = body(input_ids=ids, use_cache=False).last_hidden_state
+    before = starts.unsqueeze(1) - 1 + torch.arange(tokens.shape[1], device=device)
+    before = before.clamp_max(hidden.shape[1] - 1)
+    return hidden.gather(1, before.unsqueeze(2).expand(-1, -1, hidden.shape[2]))
+
+
+def _shared(body, different, owner: Tensor, tokens: Tensor, mask: Tensor, pad: int) -> Tensor:
+    """The same, each distinct prompt read once: its cache goes to all rows that have it, gradients included."""
+    ids, seen, positions = left_padded(different, pad, tokens.device)
+    padded = not bool(seen.all())
+    cache = DynamicCache(config=body.config)
+    first = body(
+        input_ids=ids,
+        attention_mask=seen.long() if padded else None,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+    ).last_hidden_state[:, -1:]
+    first = first[owner]
+    if tokens.shape[1] == 1:
+        return first
+    cache.batch_select_indices(owner)
+    steps = torch.arange(1, tokens.shape[1], device=tokens.device)
+    rest = body(
+        input_ids=tokens[:, :-1],
+        attention_mask=torch.cat([seen[owner], torch.ones_like(mask[:, :-1])], 1).long(),
+        position_ids=positions[owner, -1:] + steps,
+        past_key_values=cache,
+        use_cache=True,
+    ).last_hidden_state
+    return torch.cat([first, rest], 1)

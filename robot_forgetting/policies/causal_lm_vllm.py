@@ -1,0 +1,132 @@
+"""Completions from a second implementation of the same model (vLLM), checked against the policy's own probabilities.
+
+A fast sampler computes in other kernels, in another precision, and from weights that must be sent to it after every
+optimiser step. What goes wrong there (weights a step old, a wrong temperature, a template applied twice) shows in one
+place: the log-probabilities it reports for its tokens are not the policy's.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from robot_forgetting.errors import UserError
+from robot_forgetting.policy import Action
+
+
+@dataclass(frozen=True)
+class Completion:
+    """tokens: with the end-of-text token where it came in time; log_probs: of each, at the sampling temperature."""
+
+    tokens: Sequence[int]
+    log_probs: Sequence[float]
+
+
+class Sampler(ABC):
+    """Writes completions for a policy that keeps the weights.
+
+    largest_difference: nats, between the sampler's log-probabilities and the policy's own, averaged over the tokens of
+        a call; above it, its samples are refused
+    """
+
+    largest_difference: float = 0.1
+
+    @abstractmethod
+    def update(self, policy) -> None:
+        """Takes over the policy's present weights (those of its base inside ``base()``)."""
+
+    @abstractmethod
+    def complete(
+        self, prompts: Sequence[Sequence[int]], *, limit: int, stops: set[int], temperature: float, seeds: Sequence[int]
+    ) -> list[Completion]:
+        """One completion per prompt (token ids) of at most ``limit`` tokens; its randomness is its own seed's."""
+
+
+def as_action(completions: Sequence[Completion], pad: int) -> Action:
+    width = max(1, *(len(completion.tokens) for completion in completions))
+    tokens = torch.full((len(completions), width), pad, dtype=torch.int64)
+    mask, log_prob = torch.zeros(tokens.shape, dtype=torch.bool), torch.zeros(tokens.shape)
+    for row, completion in enumerate(completions):
+        length = len(completion.tokens)
+        tokens[row, :length] = torch.tensor(completion.tokens)
+        log_prob[row, :length] = torch.tensor(completion.log_probs, dtype=torch.float32)
+        mask[row, :length] = True
+    return Action(tokens, mask, log_prob)
+
+
+def importance_ratios(own: Tensor, action: Action, limit: float) -> dict[str, float]:
+    """How far a sampler's probabilities are from the policy's own, for train.jsonl; ``UserError`` beyond ``limit``.
+
+    own: the policy's log-probabilities [N, T] of the same tokens at the same temperature. The ratio of a token is
+    exp(own - sampler's), 1 where both agree.
+    """
+    difference = (own.cpu() - action.log_prob)[action.mask]
+    if not len(difference):
+        return {}
+    mean = difference.abs().mean().item()
+    numbers = {
+        "sampler_difference": mean,
+        "sampler_ratio_min": difference.min().exp().item(),
+        "sampler_ratio_max": difference.max().exp().item(),
+    }
+    if not mean <= limit:  # also refuses nan
+        raise UserError(
+            f"the sampler's log-probabilities differ from the policy's by {mean:.3g} nats per token on average (limit "
+            f"{limit:g}): it samples from another model; look at its weights, precision and template, use sampler=null "
+            "or raise policy.sampler.largest_difference"
+        )
+    return numbers
+
+
+class VLLMSampler(Sampler):
+    """vLLM in this process, on the same GPU; an optional dependency that has not been run with this project's tests.
+
+    memory: share of the GPU's memory that vLLM may take; the rest is the trainer's
+    """
+
+    def __init__(self, *, memory: float = 0.3, largest_difference: float = 0.1, seed: int = 0):
+        try:
+            import vllm  # noqa: F401
+        except ImportError as error:
+            raise UserError(
+                "sampling through vLLM needs a CUDA machine with the package vllm; run: pip install vllm, or use "
+                "policy.sampler=null (transformers)"
+            ) from error
+        self.memory, self.largest_difference, self.seed = memory, largest_difference, seed
+        self._engine = None
+
+    def update(self, policy) -> None:
+        from vllm import LLM
+
+        if policy.lora is not None:
+            raise UserError("vLLM samples for full fine-tuning only; use policy.lora=null or policy.sampler=null")
+        if self._engine is None:
+            self._engine = LLM(
+                model=policy.source,
+                gpu_memory_utilization=self.memory,
+                max_model_len=policy.prompts.context,
+                seed=self.seed,
+            )
+        weights = [(name, tensor) for name, tensor in policy.model.state_dict().items()]
+        self._engine.apply_model(lambda model: model.load_weights(weights))
+
+    def complete(self, prompts, *, limit, stops, temperature, seeds) -> list[Completion]:
+        from vllm import SamplingParams
+
+        settings = [
+            SamplingParams(
+                max_tokens=limit, temperature=temperature, stop_token_ids=sorted(stops), logprobs=0, seed=int(seed)
+            )
+            for seed in seeds
+        ]
+        answers = self._engine.generate([{"prompt_token_ids": list(prompt)} for prompt in prompts], settings)
+        found = []
+        for answer in answers:
+            output = answer.outputs[0]
+            values = [step[token].logprob for token, step in zip(output.token_ids, output.logprobs, strict=True)]
+            found.append(Completion(list(output.token_ids), values))
+        return found

@@ -1,0 +1,223 @@
+"""SimplerEnv's Bridge scenes on SAPIEN 3 with the physics, initial states and success tests of the original.
+
+The original is ManiSkill2_real2sim on SAPIEN 2.2.2 (Li et al. 2024, arXiv:2405.05941). What ManiSkill3's port does
+differently is set back here: contact offset, solver, default friction, damping, the spoon's shape, how objects come to
+rest, where positions are measured (centre of mass), and what counts as grasped and as success. CPU simulation only.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import sapien
+import torch
+from mani_skill.envs.tasks.digital_twins.base_env import BaseDigitalTwinEnv
+from mani_skill.envs.tasks.digital_twins.bridge_dataset_eval.base_env import BaseBridgeEnv
+from mani_skill.sensors.camera import CameraConfig
+from mani_skill.utils import io_utils
+from mani_skill.utils.structs.types import DefaultMaterialsConfig, SceneConfig, SimConfig
+
+from robot_forgetting.robot import assets, spoon
+from robot_forgetting.robot.grid import Grid
+from robot_forgetting.robot.widowx import WidowXFlatTable, WidowXSink, pressing_fingers
+
+DROP_HEIGHT = 0.87 + 0.5  # of the table, and how far above it objects are let go
+CAMERA = "3rd_view_camera"
+VISUALS = ("obj", "dae", "glb")  # in the original's order
+SPOON = "bridge_spoon_generated_modified"
+
+
+class BridgeScene(BaseBridgeEnv):
+    """Robot, table (or sink), source and target object.
+
+    objects: names of the source and the target object; grid: their initial states
+    height: of the source over the target, metres more than their boxes, that still is success
+    nothing_else: whether the source may touch only the robot and the target then
+    bundle: the assets it needs, see ``assets.BUNDLES``; photo: its background
+    """
+
+    bundle, photo = "bridge", "bridge_real_eval_1.png"
+
+    def __init__(
+        self, objects: tuple[str, str], grid: Grid, *, height: float, nothing_else: bool, robot_uids=None, **kwargs
+    ):
+        assets.require(self.bundle, tuple(f"{assets.MODELS}/{name}/collision.obj" for name in objects))
+        folder = assets.bridge_folder()
+        self.objs, self.obj_names = {}, list(objects)
+        self.source_obj_name, self.target_obj_name = objects
+        self.grid, self._height, self._nothing_else = grid, height, nothing_else
+        self.xyz_configs, self.quat_configs = np.zeros(0), np.zeros(0)  # ManiSkill's own; we place the objects
+        sink = self.scene_setting == "sink"
+        self.rgb_overlay_paths = {CAMERA: str(folder / "real_inpainting" / self.photo)}
+        self._rgb_overlay_images = {}  # ManiSkill's is the class's, and so every environment's
+        self.model_db = io_utils.load_json(folder / "custom" / self.MODEL_JSON)
+        self.consecutive_grasp, self.configuration = 0, -1
+        BaseDigitalTwinEnv.__init__(self, robot_uids=WidowXSink if sink else WidowXFlatTable, **kwargs)
+
+    @property
+    def _default_sim_config(self):
+        scene = SceneConfig(contact_offset=0.005, solver_position_iterations=25, enable_pcm=False, enable_tgs=True)
+        friction = DefaultMaterialsConfig(static_friction=1.0, dynamic_friction=1.0)
+        return SimConfig(
+            sim_freq=500, control_freq=5, spacing=20, scene_config=scene, default_materials_config=friction
+        )
+
+    @property
+    def _default_human_render_camera_configs(self):
+        return own_view(self.agent)
+
+    def _build_actor_helper(self, model_id: str, scale: float = 1, kinematic: bool = False, initial_pose=None):
+        """ManiSkill's, with the original's damping, and the spoon in its parts."""
+        folder = assets.bridge_folder() / "custom" / "models" / model_id
+        friction = sapien.physx.PhysxMaterial(self.obj_static_friction, self.obj_dynamic_friction, 0.0)
+        builder = self.scene.create_actor_builder()
+        builder.add_multiple_convex_collisions_from_file(
+            filename=str(spoon.write_mesh() if model_id == SPOON else folder / "collision.obj"),
+            scale=[scale] * 3,
+            material=friction,
+            density=self.model_db[model_id].get("density", 1000),
+        )
+        visual = next(folder / f"textured.{kind}" for kind in VISUALS if (folder / f"textured.{kind}").is_file())
+        builder.add_visual_from_file(filename=str(visual), scale=[scale] * 3)
+        builder.initial_pose = sapien.Pose() if initial_pose is None else initial_pose
+        if kinematic:
+            return builder.build_kinematic(name=model_id)
+        actor = builder.build(name=model_id)
+        for body in actor._bodies:
+            body.linear_damping = body.angular_damping = 0.1
+        return actor
+
+    # ---- initial states
+
+    def _initialize_episode(self, env_idx: torch.Tensor, options: dict):
+        self.configuration, places, turns = self.grid.state(int(self._episode_seed[0]), options.get("episode_id"))
+        self._drop(places, turns)
+        qpos, base = INITIAL[self.scene_setting]
+        self.agent.robot.set_pose(sapien.Pose(base, [0, 0, 0, 1]))
+        self.agent.reset(init_qpos=np.array(qpos))
+        self.consecutive_grasp = 0
+        self._at_rest = {name: np.array(self._body(name).entity_pose.p) for name in self.obj_names}
+        self._extents = {}
+        for name in self.obj_names:
+            box = self.model_db[name]["bbox"]
+            turn = self._body(name).entity_pose.to_transformation_matrix()[:3, :3]
+            self._extents[name] = turn @ (np.array(box["max"]) - np.array(box["min"]))
+
+    def _body(self, name: str):
+        return self.objs[name]._bodies[0]
+
+    def _drop(self, places: np.ndarray, turns: np.ndarray) -> None:
+        """Objects fall from half a metre with their tilt locked, then settle; the robot is out of the way."""
+        self.agent.robot.set_pose(sapien.Pose([-10, 0, 0]))
+        bodies = [self._body(name) for name in self.obj_names]
+
+        def still(body, pose) -> None:
+            body.entity.set_pose(pose)
+            body.set_linear_velocity(np.zeros(3))
+            body.set_angular_velocity(np.zeros(3))
+
+        for body, place, turn in zip(bodies, places, turns, strict=True):
+            still(body, sapien.Pose([*place, DROP_HEIGHT], turn))
+            body.set_locked_motion_axes([False, False, False, True, True, False])
+        self._settle(0.5)
+        for body in bodies:
+            body.set_locked_motion_axes([False] * 6)
+            still(body, body.entity_pose)
+        self._settle(0.5)
+        linear = sum(np.linalg.norm(body.linear_velocity) for body in bodies)
+        angular = sum(np.linalg.norm(body.angular_velocity) for body in bodies)
+        if linear > 1e-3 or angular > 1e-2:
+            self._settle(1.5)
+
+    def _settle(self, seconds: float) -> None:
+        for _ in range(int(self.sim_freq * seconds)):
+            self.scene.step()
+
+    # ---- success
+
+    def evaluate(self) -> dict:
+        """The original's flags, of this instant; ``configuration`` is that of the evaluation grid, -1 in training."""
+        source, target = self.obj_names
+        now = {source: self.centre(source), target: self._body(target).entity_pose.p}  # as the original has it
+        moved = {name: float(np.linalg.norm((now[name] - self._at_rest[name])[:2])) for name in now}
+        grasped = pressing_fingers(self.agent, self.objs[source])
+        self.consecutive_grasp = self.consecutive_grasp + 1 if grasped else 0
+        on_target = self._is_above() and not (self._nothing_else and self._touches_others())
+        flags = {
+            "is_src_obj_grasped": grasped,
+            "consecutive_grasp": self.consecutive_grasp >= 5,
+            "src_on_target": on_target,
+            "moved_correct_obj": moved[source] > 0.03 and moved[target] < moved[source],
+            "moved_wrong_obj": moved[target] > 0.03 and moved[target] > moved[source],
+            "success": on_target,
+        }
+        flags = {name: torch.tensor([bool(value)]) for name, value in flags.items()}
+        return {**flags, "configuration": torch.tensor([self.configuration])}
+
+    def centre(self, name: str) -> np.ndarray:
+        """World position [3] of an object's centre of mass."""
+        body = self._body(name)
+        return np.asarray((body.entity_pose * body.cmass_local_pose).p, dtype=np.float64)
+
+    def _is_above(self) -> bool:
+        """By centres of mass and by the boxes that both had when they came to rest."""
+        source, target = self.obj_names
+        offset = self.centre(source) - self.centre(target)
+        halves = self._extents[source] / 2, self._extents[target] / 2
+        sideways = np.linalg.norm(offset[:2]) <= np.linalg.norm(halves[1][:2]) + 0.003
+        return bool(sideways and 0 < offset[2] <= self._height + halves[0][2] + halves[1][2])
+
+    def _touches_others(self) -> bool:
+        """Contact with an impulse above 1e-6 Ns; the hand may still hold the object over the target."""
+        source = self.objs[self.source_obj_name]._objs[0]
+        allowed = {link.entity for link in self.agent.robot._objs[0].links}
+        allowed.add(self.objs[self.target_obj_name]._objs[0])
+        for contact in self.scene.px.get_contacts():
+            pair = [body.entity for body in contact.bodies]
+            if source in pair and pair[pair[0] == source] not in allowed:
+                if np.linalg.norm(np.sum([point.impulse for point in contact.points], axis=0)) > 1e-6:
+                    return True
+        return False
+
+
+class StockScene:
+    """Before a stock Bridge environment in the list of bases: its own photo, and our seeds for its initial states."""
+
+    def __init__(self, *, grid: Grid, **kwargs):
+        assets.require("bridge")
+        self.grid, self.configuration = grid, -1
+        self._rgb_overlay_images = {}
+        super().__init__(**kwargs)
+
+    @property
+    def _default_human_render_camera_configs(self):
+        return own_view(self.agent)
+
+    def _initialize_episode(self, env_idx: torch.Tensor, options: dict):
+        self.configuration, places, turns = self.grid.state(int(self._episode_seed[0]), options.get("episode_id"))
+        heights = self.xyz_configs[0, :, 2:]
+        self.xyz_configs = torch.cat([torch.tensor(places, dtype=heights.dtype), heights], dim=1)[None]
+        self.quat_configs = torch.tensor(np.asarray(turns), dtype=heights.dtype)[None]
+        super()._initialize_episode(env_idx, {**options, "episode_id": torch.tensor([0])})
+
+    def evaluate(self) -> dict:
+        return {**super().evaluate(), "configuration": torch.tensor([self.configuration])}
+
+
+def own_view(agent) -> CameraConfig:
+    """For videos: the policy's view."""
+    own = agent._sensor_configs[0]
+    base = agent.robot.links_map["base_link"]
+    return CameraConfig("render_camera", own.pose, 512, 512, intrinsic=own.intrinsic, mount=base)
+
+
+# Joint positions (radians, metres) and base position (metres) as measured on the real robot, per scene.
+INITIAL = {
+    "flat_table": (
+        [-0.01840777, 0.0398835, 0.22242722, -0.00460194, 1.36524296, 0.00153398, 0.037, 0.037],
+        [0.147, 0.028, 0.870],
+    ),
+    "sink": (
+        [-0.2600599, -0.12875618, 0.04461369, -0.00652761, 1.7033415, -0.26983038, 0.037, 0.037],
+        [0.127, 0.060, 0.85],
+    ),
+}

@@ -1,0 +1,67 @@
+"""What a policy's commands mean, turned into what a robot takes, and back.
+
+The published OpenVLA checkpoints give Euler angles and a gripper between 0 (closed) and 1 (open). SimplerEnv's wrapper
+(``simpler_env/policies/openvla/openvla_model.py``, ``OpenVLAInference.step``) turns the angles into a rotation vector
+(transforms3d's ``euler2axangle``, axes "sxyz": R = Rz(yaw) Ry(pitch) Rx(roll)) and, for the WidowX, opens the gripper
+where the number is above 0.5. A task offers the same by declaring ``rotation: euler_xyz`` and ``gripper: "1 opens"``.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from robot_forgetting.errors import unknown
+from robot_forgetting.robot.robots import Robot
+
+GRIPPERS = ("+1 opens", "1 opens, 0 closes")
+
+
+class Boundary:
+    """Between a policy that declares ``rotation`` and ``gripper`` (None: the robot's own) and a robot."""
+
+    def __init__(self, robot: Robot, rotation: str | None = None, gripper: str | None = None):
+        rotation, gripper = rotation or robot.rotation, gripper or robot.gripper
+        if rotation != robot.rotation and (rotation, robot.rotation) != ("euler_xyz", "axis_angle"):
+            raise unknown("rotation", rotation, {robot.rotation, "euler_xyz"})
+        if gripper != robot.gripper and (gripper, robot.gripper) != (GRIPPERS[1], GRIPPERS[0]):
+            raise unknown("gripper", gripper, GRIPPERS if robot.gripper == GRIPPERS[0] else (robot.gripper,))
+        self._turn, self._binarise = rotation != robot.rotation, gripper != robot.gripper
+
+    def reset(self) -> None:
+        """At the start of an episode; nothing here remembers."""
+
+    def to_robot(self, command: np.ndarray) -> np.ndarray:
+        """A policy's command [7] as the robot's."""
+        if not (self._turn or self._binarise):
+            return command
+        command = command.copy()
+        if self._turn:
+            command[3:6] = rotation_vector(command[3:6])
+        if self._binarise:
+            command[6] = 1.0 if command[6] > 0.5 else -1.0
+        return command
+
+    def to_policy(self, command: np.ndarray) -> np.ndarray:
+        """A robot's command [7] (an expert's) as a policy would have given it."""
+        if not (self._turn or self._binarise):
+            return command
+        command = command.copy()
+        if self._turn:
+            command[3:6] = euler_angles(command[3:6])
+        if self._binarise:
+            command[6] = float(command[6] > 0)
+        return command
+
+
+def rotation_vector(angles: np.ndarray) -> np.ndarray:
+    """Axis times angle [3] of R = Rz(yaw) Ry(pitch) Rx(roll) for [roll, pitch, yaw]; all in radians."""
+    from scipy.spatial.transform import Rotation
+
+    return Rotation.from_euler("xyz", angles).as_rotvec()
+
+
+def euler_angles(vector: np.ndarray) -> np.ndarray:
+    """The inverse of ``rotation_vector`` for turns of less than a quarter."""
+    from scipy.spatial.transform import Rotation
+
+    return Rotation.from_rotvec(vector).as_euler("xyz")

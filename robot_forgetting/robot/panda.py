@@ -1,0 +1,107 @@
+"""The Panda under ManiSkill's ``pd_ee_delta_pose``: its arithmetic, and its grasp test, in numpy.
+
+ManiSkill's batched torch calls cost more than the physics of one CPU environment; a test holds both to the same
+trajectory.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import torch
+
+from robot_forgetting.errors import UserError
+from robot_forgetting.robot.robots import Controller
+
+
+class EndEffectorController(Controller):
+    """ManiSkill's ``pd_ee_delta_pose`` (root-frame translation, root-aligned body rotation) for one CPU environment."""
+
+    def __init__(self, env):
+        import sapien
+
+        self._pose = sapien.Pose
+        arm, gripper = (env.agent.controller.controllers[key] for key in ("arm", "gripper"))
+        config = arm.config
+        if config.use_target or config.frame != "root_translation:root_aligned_body_rotation" or config.interpolate:
+            raise UserError(
+                f"environment '{env.spec.id}' uses an end-effector controller that is not supported; "
+                "use a robot whose pd_ee_delta_pose moves relative to the measured pose in the root frame"
+            )
+        self._position_scale = float(config.pos_upper)
+        self._rotation_scale = float(config.rot_lower)  # ManiSkill scales rotations by the *lower* limit: a sign flip
+        self._gripper_low, self._gripper_high = float(gripper.config.lower), float(gripper.config.upper)
+        self._robot = env.agent.robot._objs[0]
+        self._link = arm.ee_link._objs[0]
+        self._kinematics = arm.kinematics
+        joints = self._robot.active_joints
+        self._arm_joints = [joints[int(i)] for i in arm.active_joint_indices]
+        self._gripper_joints = [joints[int(i)] for i in gripper.active_joint_indices]
+        self._model_joints = np.asarray(arm.kinematics.pmodel_active_joint_indices)
+        self._controlled = np.asarray(arm.kinematics.pmodel_controlled_joint_indices)
+        if env.agent.uid.startswith("panda"):
+            env.agent.is_grasping = functools.partial(is_grasping, env.agent)
+
+    def apply(self, command: np.ndarray) -> None:
+        position = np.clip(command[:3], -1, 1) * self._position_scale
+        rotation = command[3:6] / max(1.0, np.linalg.norm(command[3:6])) * self._rotation_scale
+        current = self._robot.root_pose.inv() * self._link.entity_pose
+        turn = self._pose(q=_quaternion_xyz(rotation)) * self._pose(q=current.q)
+        qpos = self._robot.qpos
+        target, solved, _ = self._kinematics.pmodel.compute_inverse_kinematics(
+            self._kinematics.end_link_idx,
+            self._pose(p=current.p + position, q=turn.q),
+            initial_qpos=qpos[self._model_joints],
+            active_qmask=self._kinematics.qmask,
+            max_iterations=100,
+        )
+        if solved:
+            for joint, value in zip(self._arm_joints, target[self._controlled], strict=True):
+                joint.set_drive_target(value)
+        else:  # ManiSkill holds the arm where it is
+            for joint, value in zip(self._arm_joints, qpos, strict=False):
+                joint.set_drive_target(value)
+        width = self._gripper_low + (np.clip(command[6], -1, 1) + 1) / 2 * (self._gripper_high - self._gripper_low)
+        for joint in self._gripper_joints:
+            joint.set_drive_target(width)
+
+
+def is_grasping(agent, object, min_force: float = 0.5, max_angle: float = 85) -> torch.Tensor:
+    """The Panda agent's grasp test for one CPU environment in numpy, [1] bool.
+
+    Both fingers must press on the object with at least ``min_force`` newtons, within ``max_angle`` degrees of their
+    opening directions.
+    """
+    body = object._bodies[0].entity
+    impulses = {}
+    for contact in agent.scene.px.get_contacts():
+        first, second = contact.bodies[0].entity, contact.bodies[1].entity
+        if body not in (first, second):
+            continue
+        finger, sign = (first, 1.0) if second == body else (second, -1.0)
+        total = np.sum([point.impulse for point in contact.points], axis=0) * sign
+        impulses[finger.name] = impulses.get(finger.name, 0.0) + total
+    for link, side in ((agent.finger1_link, 1.0), (agent.finger2_link, -1.0)):
+        entity = link._objs[0].entity
+        if entity.name not in impulses:
+            return torch.tensor([False])
+        force = impulses[entity.name] / agent.scene.px.timestep
+        size = np.linalg.norm(force)
+        opening = entity.pose.to_transformation_matrix()[:3, 1] * side
+        if size < min_force or opening @ force < np.cos(np.deg2rad(max_angle)) * size:
+            return torch.tensor([False])
+    return torch.tensor([True])
+
+
+def _quaternion_xyz(angles: np.ndarray) -> np.ndarray:
+    """Unit quaternion (w, x, y, z) of R = Rx(a) Ry(b) Rz(c), angles in radians."""
+    (ca, cb, cc), (sa, sb, sc) = np.cos(angles / 2), np.sin(angles / 2)
+    return np.array(
+        [
+            ca * cb * cc - sa * sb * sc,
+            sa * cb * cc + ca * sb * sc,
+            ca * sb * cc - sa * cb * sc,
+            ca * cb * sc + sa * sb * cc,
+        ]
+    )

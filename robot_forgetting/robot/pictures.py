@@ -1,0 +1,86 @@
+"""Pictures of a simulated camera: taken directly, laid over a photo of the real scene where a digital twin has one.
+
+SimplerEnv's "visual matching": only the robot and the objects are drawn, everything else is the photo (Li et al. 2024,
+arXiv:2405.05941). ManiSkill keeps the photos in a dictionary of the class, so that two environments of one process show
+each other's; here each camera has its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from robot_forgetting.errors import UserError
+
+
+class Overlay:
+    """A photo of the scene without the things in it, and which things to draw over it.
+
+    photo: uint8 [H, W, 3] of the camera's size
+    kept: segmentation numbers (per actor) of what is drawn
+    """
+
+    def __init__(self, photo: np.ndarray, kept: Iterable[int]):
+        self.photo = photo
+        self.background = np.ones(2**15, dtype=bool)  # segmentation numbers are int16
+        self.background[list(kept)] = False
+
+    def over(self, picture: np.ndarray, segmentation: np.ndarray) -> np.ndarray:
+        """The photo wherever the segmentation [H, W] shows something that is not kept."""
+        return np.where(self.background[segmentation][..., None], self.photo, picture)
+
+
+class Camera:
+    """One camera of a CPU environment.
+
+    sensor: ManiSkill's camera
+    size: (width, height) of ``take``'s pictures; they are area-averaged where the camera has more pixels
+    overlay: None, or what the background is replaced by
+    """
+
+    def __init__(self, sensor, size: tuple[int, int], overlay: Overlay | None = None):
+        self._camera = sensor.camera._render_cameras[0]
+        self._minimal = sensor.config.shader_pack == "minimal"
+        self.resize(size)
+        self._overlay = overlay
+
+    def resize(self, size: tuple[int, int]) -> None:
+        """Another ``size`` of the pictures from now on."""
+        self._size = size if (self._camera.width, self._camera.height) != size else None
+
+    def take(self) -> np.ndarray:
+        """uint8 [height, width, 3]; the scene's render state must be up to date."""
+        self._camera.take_picture()
+        picture = self._camera.get_picture("Color")[..., :3]
+        if picture.dtype != np.uint8:
+            picture = (picture.clip(0, 1) * 255).astype(np.uint8)
+        if self._overlay is not None:
+            if self._minimal:
+                segmentation = self._camera.get_picture("PositionSegmentation")[..., 3]
+            else:
+                segmentation = self._camera.get_picture("Segmentation")[..., 1]
+            picture = self._overlay.over(picture, segmentation)
+        if self._size is not None:
+            picture = area_average(picture, self._size)
+        return np.ascontiguousarray(picture)
+
+
+def area_average(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A picture [H, W, 3] uint8 reduced to ``size`` (width, height), as SimplerEnv's policies do it."""
+    import cv2
+
+    return cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
+
+
+def read_photo(path: str | Path, size: tuple[int, int]) -> np.ndarray:
+    """A photo as uint8 [height, width, 3] in RGB, reduced or enlarged to ``size`` (width, height)."""
+    import cv2
+
+    photo = cv2.imread(str(path))
+    if photo is None:
+        raise UserError(f"{path} is not a picture that can be read; fetch the assets again")
+    photo = cv2.cvtColor(photo, cv2.COLOR_BGR2RGB)
+    smaller = size[0] < photo.shape[1]
+    return cv2.resize(photo, size, interpolation=cv2.INTER_AREA if smaller else cv2.INTER_LINEAR)

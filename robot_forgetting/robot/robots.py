@@ -1,0 +1,98 @@
+"""What a simulation must know of a robot: its controller, what a command means to it, and how fast it is asked."""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+
+from robot_forgetting.errors import UserError, unknown
+
+
+class Controller(ABC):
+    """Turns a command into drive targets, for one CPU environment."""
+
+    @abstractmethod
+    def __init__(self, env): ...
+
+    def reset(self) -> None:  # noqa: B027  (most controllers have nothing to do)
+        """After every reset of the environment; only controllers with a memory have something to do."""
+
+    @abstractmethod
+    def apply(self, command: np.ndarray) -> None:
+        """Executes a command [7] (float64, finite) in the units that the robot declares."""
+
+    # Called before every physics step where a controller moves its targets in between; None costs nothing.
+    before_simulation_step = None
+
+
+@dataclass(frozen=True)
+class Robot:
+    """A robot under one controller; plain values only, so that naming one imports no simulator.
+
+    controller: dotted name of a ``Controller``
+    control_mode: ManiSkill's name of the joint drives it uses; None: the robot's only one
+    rotation: what numbers 4 to 6 are, "euler_xyz" or "axis_angle" (both in radians times ``radians_per_unit``)
+    metres_per_unit: of the first three numbers; scales the commands that checks and experts give
+    """
+
+    controller: str
+    control_mode: str | None
+    rotation: str
+    gripper: str
+    control_hz: float
+    statistics: str
+    metres_per_unit: float = 1.0
+
+
+ROBOTS = {
+    "panda": Robot(
+        controller="robot_forgetting.robot.panda.EndEffectorController",
+        control_mode="pd_ee_delta_pose",
+        rotation="euler_xyz",
+        gripper="+1 opens",
+        control_hz=20.0,
+        statistics="maniskill_panda",
+        metres_per_unit=0.1,
+    ),
+    "widowx": Robot(
+        controller="robot_forgetting.robot.widowx.EndEffectorController",
+        control_mode=None,
+        rotation="axis_angle",
+        gripper="+1 opens",
+        control_hz=5.0,
+        statistics="bridge_orig",
+    ),
+    # ManiSkill's own controller behind the same numbers: it turns by Euler angles, whatever the policy meant.
+    "widowx_maniskill3": Robot(
+        controller="robot_forgetting.robot.widowx.StockController",
+        control_mode=None,
+        rotation="axis_angle",
+        gripper="+1 opens",
+        control_hz=5.0,
+        statistics="bridge_orig",
+    ),
+}
+
+
+def find_robot(name: str) -> Robot:
+    """One of ``ROBOTS``, or a ``Robot`` named by its dotted path."""
+    if name in ROBOTS:
+        return ROBOTS[name]
+    if "." not in name:
+        raise unknown("robot", name, ROBOTS)
+    robot = load_object(name)
+    if not isinstance(robot, Robot):
+        raise UserError(f"'{name}' is a {type(robot).__name__}; a robot is a robot_forgetting.robot.robots.Robot")
+    return robot
+
+
+def load_object(dotted: str):
+    """The object a dotted path names."""
+    module, _, name = dotted.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"cannot import '{dotted}' ({error}); give it as package.module.name") from error
