@@ -37,6 +37,10 @@ VERBS = {
     "reproduce": ("robot_forgetting.reproduce:reproduce", "a published study, with all its runs: parity_mnist"),
     "report": ("robot_forgetting.report:write_report", "one HTML page from run folders"),
     "check": ("robot_forgetting.conformance:check", "what is wrong with a task, method or policy of your own"),
+    "assets": (
+        "robot_forgetting.robot.assets:command",
+        "SimplerEnv's meshes: assets bridge [folder=FOLDER] [yes=true]",
+    ),
     "list": ("robot_forgetting.cli:list_choices", "the tasks, methods, policies, penalties and budgets there are"),
     "doctor": ("robot_forgetting.doctor:doctor", "what is missing on this machine, and what to type"),
 }
@@ -76,6 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if rest:
                 raise UserError(f"doctor takes no arguments, not '{rest[0]}'")
             return _load(VERBS[verb][0])()
+        if verb == "assets":  # no experiment: nothing of the configuration matters
+            return _load(VERBS[verb][0])(rest)
         return _hydra_main(verb, *_split(verb, rest), debug)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command again continues where it stopped", file=sys.stderr)

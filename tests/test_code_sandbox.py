@@ -151,7 +151,7 @@ FORGERIES = {
 
 @pytest.mark.parametrize("name", FORGERIES)
 def test_no_success_can_be_forged(name):
-    assert not attempt(FORGERIES[name], wall_seconds=60).passed
+    assert not attempt(FORGERIES[name], cpu_seconds=1, wall_seconds=60).passed
 
 
 @pytest.mark.parametrize(
@@ -212,11 +212,11 @@ def test_verdicts_are_those_of_running_it_in_one_process(name):
 
 
 def test_humaneval_solutions_pass_and_broken_ones_do_not(shared):
-    """Every ninth function; all 164 take a minute. Broken: the answer in a list, and no body at all."""
+    """Every sixteenth function; all 164 take a minute. Broken: the answer in a list, and no body at all."""
     from robot_forgetting.tasks.sources import read_rows
 
-    rows = [row.value for row in read_rows(shared / "data" / "humaneval" / "HumanEval.jsonl.gz")][::9]
-    assert len(rows) == 19
+    rows = [row.value for row in read_rows(shared / "data" / "humaneval" / "HumanEval.jsonl.gz")][::16]
+    assert len(rows) == 11
     for index, row in enumerate(rows):
         known = {key: row[key] for key in ("prompt", "entry_point", "test")}
         solution = row["prompt"] + row["canonical_solution"]

@@ -14,7 +14,7 @@ import tarfile
 import tempfile
 import urllib.request
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -141,6 +141,22 @@ def fetch(name: str, folder: str | Path | None = None, *, yes: bool = False, ask
         raise UserError(f"{absent[0]} is not {where}, nor {len(absent) - 1} others; look at its layout (data/...)")
     say(f"the {name} assets are in {target}")
     return 0
+
+
+def command(arguments: Sequence[str]) -> int:
+    """`robot-forgetting assets NAME [folder=FOLDER] [yes=true]`: see ``fetch``."""
+    names = [text for text in arguments if "=" not in text and not text.startswith("-")]
+    options = dict(text.split("=", 1) for text in arguments if "=" in text)
+    yes = options.pop("yes", "false").lower() == "true" or "--yes" in arguments
+    folder = options.pop("folder", None)
+    strange = [*options, *(text for text in arguments if text.startswith("-") and text != "--yes")]
+    if strange:
+        raise UserError(f"assets does not know '{strange[0]}'; give NAME, folder=FOLDER, yes=true")
+    if len(names) != 1:
+        raise UserError(f"name one family of assets: {', '.join(sorted(BUNDLES))}")
+    if names[0] not in BUNDLES:
+        raise unknown("family of assets", names[0], BUNDLES)
+    return fetch(names[0], folder, yes=yes)
 
 
 def _copy(source: Path, target: Path) -> None:
