@@ -66,7 +66,7 @@ def complaint(capsys, *arguments: str) -> str:
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["lst"], "unknown verb 'lst'; choose one of: check, doctor, evaluate, list"),
+        (["lst"], "unknown verb 'lst'; choose one of: assets, check, doctor, evaluate, list"),
         (["run", "task=pick_cub"], "unknown task 'pick_cub'; choose one of: fashion_mnist"),
         (["run", "method=sfd"], "unknown method 'sfd'; choose one of:"),
         (["run", "--multirun", "task=pick_cub", "seed=0,1"], "unknown task 'pick_cub'"),
@@ -213,7 +213,7 @@ def test_a_dataclass_is_filled_from_its_fields(capsys, folder, monkeypatch):
     assert capsys.readouterr().out == "4 one None 3\n"
 
 
-@pytest.mark.parametrize("verb", cli.VERBS)
+@pytest.mark.parametrize("verb", sorted(set(cli.VERBS) - {"assets"}))  # assets reads no configuration
 def test_every_verb_asks_for_things_that_there_are(verb):
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         keys = set(hydra.compose("config"))
