@@ -147,6 +147,14 @@ def test_tables_of_the_design_are_there(page):
     best = next(r for r in report["predictors"] if r["predictor"] == "forward_kl" and r["shipped"])
     assert {"predictor", "inputs", "r2", "low", "high", "n"} <= set(best)
     assert 0 <= best["low"] <= best["r2"] <= best["high"] <= 1
+    left_out = [row for row in report["leave_one_method_out"] if row["shipped"]]
+    assert {row["held_out"] for row in left_out} == {"sft", "reinforce"}
+    for row in left_out:
+        assert (row["predictor"], row["inputs"], row["tested_on"]) == ("forward_kl", "new", [row["held_out"]])
+        if row["states"] == "base":
+            assert row["r2"] is not None and row["n"] > 0, row
+        else:  # the fine-tuned policy's own states: one checkpoint a run
+            assert row["r2"] is None and row["note"].endswith("too few points for a fit: 3, needs 4"), row
     assert all(row["front"] for row in report["fronts"])
     assert {row["over"] for row in report["matched"] if row["level"]} == {
         "initial states only",

@@ -239,6 +239,25 @@ def predictor_rows(points: Sequence[dict]) -> list[dict]:
     return sorted(rows, key=_place)
 
 
+def left_out_rows(points: Sequence[dict]) -> list[dict]:
+    """Does the law of the other methods predict a method? ``law.leave_one_method_out`` of the forward KL per token.
+
+    On new-task inputs, at the states of each kind; no rows for one method, or where forgetting is not known.
+    """
+    rows = []
+    for setting in settings(points):
+        mine = [row for row in of(points, setting) if row["forgetting"] is not None]
+        for key in dict.fromkeys(key for row in mine for key in row["divergence"]):
+            measure, unit, inputs, states = key.split("|")
+            used = [{**row, "predictors": row["divergence"]} for row in mine if key in row["divergence"]]
+            if (measure, unit, inputs) != ("forward_kl", "nats/token", "new") or len({r["method"] for r in used}) < 2:
+                continue
+            head = dict(zip(("policy", "new_task", "shipped"), setting, strict=True))
+            for row in law.leave_one_method_out(law.Points.from_rows(used), key):
+                rows.append({**head, **row, "predictor": measure, "unit": unit, "inputs": inputs, "states": states})
+    return rows
+
+
 def _place(row: dict) -> tuple:
     inputs = ("new", "prior", "held_out")
     return row["shipped"] is not None, row["r2"] is None, inputs.index(row["inputs"]) if row["inputs"] in inputs else 3

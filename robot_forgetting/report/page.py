@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 
-import jinja2
 from markupsafe import Markup
 
 from robot_forgetting.errors import UserError
@@ -18,6 +16,7 @@ from robot_forgetting.report.comparison import (
     checkpoint_points,
     curve_rows,
     front_rows,
+    left_out_rows,
     matched_rows,
     of,
     predictor_rows,
@@ -35,6 +34,7 @@ from robot_forgetting.report.tables import (
     success_rows,
     with_base,
 )
+from robot_forgetting.report.template import template
 from robot_forgetting.summary import DECODES
 
 STATES = ("base", "demonstrations", "fine_tuned")  # in order of preference for the plot
@@ -84,6 +84,7 @@ def build(runs: Sequence[Run], groups: Sequence[Group]) -> dict:
         "fronts": front_rows(points),
         "matched": matched_rows(groups),
         "predictors": predictor_rows(points),
+        "leave_one_method_out": left_out_rows(points),
         "curves": curve_rows(groups),
         "errors": [
             {"run": run.id, **{key: row.get(key) for key in ("stage", "iteration", "task", "decode", "seed", "error")}}
@@ -115,12 +116,8 @@ def _provenance(run: Run) -> dict:
 
 def render(runs: Sequence[Run], groups: Sequence[Group], tables: dict) -> str:
     """The page as text."""
-    files = resources.files("robot_forgetting.report")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     colours = figures.Colours([one.method for one in groups])
-    environment.globals |= {
+    functions = {
         "percent": words.percent,
         "number": words.number,
         "interval": words.interval,
@@ -141,10 +138,9 @@ def render(runs: Sequence[Run], groups: Sequence[Group], tables: dict) -> str:
     subtitle = f"Report of {time.strftime('%Y-%m-%d %H:%M')}; {words.plural(measured, 'run')} measured here"
     if measured < len(runs):
         subtitle += f", {len(runs) - measured} shipped with the repository (marked)"
-    return environment.from_string((files / "page.html").read_text(encoding="utf-8")).render(
+    return template("page.html", functions).render(
         title="What was learned, and what was forgotten",
         subtitle=subtitle,
-        css=Markup((files / "style.css").read_text(encoding="utf-8")),
         sections=sections,
         notes=_notes(runs, embedder),
         lead=[section for section in sections if not section["shipped"]] or sections,
@@ -166,7 +162,7 @@ def _section(index: int, setting: tuple, groups: list[Group], tables: dict, colo
     rows = {
         name: of(tables[name], setting) for name in ("success", "forgetting", "divergence", "checkpoints", "fronts")
     }
-    rows |= {name: of(tables[name], setting) for name in ("matched", "predictors", "curves")}
+    rows |= {name: of(tables[name], setting) for name in ("matched", "predictors", "leave_one_method_out", "curves")}
     runs = [run for one in groups for run in one.runs]
     cols = columns(runs)
     points = rows["checkpoints"]
@@ -211,6 +207,7 @@ def _section(index: int, setting: tuple, groups: list[Group], tables: dict, colo
         "kl_text": _kl_text(key) if key else "",
         "predictors": [row for row in rows["predictors"] if row["r2"] is not None],
         "no_law": _no_law(rows["predictors"]),
+        "left_out": rows["leave_one_method_out"],
         "curves": Markup(figures.learning_curves(points, rows["curves"], colours, f"{name}c")) if drawn else None,
         "videos": _videos(groups, embedder),
     }

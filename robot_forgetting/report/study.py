@@ -5,10 +5,8 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 
-import jinja2
 import matplotlib
 from markupsafe import Markup
 from matplotlib.figure import Figure
@@ -20,6 +18,7 @@ from robot_forgetting.report import figures, study_words, words
 from robot_forgetting.report import study_figures as pictures
 from robot_forgetting.report import study_tables as rows
 from robot_forgetting.report.study_runs import FIVE, Study, label, load_study, points_of
+from robot_forgetting.report.template import template
 
 INKS = ((figures.INK, "#000000"), (figures.FAINT, "#555555"))  # of figures on white paper
 NAMES = {"parity_mnist": "ParityMNIST", "fashion_mnist": "FashionMNIST"}
@@ -236,11 +235,7 @@ def on_paper(svg: str) -> str:
 
 def render(study: Study, found: dict[str, rows.Law], tables: dict, drawn: dict) -> str:
     """The page as text."""
-    files = resources.files("robot_forgetting.report")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.globals |= {
+    functions = {
         "points": study_words.points,
         "span": study_words.span,
         "r2": words.r2,
@@ -265,11 +260,9 @@ def render(study: Study, found: dict[str, rows.Law], tables: dict, drawn: dict) 
         task = study.tasks.get(role, otherwise)
         return NAMES.get(task, task)
 
-    page = environment.from_string((files / "study.html").read_text(encoding="utf-8"))
-    return page.render(
+    return template("study.html", functions).render(
         title=f"Forgetting {name('prior', 'the prior task')} while learning {name('new', 'a new task')}",
         subtitle=scope,
-        css=Markup((files / "style.css").read_text(encoding="utf-8")),
         lead=study_words.headline(tables, found, study),
         tables=tables,
         figures={name: {**figure, "svg": Markup(figure["svg"])} for name, figure in drawn.items()},
