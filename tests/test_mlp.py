@@ -44,7 +44,8 @@ def tokens(values) -> Action:
 
 def reference(policy: MLPPolicy, run: int, features: torch.Tensor) -> torch.Tensor:
     """Logits by plain torch, with gradients in the policy's own parameters."""
-    w1, b1, w2, b2, w3, b3 = policy.run_parameters()[run]
+    row = torch.cat([parameter.flatten() for parameter in policy.run_parameters()[run]])
+    w1, b1, w2, b2, w3, b3 = (values[0] for values in policy.layers(row.unsqueeze(0)).values())
     return (((features @ w1 + b1).relu() @ w2 + b2).relu()) @ w3 + b3
 
 

@@ -19,8 +19,9 @@ class MLPPolicy(Policy):
     """One token out of ``sizes[-1]`` labels from the column ``features`` [N, sizes[0]] float32; ReLU between layers.
 
     runs: R networks of the same shape, trained side by side. Rows are then run-major: the first N / R belong to
-        network 0, and so on. They share one frozen base. Parameters are views of one buffer [R, P], a network's in a
-        row, so that a layer is one batched product; a ``Repeated`` column's values are multiplied once per network.
+        network 0, and so on. They share one frozen base. A network is a row of one buffer [R, P], so that a layer is
+        one batched product, and has two parameters, ``matrices`` [1, .] (they decay) and ``vectors`` [.], whatever
+        its depth: the optimiser pays for each; a ``Repeated`` column's values are multiplied once per network.
     weights: layer name -> tensor of one network ("layer1.weight" [in, out], "layer1.bias" [out], ...), copied into
         all of them; default: torch.nn.Linear's distribution, from torch's global generator. They are also the base.
     dtype: of weights, gradients and optimiser state; the products are always float32
@@ -43,41 +44,43 @@ class MLPPolicy(Policy):
         if dtype not in ("float32", "bfloat16"):
             raise UserError(f"unknown dtype '{dtype}'; choose one of: bfloat16, float32")
         self.name, self.runs, self.sizes = name, runs, tuple(sizes)
-        self.places = _places(self.sizes)
-        width = -(-max(end for _, _, end in self.places.values()) // 16) * 16  # rows of whole cache lines
+        self.places, self._split, end = _places(self.sizes)
+        width = -(-end // 16) * 16  # rows of whole cache lines
         self._buffer = torch.zeros(runs, width, dtype=getattr(torch, dtype))
         fresh = _fresh(self.sizes) if weights is None else weights
-        if {key: tuple(value.shape) for key, value in fresh.items()} != {k: s for k, (s, _, _) in self.places.items()}:
+        if {key: tuple(value.shape) for key, value in fresh.items()} != {k: s for k, (s, _) in self.places.items()}:
             raise UserError(f"these weights do not fit an mlp of sizes {list(sizes)}; give other sizes or weights")
+        self._layers = self.layers(self._buffer)
         for key, value in fresh.items():
-            self._view(self._buffer, key).copy_(value)
+            self._layers[key].copy_(value)
         self._base = self._buffer[:1].clone()
-        for run in range(runs):
-            for key in self.places:
-                self._register(run, key)
-        self._parameters_in_order = tuple(self.parameters())  # walking the modules costs more than a small layer
+        self._base_layers = self.layers(self._base.float())
         self._gradients = torch.zeros(self._buffer.shape)
+        self._gradient_layers = self.layers(self._gradients)
+        for run in range(runs):
+            if runs > 1:
+                self.add_module(f"run{run}", nn.Module())
+            owner = getattr(self, f"run{run}") if runs > 1 else self
+            owner.matrices, owner.vectors = map(nn.Parameter, self._parts(self._buffer, run))
+        self._in_order = tuple(self.parameters())  # walking the modules takes longer than a small product
         self._inside_base = False
         self._kept: _Forward | None = None  # the last pass, for a loss and a penalty on the same rows
 
-    def _register(self, run: int, key: str) -> None:
-        layer, kind = key.split(".")
-        owner = self
-        for part in [f"run{run}", layer] if self.runs > 1 else [layer]:
-            if not hasattr(owner, part):
-                owner.add_module(part, nn.Module())
-            owner = getattr(owner, part)
-        owner.register_parameter(kind, nn.Parameter(self._view(self._buffer[run : run + 1], key)[0]))
+    def layers(self, buffer: Tensor) -> dict[str, Tensor]:
+        """Views of a buffer [R, P] by layer name, [R, *shape]."""
+        return {
+            key: buffer[:, start : start + math.prod(shape)].view(len(buffer), *shape)
+            for key, (shape, start) in self.places.items()
+        }
 
-    def _view(self, buffer: Tensor, key: str) -> Tensor:
-        """[R, *shape] view of one layer's part of a buffer [R, P]."""
-        shape, start, end = self.places[key]
-        return buffer[:, start:end].view(len(buffer), *shape)
+    def _parts(self, buffer: Tensor, run: int) -> tuple[Tensor, Tensor]:
+        """A row of a buffer [R, P] as a network's two parameters have it."""
+        vectors = sum(size for size in self.sizes[1:])
+        return buffer[run : run + 1, : self._split], buffer[run, self._split : self._split + vectors]
 
     def network(self, run: int, *, copy: bool = True) -> dict[str, Tensor]:
         """One network's weights by layer name, as ``weights=`` takes them."""
-        views = {key: self._view(self._buffer[run : run + 1], key)[0] for key in self.places}
-        return {key: view.clone() for key, view in views.items()} if copy else views
+        return {key: values[run].clone() if copy else values[run] for key, values in self._layers.items()}
 
     def train(self, mode: bool = True) -> MLPPolicy:
         self.training = mode  # no layer behaves differently, and there are many to tell
@@ -86,24 +89,27 @@ class MLPPolicy(Policy):
     @torch.no_grad()
     def reset(self, run: int) -> None:
         """Makes one network the base again."""
-        for parameter, weights in zip(self.run_parameters()[run], self.base_network().values(), strict=True):
+        for parameter, weights in zip(self.run_parameters()[run], self._parts(self._base, 0), strict=True):
             parameter.copy_(weights)
 
     def stacked(self) -> dict[str, Tensor]:
         """All networks' weights by layer name, [R, *shape] views."""
-        return {key: self._view(self._buffer, key) for key in self.places}
+        return dict(self._layers)
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The parameters' gradients by layer name, [R, *shape], a copy."""
+        rows = [torch.cat([part.grad.flatten() for part in network]) for network in self.run_parameters()]
+        return self.layers(torch.stack(rows))
 
     def largest_weights(self) -> list[float]:
         """The largest absolute weight of each network; nan where there is one."""
         return self._buffer.abs().amax(1).tolist()
 
     def base_network(self) -> dict[str, Tensor]:
-        return {key: self._view(self._base, key)[0].float().clone() for key in self.places}
+        return {key: values[0].clone() for key, values in self._base_layers.items()}
 
     def run_parameters(self) -> list[list[nn.Parameter]]:
-        parameters = list(self._parameters_in_order)
-        each = len(self.places)
-        return [parameters[run * each : (run + 1) * each] for run in range(self.runs)]
+        return [list(self._in_order[run : run + 2]) for run in range(0, 2 * self.runs, 2)]
 
     # ---- the policy
 
@@ -121,7 +127,7 @@ class MLPPolicy(Policy):
         if not torch.is_grad_enabled():
             return self._spread(kept.out, inner).reshape(shape)
         if kept.graph is None:  # loss and penalty share one backward pass
-            kept.graph = _Network.apply(self, kept, *self._parameters_in_order)
+            kept.graph = _Network.apply(self, kept, *self._in_order)
         return self._spread(kept.graph, inner).reshape(shape)
 
     @torch.no_grad()
@@ -188,38 +194,40 @@ class MLPPolicy(Policy):
         self._kept = forward
         return forward
 
-    def _gradient_buffer(self) -> Tensor:
-        """[R, P] float32: always the same memory, new pages cost more than the products' writes; but not while the
-        parameters still hold the last pass's gradients, to which this one's will be added."""
-        held = any(parameter.grad is not None for parameter in self._parameters_in_order)
-        return torch.empty_like(self._gradients) if held else self._gradients
+    def _gradient_buffer(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """[R, P] float32 and its layers: always the same memory, since new pages cost as much as what is written to
+        them; but not while the parameters still hold the last pass's gradients, to which this one's will be added."""
+        if all(parameter.grad is None for parameter in self._in_order):
+            return self._gradients, self._gradient_layers
+        fresh = torch.empty_like(self._gradients)
+        return fresh, self.layers(fresh)
 
     def _version(self) -> int:
         # Changes when weights are loaded; the fused optimiser leaves it as it is, hence ``_Network.backward`` drops
         # what was kept as well: no optimiser step without a backward pass.
-        return sum(parameter._version for parameter in self._parameters_in_order)
+        return sum(parameter._version for parameter in self._in_order)
 
+    @torch.no_grad()
     def _forward(self, values: Tensor) -> _Forward:
-        buffer = self._base if self._inside_base else self._buffer
-        if len(buffer) == 1 and len(values) > 1:  # the base on rows that differ from network to network
-            buffer = buffer.expand(len(values), -1)
-        buffer = buffer.float()
+        layers = self._base_layers if self._inside_base else self._layers
+        if layers["layer1.weight"].dtype != torch.float32:
+            layers = {key: part.float() for key, part in layers.items()}
         hidden, depth = [values], len(self.sizes) - 1
-        with torch.no_grad():
-            for layer in range(1, depth + 1):
-                weight = self._view(buffer, f"layer{layer}.weight")
-                bias = self._view(buffer, f"layer{layer}.bias").unsqueeze(1)
-                out = torch.baddbmm(bias, hidden[-1].expand(len(weight), -1, -1), weight)
-                if layer < depth:
-                    hidden.append(out.relu_())
-        return _Forward(hidden, out, buffer)
+        runs = max(len(values), len(layers["layer1.weight"]))  # more rows of inputs than bases: one base for all
+        for layer in range(1, depth + 1):
+            weight, bias = layers[f"layer{layer}.weight"], layers[f"layer{layer}.bias"].unsqueeze(1)
+            inputs = hidden[-1].expand(runs, -1, -1)
+            out = torch.baddbmm(bias.expand(runs, -1, -1), inputs, weight.expand(runs, -1, -1))
+            if layer < depth:
+                hidden.append(out.relu_())
+        return _Forward(hidden, out, layers)
 
 
 class _Forward:
     """Inputs and hidden layers of one forward pass, its logits [R, n, V], and the float32 weights it used."""
 
-    def __init__(self, hidden: list[Tensor], out: Tensor, buffer: Tensor):
-        self.hidden, self.out, self.buffer = hidden, out, buffer
+    def __init__(self, hidden: list[Tensor], out: Tensor, layers: dict[str, Tensor]):
+        self.hidden, self.out, self.layers = hidden, out, layers
         self.column, self.version, self.graph = None, -1, None
 
 
@@ -240,28 +248,29 @@ class _Network(torch.autograd.Function):
     def backward(ctx, gradient: Tensor):
         policy, kept = ctx.policy, ctx.kept
         policy._kept = None
-        flat = policy._gradient_buffer()
+        flat, found = policy._gradient_buffer()
         for layer in range(len(policy.sizes) - 1, 0, -1):
-            inputs, weight = kept.hidden[layer - 1], policy._view(kept.buffer, f"layer{layer}.weight")
+            inputs, weight = kept.hidden[layer - 1], kept.layers[f"layer{layer}.weight"]
             flipped = inputs.transpose(1, 2).expand(len(gradient), -1, -1)
-            torch.bmm(flipped, gradient, out=policy._view(flat, f"layer{layer}.weight"))
-            torch.sum(gradient, 1, out=policy._view(flat, f"layer{layer}.bias"))
+            torch.bmm(flipped, gradient, out=found[f"layer{layer}.weight"])
+            torch.sum(gradient, 1, out=found[f"layer{layer}.bias"])
             if layer > 1:
-                gradient = torch.bmm(gradient, weight.transpose(1, 2))
-                torch.ops.aten.threshold_backward.grad_input(gradient, inputs, 0, grad_input=gradient)  # the ReLU's
+                behind = torch.bmm(gradient, weight.transpose(1, 2))
+                gradient = torch.ops.aten.threshold_backward(behind, inputs, 0)
         flat = flat.to(policy._buffer.dtype)
-        return None, None, *(policy._view(flat[r : r + 1], key)[0] for r in range(len(flat)) for key in policy.places)
+        return None, None, *(part for run in range(policy.runs) for part in policy._parts(flat, run))
 
 
-def _places(sizes: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], int, int]]:
-    """Name -> (shape, start, end) within a network's row of the buffer."""
-    places, start = {}, 0
-    for layer, (inputs, outputs) in enumerate(zip(sizes, sizes[1:], strict=False), start=1):
-        for kind, shape in (("weight", (inputs, outputs)), ("bias", (outputs,))):
-            end = start + math.prod(shape)
-            places[f"layer{layer}.{kind}"] = (shape, start, end)
-            start = end
-    return places
+def _places(sizes: tuple[int, ...]) -> tuple[dict[str, tuple[tuple[int, ...], int]], int, int]:
+    """Name -> (shape, start within a network's row of the buffer); where the biases begin, and where they end."""
+    pairs = list(enumerate(zip(sizes, sizes[1:], strict=False), start=1))
+    weights = {f"layer{layer}.weight": shape for layer, shape in pairs}
+    biases = {f"layer{layer}.bias": shape[1:] for layer, shape in pairs}
+    starts, end = {}, 0
+    for key, shape in (weights | biases).items():
+        starts[key], end = (shape, end), end + math.prod(shape)
+    order = [key for pair in zip(weights, biases, strict=True) for key in pair]
+    return {key: starts[key] for key in order}, end - sum(sizes[1:]), end
 
 
 def _fresh(sizes: tuple[int, ...]) -> dict[str, Tensor]:

@@ -137,9 +137,7 @@ class _Loss:
         policy.zero_grad()
         loss = logits.logsumexp(1) - (logits + right).logsumexp(1)
         (loss.sum() / len(self.right)).backward()
-        found = {}
-        for index, key in enumerate(policy.places):
-            found[key] = torch.stack([network[index].grad for network in policy.run_parameters()])
+        found = policy.gradients()
         policy.zero_grad()
         return found
 
