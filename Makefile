@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 1
 
 help:
 	@echo "make setup        install into .venv, and a Vulkan driver where there is none"
-	@echo "make demo         the benchmark in small: two methods, one seed, one report with videos"
+	@echo "make demo         the benchmark in small: three methods, one seed, one report with videos"
 	@echo "make three-seeds  the same over 3 seeds"
 	@echo "make base         train the base policy anew, in two phases, into runs/base/ (about 20 minutes)"
 	@echo "make test         the tests"
@@ -31,7 +31,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
 
 demo: $(STAMP)
-	$(BIN)/robot-forgetting run --multirun method=sft,grpo seed=0 sweep=demo budget=demo
+	$(BIN)/robot-forgetting run --multirun method=sft,grpo,reinforce seed=0 sweep=demo budget=demo
 	$(BIN)/robot-forgetting report runs/demo/*/ output=runs/demo/report.html
 
 # Smoothed labels first, plain ones after: docs/action_tokens.md says why.
