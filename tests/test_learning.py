@@ -49,7 +49,8 @@ def test_every_method_learns_the_toy(tmp_path, name):
     """Sampled success from chance (about .4) to .9 and more, in seconds, with the settings of the methods' files except
     the learning rate (tables learn faster than networks) and label smoothing (three bins are too few for it)."""
     more = ["method.label_sigma=0"] if name == "sft" else []
-    made = configured("method", name, "seed=1", "budget.demonstrations=40", "budget.rl_iterations=16", *more)
+    more += ["budget.demonstrations=40", "budget.rl_iterations=16", "budget.reinforce_iterations=64"]
+    made = configured("method", name, "seed=1", *more)
     before = success(ToyPolicy(), ToyTask())
     policy, rows = learn(tmp_path, made, rate=0.1)
     after = success(policy, ToyTask())
@@ -63,7 +64,7 @@ def test_every_method_learns_the_toy(tmp_path, name):
 def test_every_method_with_every_penalty(tmp_path, name, penalty):
     rider = configured("penalty", penalty)
     assert (rider is None) == (penalty == "none")
-    made = configured("method", name, "budget.rl_iterations=3")
+    made = configured("method", name, "budget.rl_iterations=3", "budget.reinforce_iterations=3")
     start = ToyPolicy(seed=1)
     policy, rows = learn(tmp_path, made, ToyPolicy(seed=1), [] if rider is None else [rider], rate=0.05)
     assert [row["iteration"] for row in rows][-1] == made.iterations
@@ -77,7 +78,7 @@ def test_every_method_with_every_penalty(tmp_path, name, penalty):
 @pytest.mark.parametrize("penalty", [name for name in PENALTIES if name != "none"])
 @pytest.mark.parametrize("name", METHODS)
 def test_a_heavy_penalty_holds_the_policy_at_its_base(tmp_path, name, penalty):
-    made, moved = configured("method", name, "budget.rl_iterations=5"), {}
+    made, moved = configured("method", name, "budget.rl_iterations=5", "budget.reinforce_iterations=5"), {}
     for coefficient in (0.0, 30.0):
         rider = configured("penalty", penalty, f"penalty.coefficient={coefficient}")
         policy, _ = learn(tmp_path, made, ToyPolicy(seed=1), [rider], name=str(coefficient), rate=0.02)
