@@ -170,7 +170,8 @@ def torch_source() -> list[str]:
 
 
 def install_packages(python: Path) -> None:
-    pip = [python, "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
+    # pip would compile the modules on one core, which takes longer than unpacking them.
+    pip = [python, "-m", "pip", "install", "-qq", "--no-compile", "--disable-pip-version-check"]
     for what, arguments in (
         # --no-deps: the lock is complete, and mani-skill's mplib, which is not used, has no build for Python >= 3.13.
         ("locked packages", ["--no-deps", "-r", ROOT / "requirements.lock"]),
@@ -180,6 +181,8 @@ def install_packages(python: Path) -> None:
         print(f"setup: installing {what}", flush=True)
         if run(*pip, *arguments).returncode:
             raise Failure(f"pip could not install {what} (its message is above); mend that and type `make setup` again")
+    # Some packages carry files that are no Python (templates, other versions' syntax); pip passes over them too.
+    run(python, "-m", "compileall", "-qq", "-j", "0", VENV / "lib", stdout=subprocess.DEVNULL)
 
 
 def main() -> int:

@@ -19,6 +19,7 @@ def check(
     golden: Path | None = None,
     recordings: str | None = None,
     output: Path | None = None,
+    episodes: int | None = None,
 ) -> int:
     """Checks whatever is given, one printed line per check; returns 0, or 2 where one failed.
 
@@ -26,6 +27,7 @@ def check(
     recordings: a folder of recorded episodes of the original simulator; the task is then compared with them, and
         nothing else of it is checked
     output: a png file for the initial states of a task
+    episodes: initial states of the evaluation on which a task's expert is run too
     A method or penalty is tried on a tiny policy and on the given task, or on a toy task that needs no simulator.
     """
     if not any((policy, task, method, penalty, golden, recordings)):
@@ -45,7 +47,7 @@ def check(
         return table.finish()
     if policy is not None:
         check_policy(table, policy, task)
-    if task is not None and check_task(table, task, output) and (method or penalty):
+    if task is not None and check_task(table, task, output, episodes) and (method or penalty):
         table.note("the method is not tried on a task that has failed; correct the task first")
         return table.finish()
     if method is not None:
