@@ -140,9 +140,12 @@ class _Inputs:
         for name, values in divergence.all_measures(self.logits, logits).items():
             values = values.double()
             found[name] = (values.mean(1), values.std(1) / n**0.5, n)
-        before, after = torch.cat(self.hidden, -1), torch.cat(hidden, -1)
-        found["activation_l1"] = (drift.activation_l1(before, after), None, n)
-        found["activation_l2"] = (drift.activation_l2(before, after), None, n)
+        before, changed = torch.cat(self.hidden, -1), {"activation_l1": [], "activation_l2": []}
+        for run in range(len(logits)):  # the layers of one network fit into the cache, those of all do not
+            after = torch.cat([layer[run] for layer in hidden], -1)
+            for name, values in changed.items():
+                values.append(getattr(drift, name)(before, after))
+        found |= {name: (torch.stack(values), None, n) for name, values in changed.items()}
         few, layer = self.settings.similarity, self.settings.layer - 1
         spread = torch.arange(few) * n // few
         before, after = self.hidden[layer][spread], hidden[layer][:, spread]
