@@ -34,7 +34,7 @@ ARM = {
 }
 FINGERS = ("joint_finger_right", "joint_finger_left")
 FINGER_DRIVE = (200.0, 8.0, 60.0)
-FINGER_ARMATURE = 0.01  # kg m2; see the task's card
+FINGER_ARMATURE = 0.003  # kg m2, where the original has 0; see docs/google_robot.md
 CLOSED = 1.31  # the gripper's unit, radians; a little over the joints' limit, so that closed fingers press
 ARM_PLAN = (1.5, 2.0, 50.0)  # greatest velocity, acceleration, jerk; rad / s ...
 FINGER_PLAN = (1.0, 7.0, 50.0)
@@ -105,9 +105,9 @@ class GoogleRobot(BaseAgent):
 
     def _after_init(self):
         self.tcp = self.robot.links_map["link_gripper_tcp"]
-        for joint in self.robot._objs[0].active_joints:
+        for joint in self.robot.active_joints:
             if joint.name in FINGERS:
-                joint.set_armature(np.array([FINGER_ARMATURE], dtype=np.float32))
+                joint._objs[0].set_armature(np.array([FINGER_ARMATURE], dtype=np.float32))
 
     def initial_qpos(self) -> np.ndarray:
         """Joint positions [11] at the start of an episode, in the articulation's order."""
@@ -127,15 +127,16 @@ class PlannedController(Controller):
     def __init__(self, env):
         self._robot = env.agent.robot._objs[0]
         self._tcp = env.agent.tcp._objs[0]
-        joints = {joint.name: (index, joint) for index, joint in enumerate(self._robot.active_joints)}
-        self._arm = np.array([joints[name][0] for name in ARM])
-        self._fingers = np.array([joints[name][0] for name in FINGERS])
-        self._joints = [joint for _, joint in joints.values()]
+        names = [joint.name for joint in env.agent.robot.active_joints]
+        self._arm = np.array([names.index(name) for name in ARM])
+        self._fingers = np.array([names.index(name) for name in FINGERS])
+        self._joints = self._robot.active_joints
         # SAPIEN 2 (PhysX 4) clips drive targets to the joints' limits, SAPIEN 3 (PhysX 5) does not.
         self._low, self._high = self._robot.get_qlimits().T
         self._count, self._hz = env._sim_steps_per_control, env.sim_freq
-        self._kinematics = kinematics(self._robot, Path(env.agent.urdf_path))
-        self._link = [link.name for link in self._robot.links].index(self._tcp.name)
+        links = [link.name for link in env.agent.robot.links]
+        self._kinematics = kinematics(Path(env.agent.urdf_path), names, links)
+        self._link = links.index(env.agent.tcp.name)
         self._moved = np.isin(np.arange(len(self._joints)), self._arm)
         self.reset()
 
@@ -205,13 +206,16 @@ def plan(
     return np.array([point[0] for point in points]), np.array([point[1] for point in points])
 
 
-def kinematics(robot, description: Path):
-    """SAPIEN's kinematics of the robot; its own export fails, because the fixed wheels have infinite limits."""
+def kinematics(description: Path, joints: list[str], links: list[str]):
+    """SAPIEN's kinematics of a robot with joints and links in this order.
+
+    Its own export fails here, because the fixed wheels have infinite limits.
+    """
     from sapien.wrapper.pinocchio_model import PinocchioModel
 
     text = description.read_text()
     text = re.sub(r"<(inertial|visual|collision|contact)>.*?</\1>", "", text, flags=re.DOTALL)
     model = PinocchioModel(re.sub(r'<limit upper="inf"[^>]*/>', "", text), [0, 0, -9.81])
-    model.set_joint_order([joint.name for joint in robot.active_joints])
-    model.set_link_order([link.name for link in robot.links])
+    model.set_joint_order(joints)
+    model.set_link_order(links)
     return model
