@@ -9,9 +9,10 @@ import numpy as np
 
 CLOSE, OPEN, KEEP = 1.0, -1.0, 0.0
 GAIN = 0.5  # of the way per step
-STEP, TURN = 0.08, 0.15  # at most so many metres and radians per step
+STEP, TURN = 0.08, 0.3  # at most so many metres and radians per step
 HOVER = 0.08  # metres over the place of the grasp
 LIFT = 0.12  # metres
+WRIST = 1.70  # radians; the joint ends at 1.79, where inverse kinematics goes astray
 
 
 def pick_can(env) -> np.ndarray:
@@ -21,25 +22,32 @@ def pick_can(env) -> np.ndarray:
     frame = hand.to_transformation_matrix()[:3, :3]
     axis = can.to_transformation_matrix()[:3, 1]  # the can's own
     lying = abs(axis[2]) < 0.7
-    grip = np.array([*can.p[:2], can.p[2] + (0.012 if lying else 0.03)])
+    grip = np.array([*can.p[:2], can.p[2] + (-0.005 if lying else 0.01)])
     across = np.array([-axis[1], axis[0], 0.0]) if lying else np.array([*frame[:2, 1], 0.0])
-    turn = _turn_to(frame, across)
+    turn = _turn_to(frame, across, _lean(env, frame))
     away = grip - hand.p
-    closing = float(env.agent.robot._objs[0].qpos[env.fingers].mean())
     held = env._pressed(list(env.contacts(env.can._bodies[0].entity)))
-    if held and env._held >= 2:  # the fingers have come to rest on it
-        height = env._height + LIFT - can.p[2]
-        return command(env, np.array([0.0, 0.0, max(0.0, height)]), np.zeros(3), KEEP)
+    risen = can.p[2] - env._height
+    if held and (env._held >= 2 or risen > 0.005):  # the fingers have come to rest on it
+        return command(env, np.array([0.0, 0.0, max(0.0, LIFT - risen)]), turn, KEEP)
     beside = np.linalg.norm(away[:2])
-    if held or (beside < 0.02 and abs(away[2]) < 0.015 and np.linalg.norm(turn) < 0.15):
+    if held or (beside < 0.02 and abs(away[2]) < 0.01):
         return command(env, np.zeros(3), np.zeros(3), CLOSE)
-    gripper = OPEN if closing > 0.05 else KEEP
-    if beside > 0.015 or np.linalg.norm(turn) > 0.12:
+    gripper = OPEN if env.agent.robot.qpos[0, env.fingers].mean() > 0.05 else KEEP
+    if away[2] < -HOVER / 2 and (beside > 0.015 or np.linalg.norm(turn) > 0.12):
         return command(env, away + [0.0, 0.0, HOVER], turn, gripper)
     return command(env, away, turn, gripper)
 
 
-def _turn_to(frame: np.ndarray, across: np.ndarray) -> np.ndarray:
+def _lean(env, frame: np.ndarray) -> float:
+    """Radians by which the hand should point away from the robot, and not straight down, to spare its wrist."""
+    wrist = env.agent.robot.qpos[0, env.wrist]
+    forwards = _base(env)[:, 0]  # the robot faces -x of the world
+    now = np.arctan2(frame[:, 2] @ forwards, -frame[2, 2])
+    return float(np.clip(now + wrist - WRIST, 0.0, 0.6))
+
+
+def _turn_to(frame: np.ndarray, across: np.ndarray, lean: float) -> np.ndarray:
     """Rotation vector [3] that points the hand's z down and its y (along which it closes) along ``across``, either way
     round."""
     from scipy.spatial.transform import Rotation
@@ -48,6 +56,7 @@ def _turn_to(frame: np.ndarray, across: np.ndarray) -> np.ndarray:
     closing = closing if closing @ frame[:, 1] >= 0 else -closing
     down = np.array([0.0, 0.0, -1.0])
     wanted = np.stack([np.cross(closing, down), closing, down], axis=1)
+    wanted = Rotation.from_rotvec([0.0, lean, 0.0]).as_matrix() @ wanted
     return Rotation.from_matrix(wanted @ frame.T).as_rotvec()
 
 
@@ -56,5 +65,10 @@ def command(env, way: np.ndarray, turn: np.ndarray, gripper: float) -> np.ndarra
     step, angle = GAIN * np.asarray(way), GAIN * np.asarray(turn)
     step = step * min(1.0, STEP / max(float(np.linalg.norm(step)), 1e-9))
     angle = angle * min(1.0, TURN / max(float(np.linalg.norm(angle)), 1e-9))
-    base = env.agent.robot._objs[0].root_pose.to_transformation_matrix()[:3, :3]
+    base = _base(env)
     return np.array([*(base.T @ step), *(base.T @ angle), gripper])
+
+
+def _base(env) -> np.ndarray:
+    """The base frame's axes [3, 3] in the world."""
+    return env.agent.robot._objs[0].root_pose.to_transformation_matrix()[:3, :3]

@@ -13,7 +13,7 @@ from mani_skill.envs.tasks.digital_twins.base_env import BaseDigitalTwinEnv
 from mani_skill.sensors.camera import CameraConfig
 from mani_skill.utils.structs.types import DefaultMaterialsConfig, SceneConfig, SimConfig
 
-from robot_forgetting.errors import UserError
+from robot_forgetting.errors import UserError, unknown
 from robot_forgetting.robot.assets import data_folder
 from robot_forgetting.robot.google_robot import CAMERA, FINGERS, GoogleRobot, urdf
 from robot_forgetting.robot.grid import STREAM, TEST_START
@@ -92,7 +92,7 @@ class GoogleScene(BaseDigitalTwinEnv):
     def _load_agent(self, options: dict):
         super()._load_agent(options, sapien.Pose([-10, 0, 0]))
         names = [joint.name for joint in self.agent.robot.active_joints]
-        self.fingers = [names.index(name) for name in FINGERS]
+        self.fingers, self.wrist = [names.index(name) for name in FINGERS], names.index("joint_wrist")
         self._add_colours()
 
     def _add_colours(self) -> None:
@@ -163,17 +163,22 @@ class PickCan(GoogleScene):
     """Lift an empty can. 25 places times 4 colourings; configuration k has place k // 4 and colouring k % 4.
 
     orientation: one of ``ORIENTATIONS``, or "any": drawn anew for every episode
+    table: "flat" (a slab that ends before the robot) or "stage" (the collision mesh of the assets)
     """
 
-    def __init__(self, orientation: str = "upright", **kwargs):
-        if orientation not in (*ORIENTATIONS, "any"):
-            raise UserError(f"unknown orientation '{orientation}'; choose one of: {', '.join(ORIENTATIONS)}, any")
-        self.orientation = orientation
+    def __init__(self, orientation: str = "upright", table: str = "flat", **kwargs):
+        for kind, name, names in (
+            ("orientation", orientation, (*ORIENTATIONS, "any")),
+            ("table", table, ("flat", "stage")),
+        ):
+            if name not in names:
+                raise unknown(kind, name, names)
+        self.orientation, self.table = orientation, table
         model = f"custom/models/{CAN}"
         super().__init__(
             "google_coke_can_real_eval_1.png",
             COLOURS,
-            (STAGE, f"{model}/collision.obj", f"{model}/textured.dae"),
+            (f"{model}/collision.obj", f"{model}/textured.dae", *([STAGE] if table == "stage" else [])),
             **kwargs,
         )
 
@@ -186,8 +191,12 @@ class PickCan(GoogleScene):
     def _load_scene(self, options: dict):
         self._polish()
         builder = self.scene.create_actor_builder()  # never seen: the photo is in its place
-        builder.add_nonconvex_collision_from_file(str(folder() / STAGE), sapien.Pose(q=[0.707, 0.707, 0, 0]))
-        builder.initial_pose = sapien.Pose([1.6616, 3.0337, 0])
+        if self.table == "stage":
+            builder.add_nonconvex_collision_from_file(str(folder() / STAGE), sapien.Pose(q=[0.707, 0.707, 0, 0]))
+            builder.initial_pose = sapien.Pose([1.6616, 3.0337, 0])
+        else:
+            builder.add_box_collision(half_size=[0.5, 1.0, 0.02])
+            builder.initial_pose = sapien.Pose([-0.55, 0.2, TABLE_HEIGHT - 0.02])
         builder.build_static(name="table")
         model = folder() / "custom" / "models" / CAN
         builder = self.scene.create_actor_builder()
@@ -305,7 +314,7 @@ class Drawer(GoogleScene):
     def __init__(self, station: str = "b0", drawer: str = "top", closing: bool = False, **kwargs):
         for kind, name, names in (("station", station, STATIONS), ("drawer", drawer, DRAWERS)):
             if name not in names:
-                raise UserError(f"unknown {kind} '{name}'; choose one of: {', '.join(names)}")
+                raise unknown(kind, name, names)
         self.station, self.drawer, self.closing = station, drawer, closing
         super().__init__(f"open_drawer_{station}.png", COLOURS[1:], ("custom/mk_station_recolor.urdf",), **kwargs)
 
