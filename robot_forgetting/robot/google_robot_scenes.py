@@ -52,22 +52,24 @@ def require(*files: str) -> None:
 class GoogleScene(BaseDigitalTwinEnv):
     """The robot before a photo. Subclasses add objects, initial states and success.
 
-    photo: in ``real_inpainting``; colours: which of ``COLOURS`` episodes are drawn with
+    photos: in ``real_inpainting``, the first is shown unless an episode chooses another
+    colours: which of ``COLOURS`` episodes are drawn with; needs: other files, in ``folder()``
     """
 
     SUPPORTED_OBS_MODES = ["rgb+segmentation"]
     SUPPORTED_REWARD_MODES = ["none"]
     SUPPORTED_ROBOTS = [GoogleRobot.uid]
 
-    def __init__(self, photo: str, colours: tuple[str, ...], needs: tuple[str, ...], robot_uids=None, **kwargs):
+    def __init__(self, photos: tuple[str, ...], colours: tuple[str, ...], needs: tuple[str, ...], **kwargs):
         robots = tuple(f"robots/googlerobot/{urdf(name).name}" for name in colours)
-        require(*robots, f"{FOLDER}/real_inpainting/{photo}", *(f"{FOLDER}/{file}" for file in needs))
+        needs = (*needs, *(f"real_inpainting/{photo}" for photo in photos))
+        require(*robots, *(f"{FOLDER}/{file}" for file in needs))
         GoogleRobot.urdf_path = str(urdf(colours[0]))
         self.colours = colours
-        self.rgb_overlay_paths = {CAMERA: str(folder() / "real_inpainting" / photo)}
+        self.rgb_overlay_paths = {CAMERA: str(folder() / "real_inpainting" / photos[0])}
         self._rgb_overlay_images = {}  # ManiSkill's is the class's, and so every environment's
         self.configuration = -1
-        super().__init__(robot_uids=GoogleRobot, **kwargs)
+        super().__init__(**{**kwargs, "robot_uids": GoogleRobot})
 
     @property
     def _default_sim_config(self):
@@ -174,9 +176,10 @@ class PickCan(GoogleScene):
             if name not in names:
                 raise unknown(kind, name, names)
         self.orientation, self.table = orientation, table
+        self.recorded_choices = {"orientation": ORIENTATIONS}
         model = f"custom/models/{CAN}"
         super().__init__(
-            "google_coke_can_real_eval_1.png",
+            ("google_coke_can_real_eval_1.png",),
             COLOURS,
             (f"{model}/collision.obj", f"{model}/textured.dae", *([STAGE] if table == "stage" else [])),
             **kwargs,
@@ -215,6 +218,7 @@ class PickCan(GoogleScene):
     def _initialize_episode(self, env_idx: torch.Tensor, options: dict):
         number, rng = self.draw(options)
         orientation = str(rng.choice(list(ORIENTATIONS))) if self.orientation == "any" else self.orientation
+        orientation = options.get("orientation", orientation)
         if number is None:
             self.configuration, colours = -1, str(rng.choice(self.colours))
             place = rng.uniform(PLACES.min(axis=0), PLACES.max(axis=0))
@@ -307,16 +311,20 @@ DRAWERS = ("top", "middle", "bottom")
 class Drawer(GoogleScene):
     """Open a drawer of a cabinet (15 cm), or close one that is 20 cm open (to 5 cm).
 
-    station: the robot's place and the photo that belongs to it, one of ``STATIONS``
+    station: the robot's place and the photo that belongs to it, one of ``STATIONS``, or "any": configuration k has
+        station k // 3 and colouring k % 3, training draws
     drawer: one of ``DRAWERS``; closing: the opposite task
     """
 
-    def __init__(self, station: str = "b0", drawer: str = "top", closing: bool = False, **kwargs):
-        for kind, name, names in (("station", station, STATIONS), ("drawer", drawer, DRAWERS)):
+    def __init__(self, station: str = "any", drawer: str = "top", closing: bool = False, **kwargs):
+        for kind, name, names in (("station", station, (*STATIONS, "any")), ("drawer", drawer, DRAWERS)):
             if name not in names:
                 raise unknown(kind, name, names)
-        self.station, self.drawer, self.closing = station, drawer, closing
-        super().__init__(f"open_drawer_{station}.png", COLOURS[1:], ("custom/mk_station_recolor.urdf",), **kwargs)
+        self.stations = tuple(STATIONS) if station == "any" else (station,)
+        self.drawer, self.closing = drawer, closing
+        self.recorded_choices = {"station": STATIONS}
+        photos = tuple(f"open_drawer_{name}.png" for name in self.stations)
+        super().__init__(photos, COLOURS[1:], ("custom/mk_station_recolor.urdf",), **kwargs)
 
     def _load_lighting(self, options: dict):
         self.scene.set_ambient_light([1.0, 1.0, 1.0])
@@ -339,15 +347,22 @@ class Drawer(GoogleScene):
 
     def _initialize_episode(self, env_idx: torch.Tensor, options: dict):
         number, rng = self.draw(options)
-        self.configuration = -1 if number is None else number % len(self.colours)
-        colours = str(rng.choice(self.colours)) if number is None else self.colours[self.configuration]
+        station, colours = str(rng.choice(self.stations)), str(rng.choice(self.colours))
+        if number is None:
+            self.configuration = -1
+        else:
+            self.configuration = number % (len(self.stations) * len(self.colours))
+            station = self.stations[self.configuration // len(self.colours)]
+            colours = self.colours[self.configuration % len(self.colours)]
+        station = options.get("station", station)
         self._show(options.get("colours", colours))
+        self.rgb_overlay_paths[CAMERA] = str(folder() / "real_inpainting" / f"open_drawer_{station}.png")
         cabinet = self.cabinet._objs[0]
         qpos = np.zeros(len(cabinet.active_joints))
         qpos[self.index] = 0.2 if self.closing else 0.0
         cabinet.set_qpos(qpos)
         cabinet.set_qvel(np.zeros_like(qpos))
-        x, y, yaw = STATIONS[self.station]
+        x, y, yaw = STATIONS[station]
         if number is None:  # training: the photo stays, so the robot may be only a little off its place
             x, y, yaw = np.array([x, y, yaw]) + rng.uniform(-1, 1, 3) * [0.02, 0.02, 0.02]
         self._place_robot(x, y, yaw)

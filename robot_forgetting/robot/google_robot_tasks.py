@@ -38,7 +38,7 @@ def google_robot_task(
     scene: "PickCan", "Drawer": an environment of ``robot_forgetting.envs.google_robot``; env_arguments: its own
     full_pictures: draw 640 x 512 and average down to the square, as SimplerEnv does; false draws the small square
     """
-    return ManiSkillTask(
+    task = ManiSkillTask(
         name,
         f"RobotForgetting-GoogleRobot{scene}-v1",
         instruction,
@@ -57,3 +57,9 @@ def google_robot_task(
         full_pictures=full_pictures,
         ends_on_success=False,
     )
+    if scene == "PickCan":
+        task.recorded_with = {"table": "stage"}  # recordings stand on the assets' mesh, see docs/google_robot.md
+    orientation = task.spec.env_arguments.get("orientation", "any")
+    if orientation != "any":  # recordings name the family and the orientation
+        task.recorded_as = f"google_robot_pick_coke_can_{orientation}"
+    return task
