@@ -57,27 +57,33 @@ def check_recordings(table: Table, task: Task, folder: Path) -> None:
     player = Player(task)
     try:
         for file in files:
-            table.check(file.stem.removeprefix(f"{task.name}_"), lambda file=file: _judged(player.replay(file)))
+            name = file.stem.removeprefix(f"{task.name}_")
+            table.check(name, lambda file=file: _judged(player.replay(file), allowed(task)))
     finally:
         player.close()
 
 
-def _judged(replay: Replay) -> str:
-    for wrong in complaints(replay):
+def allowed(task: Task) -> float:
+    """Mean difference of pictures that the task's card declares, of 255."""
+    return getattr(task, "recorded_pictures", PICTURE_MEAN)
+
+
+def _judged(replay: Replay, pictures: float) -> str:
+    for wrong in complaints(replay, pictures):
         expect(False, f"{wrong}: {replay}")
     return str(replay)
 
 
-def complaints(replay: Replay) -> list[str]:
-    """What is out of tolerance."""
+def complaints(replay: Replay, pictures: float = PICTURE_MEAN) -> list[str]:
+    """What is out of tolerance; ``pictures``: how much they may differ on average, of 255."""
     found = []
     if replay.success[0] != replay.success[1]:
         found.append("another outcome than recorded")
     if len(replay.tcp) and np.median(replay.tcp) >= TCP_MEDIAN_MM:
         found.append(f"the hand is off by a median of {np.median(replay.tcp):.2f} mm ({TCP_MEDIAN_MM} are allowed)")
     mean = np.mean(list(replay.pictures.values())) if replay.pictures else 0.0
-    if mean >= PICTURE_MEAN:
-        found.append(f"pictures differ by {mean:.2f} of 255 on average ({PICTURE_MEAN} is allowed)")
+    if mean >= pictures:
+        found.append(f"pictures differ by {mean:.2f} of 255 on average ({pictures} is allowed)")
     return found
 
 
@@ -155,13 +161,15 @@ class Player:
             options["episode_id"] = int(configuration.group(1))
         if "obj_init_xy" in recorded:
             options["place"] = recorded["obj_init_xy"]
-        for key, choices in getattr(self.simulation.env, "recorded_choices", {}).items():
-            for choice in choices:
+        choices = dict(getattr(self.simulation.env, "recorded_choices", {}))
+        colours = choices.pop("colours", [None])
+        for key, names in choices.items():
+            for choice in names:
                 if re.search(rf"_{choice}(\d*_|$)", name):
                     options[key] = choice
         tried = []
-        for colours in getattr(self.simulation.env, "colours", [None]):
-            chosen = options if colours is None else {**options, "colours": colours}
+        for colour in colours:
+            chosen = options if colour is None else {**options, "colours": colour}
             image = self.simulation.reset(0, chosen)["image"]
             tried.append((_difference(image, picture) if picture.is_file() else 0.0, len(tried), chosen))
         difference, _, chosen = min(tried, key=lambda one: one[:2])

@@ -53,7 +53,7 @@ class GoogleScene(BaseDigitalTwinEnv):
     """The robot before a photo. Subclasses add objects, initial states and success.
 
     photos: in ``real_inpainting``, the first is shown unless an episode chooses another
-    colours: which of ``COLOURS`` episodes are drawn with; needs: other files, in ``folder()``
+    colours: which of ``COLOURS`` evaluation and training use; needs: other files, in ``folder()``
     """
 
     SUPPORTED_OBS_MODES = ["rgb+segmentation"]
@@ -61,10 +61,10 @@ class GoogleScene(BaseDigitalTwinEnv):
     SUPPORTED_ROBOTS = [GoogleRobot.uid]
 
     def __init__(self, photos: tuple[str, ...], colours: tuple[str, ...], needs: tuple[str, ...], **kwargs):
-        robots = tuple(f"robots/googlerobot/{urdf(name).name}" for name in colours)
+        robots = tuple(f"robots/googlerobot/{urdf(name).name}" for name in COLOURS)
         needs = (*needs, *(f"real_inpainting/{photo}" for photo in photos))
         require(*robots, *(f"{FOLDER}/{file}" for file in needs))
-        GoogleRobot.urdf_path = str(urdf(colours[0]))
+        GoogleRobot.urdf_path = str(urdf(COLOURS[0]))
         self.colours = colours
         self.rgb_overlay_paths = {CAMERA: str(folder() / "real_inpainting" / photos[0])}
         self._rgb_overlay_images = {}  # ManiSkill's is the class's, and so every environment's
@@ -100,12 +100,12 @@ class GoogleScene(BaseDigitalTwinEnv):
     def _add_colours(self) -> None:
         """The links' shapes in every colouring, of which each episode shows one."""
         links = {name: link._objs[0].entity for name, link in self.agent.robot.links_map.items()}
-        self._shapes = {name: [] for name in self.colours}
+        self._shapes = {name: [] for name in COLOURS}
         for entity in links.values():
             body = entity.find_component_by_type(sapien.render.RenderBodyComponent)
             if body is not None:
-                self._shapes[self.colours[0]].append(body)
-        for name in self.colours[1:]:
+                self._shapes[COLOURS[0]].append(body)
+        for name in COLOURS[1:]:
             loader = self.scene.create_urdf_loader()
             for builder in loader.parse(str(urdf(name)))["articulation_builders"][0].link_builders:
                 if builder.visual_records:
@@ -176,7 +176,7 @@ class PickCan(GoogleScene):
             if name not in names:
                 raise unknown(kind, name, names)
         self.orientation, self.table = orientation, table
-        self.recorded_choices = {"orientation": ORIENTATIONS}
+        self.recorded_choices = {"orientation": ORIENTATIONS, "colours": COLOURS}
         model = f"custom/models/{CAN}"
         super().__init__(
             ("google_coke_can_real_eval_1.png",),
@@ -322,7 +322,7 @@ class Drawer(GoogleScene):
                 raise unknown(kind, name, names)
         self.stations = tuple(STATIONS) if station == "any" else (station,)
         self.drawer, self.closing = drawer, closing
-        self.recorded_choices = {"station": STATIONS}
+        self.recorded_choices = {"station": STATIONS, "colours": COLOURS}
         photos = tuple(f"open_drawer_{name}.png" for name in self.stations)
         super().__init__(photos, COLOURS[1:], ("custom/mk_station_recolor.urdf",), **kwargs)
 
@@ -363,7 +363,9 @@ class Drawer(GoogleScene):
         cabinet.set_qpos(qpos)
         cabinet.set_qvel(np.zeros_like(qpos))
         x, y, yaw = STATIONS[station]
-        if number is None:  # training: the photo stays, so the robot may be only a little off its place
+        if (
+            number is None and "station" not in options
+        ):  # training: the photo stays, so the robot may be only a little off its place
             x, y, yaw = np.array([x, y, yaw]) + rng.uniform(-1, 1, 3) * [0.02, 0.02, 0.02]
         self._place_robot(x, y, yaw)
 
