@@ -89,14 +89,14 @@ def complaints(replay: Replay, pictures: float = PICTURE_MEAN) -> list[str]:
 
 def recordings_of(task: Task, folder: str | Path) -> list[Path]:
     """The task's recordings in a folder, by name (pictures without one last); ``UserError`` where there are none."""
-    folder, prefix = Path(folder), getattr(task, "recorded_as", task.name)
+    folder, prefix = Path(folder), getattr(task, "recorded_as", f"{task.name}_")
     if not folder.is_dir():
         raise UserError(f"recordings={folder} is not a folder")
-    found = sorted(folder.glob(f"{prefix}_*.npz"))
-    pictures = sorted(folder.glob(f"{prefix}_*_t00.png"))
+    found = sorted(folder.glob(f"{prefix}*.npz"))
+    pictures = sorted(folder.glob(f"{prefix}*_t00.png"))
     found += [file for file in pictures if not file.with_name(file.name.replace("_t00.png", ".npz")).is_file()]
     if not found:
-        raise UserError(f"{folder} holds no recording of task '{task.name}' ({prefix}_....npz)")
+        raise UserError(f"{folder} holds no recording of task '{task.name}' ({prefix}....npz)")
     return found
 
 

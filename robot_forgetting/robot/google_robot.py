@@ -15,7 +15,8 @@ from mani_skill.agents.controllers import PDJointPosControllerConfig
 from mani_skill.agents.registration import register_agent
 from mani_skill.sensors.camera import CameraConfig
 
-from robot_forgetting.robot.assets import data_folder
+from robot_forgetting.errors import UserError
+from robot_forgetting.robot.assets import GOOGLE_URDF, data_folder
 from robot_forgetting.robot.robots import Controller
 from robot_forgetting.robot.widowx import quaternion
 
@@ -66,8 +67,7 @@ FRICTION = {
 
 def urdf(colours: str = "") -> Path:
     """The robot's description in one of its colourings (``COLOURS`` of the scenes); "" is the plain one."""
-    name = "google_robot_meta_sim_fix_wheel_fix_fingertip" + (f"_{colours}" if colours else "")
-    return data_folder() / "robots" / "googlerobot" / f"{name}.urdf"
+    return data_folder() / f"{GOOGLE_URDF}{colours and '_'}{colours}.urdf"
 
 
 @register_agent()
@@ -125,6 +125,7 @@ class PlannedController(Controller):
     """
 
     def __init__(self, env):
+        _ruckig()
         self._robot = env.agent.robot._objs[0]
         self._tcp = env.agent.tcp._objs[0]
         names = [joint.name for joint in env.agent.robot.active_joints]
@@ -191,19 +192,27 @@ def plan(
 
     limits: greatest velocity, acceleration and jerk
     """
-    from ruckig import InputParameter, Result, Ruckig, Trajectory
-
-    joints = len(start)
-    request, trajectory = InputParameter(joints), Trajectory(joints)
+    ruckig, joints = _ruckig(), len(start)
+    request, trajectory = ruckig.InputParameter(joints), ruckig.Trajectory(joints)
     request.current_position, request.current_velocity = [float(x) for x in start], [float(x) for x in velocity]
     request.target_position = [float(x) for x in goal]
     request.max_velocity, request.max_acceleration, request.max_jerk = ([limit] * joints for limit in limits)
-    result = Ruckig(joints).calculate(request, trajectory)
-    if result not in (Result.Working, Result.Finished):
+    result = ruckig.Ruckig(joints).calculate(request, trajectory)
+    if result not in (ruckig.Result.Working, ruckig.Result.Finished):
         raise ValueError(f"no plan from {start} (velocity {velocity}) to {goal}: {result}")
     times = np.clip(np.arange(count + 1) / hz, 0, trajectory.duration)
     points = [trajectory.at_time(time) for time in times]
     return np.array([point[0] for point in points]), np.array([point[1] for point in points])
+
+
+def _ruckig():
+    try:
+        import ruckig
+    except ImportError as error:
+        raise UserError(
+            f"the Google robot's plans need Ruckig ({error}); type: pip install 'robot-forgetting[google-robot]'"
+        ) from error
+    return ruckig
 
 
 def kinematics(description: Path, joints: list[str], links: list[str]):

@@ -41,7 +41,7 @@ def pick_can(env) -> np.ndarray:
 
 def _lean(env, frame: np.ndarray) -> float:
     """Radians by which the hand should point away from the robot, and not straight down, to spare its wrist."""
-    wrist = env.agent.robot.qpos[0, env.wrist]
+    wrist = float(env.agent.robot.qpos[0, env.wrist])
     forwards = _base(env)[:, 0]  # the robot faces -x of the world
     now = np.arctan2(frame[:, 2] @ forwards, -frame[2, 2])
     return float(np.clip(now + wrist - WRIST, 0.0, 0.6))

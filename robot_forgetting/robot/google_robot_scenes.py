@@ -13,12 +13,12 @@ from mani_skill.envs.tasks.digital_twins.base_env import BaseDigitalTwinEnv
 from mani_skill.sensors.camera import CameraConfig
 from mani_skill.utils.structs.types import DefaultMaterialsConfig, SceneConfig, SimConfig
 
-from robot_forgetting.errors import UserError, unknown
-from robot_forgetting.robot.assets import data_folder
+from robot_forgetting.errors import unknown
+from robot_forgetting.robot import assets
+from robot_forgetting.robot.assets import COLOURS
 from robot_forgetting.robot.google_robot import CAMERA, FINGERS, GoogleRobot, urdf
 from robot_forgetting.robot.grid import STREAM, TEST_START
 
-FOLDER = "tasks/google_robot_real2sim"
 BASE_HEIGHT = 0.06205 + 0.017  # of the robot's base over the floor, metres
 TABLE_HEIGHT = 0.87
 STAGE = "stages/google_pick_coke_can_1_v4.glb"
@@ -26,47 +26,26 @@ CAN = "opened_coke_can"
 # N / m, of the can's contacts (a negative restitution is PhysX 5's sign for a spring). With the rigid contacts of the
 # original, PhysX 5 loses the 20 g between two fingers that press with 100 N; see docs/google_robot.md.
 CAN_STIFFNESS = 2e5
-COLOURS = (
-    "",
-    "recolor_tabletop_visual_matching_1",
-    "recolor_tabletop_visual_matching_2",
-    "recolor_cabinet_visual_matching_1",
-)
 
 
 def folder():
-    return data_folder() / FOLDER
-
-
-def require(*files: str) -> None:
-    """``UserError`` where one of the files (under ``data_folder()``) is missing."""
-    for file in files:
-        if not (data_folder() / file).is_file():
-            raise UserError(
-                f"the Google robot's assets lack {file} in {data_folder()}; copy {FOLDER} and robots/googlerobot there "
-                "from SimplerEnv's ManiSkill2_real2sim (data/custom, data/real_inpainting) and ManiSkill-GoogleRobot, "
-                "or set MS_ASSET_DIR to where they are"
-            )
+    return assets.data_folder() / assets.GOOGLE
 
 
 class GoogleScene(BaseDigitalTwinEnv):
     """The robot before a photo. Subclasses add objects, initial states and success.
 
-    photos: in ``real_inpainting``, the first is shown unless an episode chooses another
-    colours: which of ``COLOURS`` evaluation and training use; needs: other files, in ``folder()``
+    photo: in ``real_inpainting``; an episode may show another. needs: files beside the bundle's, in ``folder()``
     """
 
     SUPPORTED_OBS_MODES = ["rgb+segmentation"]
     SUPPORTED_REWARD_MODES = ["none"]
     SUPPORTED_ROBOTS = [GoogleRobot.uid]
 
-    def __init__(self, photos: tuple[str, ...], colours: tuple[str, ...], needs: tuple[str, ...], **kwargs):
-        robots = tuple(f"robots/googlerobot/{urdf(name).name}" for name in COLOURS)
-        needs = (*needs, *(f"real_inpainting/{photo}" for photo in photos))
-        require(*robots, *(f"{FOLDER}/{file}" for file in needs))
+    def __init__(self, photo: str, needs: tuple[str, ...] = (), **kwargs):
+        assets.require("google_robot", tuple(f"{assets.GOOGLE}/{file}" for file in needs))
         GoogleRobot.urdf_path = str(urdf(COLOURS[0]))
-        self.colours = colours
-        self.rgb_overlay_paths = {CAMERA: str(folder() / "real_inpainting" / photos[0])}
+        self.rgb_overlay_paths = {CAMERA: str(folder() / "real_inpainting" / photo)}
         self._rgb_overlay_images = {}  # ManiSkill's is the class's, and so every environment's
         self.configuration = -1
         super().__init__(**{**kwargs, "robot_uids": GoogleRobot})
@@ -161,6 +140,18 @@ ORIENTATIONS = {  # quaternions (w, x, y, z)
 HELD_OUT = 0.02  # metres around the evaluation's places where no can stands in training
 
 
+def can_state(number: int | None, rng: np.random.Generator) -> tuple[int, np.ndarray, str]:
+    """Configuration (-1: in training), place [2] and colouring of an episode; ``number`` None draws them."""
+    if number is not None:
+        configuration = number % (len(PLACES) * len(COLOURS))
+        place, colours = divmod(configuration, len(COLOURS))
+        return configuration, PLACES[place], COLOURS[colours]
+    colours, place = str(rng.choice(COLOURS)), rng.uniform(PLACES.min(axis=0), PLACES.max(axis=0))
+    while np.linalg.norm(place - PLACES, axis=1).min() < HELD_OUT:
+        place = rng.uniform(PLACES.min(axis=0), PLACES.max(axis=0))
+    return -1, place, colours
+
+
 class PickCan(GoogleScene):
     """Lift an empty can. 25 places times 4 colourings; configuration k has place k // 4 and colouring k % 4.
 
@@ -177,13 +168,7 @@ class PickCan(GoogleScene):
                 raise unknown(kind, name, names)
         self.orientation, self.table = orientation, table
         self.recorded_choices = {"orientation": ORIENTATIONS, "colours": COLOURS}
-        model = f"custom/models/{CAN}"
-        super().__init__(
-            ("google_coke_can_real_eval_1.png",),
-            COLOURS,
-            (f"{model}/collision.obj", f"{model}/textured.dae", *([STAGE] if table == "stage" else [])),
-            **kwargs,
-        )
+        super().__init__("google_coke_can_real_eval_1.png", (STAGE,) * (table == "stage"), **kwargs)
 
     def _load_lighting(self, options: dict):
         self.scene.set_ambient_light([0.3, 0.3, 0.3])
@@ -219,15 +204,7 @@ class PickCan(GoogleScene):
         number, rng = self.draw(options)
         orientation = str(rng.choice(list(ORIENTATIONS))) if self.orientation == "any" else self.orientation
         orientation = options.get("orientation", orientation)
-        if number is None:
-            self.configuration, colours = -1, str(rng.choice(self.colours))
-            place = rng.uniform(PLACES.min(axis=0), PLACES.max(axis=0))
-            while np.linalg.norm(place - PLACES, axis=1).min() < HELD_OUT:
-                place = rng.uniform(PLACES.min(axis=0), PLACES.max(axis=0))
-        else:
-            self.configuration = number % (len(PLACES) * len(self.colours))
-            place = PLACES[self.configuration // len(self.colours)]
-            colours = self.colours[self.configuration % len(self.colours)]
+        self.configuration, place, colours = can_state(number, rng)
         self._show(options.get("colours", colours))
         self._drop(options.get("place", place), ORIENTATIONS[orientation])
         self._place_robot(0.35, 0.20, 0.0)
@@ -308,6 +285,16 @@ STATIONS = {
 DRAWERS = ("top", "middle", "bottom")
 
 
+def drawer_state(number: int | None, rng: np.random.Generator, stations: tuple) -> tuple[int, str, str]:
+    """Configuration (-1: in training), station and colouring of an episode; ``number`` None draws them."""
+    station, colours = str(rng.choice(stations)), str(rng.choice(COLOURS[1:]))
+    if number is None:
+        return -1, station, colours
+    configuration = number % (len(stations) * len(COLOURS[1:]))
+    station, colours = divmod(configuration, len(COLOURS[1:]))
+    return configuration, stations[station], COLOURS[1:][colours]
+
+
 class Drawer(GoogleScene):
     """Open a drawer of a cabinet (15 cm), or close one that is 20 cm open (to 5 cm).
 
@@ -323,8 +310,7 @@ class Drawer(GoogleScene):
         self.stations = tuple(STATIONS) if station == "any" else (station,)
         self.drawer, self.closing = drawer, closing
         self.recorded_choices = {"station": STATIONS, "colours": COLOURS}
-        photos = tuple(f"open_drawer_{name}.png" for name in self.stations)
-        super().__init__(photos, COLOURS[1:], ("custom/mk_station_recolor.urdf",), **kwargs)
+        super().__init__(f"open_drawer_{self.stations[0]}.png", **kwargs)
 
     def _load_lighting(self, options: dict):
         self.scene.set_ambient_light([1.0, 1.0, 1.0])
@@ -347,13 +333,7 @@ class Drawer(GoogleScene):
 
     def _initialize_episode(self, env_idx: torch.Tensor, options: dict):
         number, rng = self.draw(options)
-        station, colours = str(rng.choice(self.stations)), str(rng.choice(self.colours))
-        if number is None:
-            self.configuration = -1
-        else:
-            self.configuration = number % (len(self.stations) * len(self.colours))
-            station = self.stations[self.configuration // len(self.colours)]
-            colours = self.colours[self.configuration % len(self.colours)]
+        self.configuration, station, colours = drawer_state(number, rng, self.stations)
         station = options.get("station", station)
         self._show(options.get("colours", colours))
         self.rgb_overlay_paths[CAMERA] = str(folder() / "real_inpainting" / f"open_drawer_{station}.png")
