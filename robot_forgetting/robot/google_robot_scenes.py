@@ -349,6 +349,11 @@ class Drawer(GoogleScene):
             x, y, yaw = np.array([x, y, yaw]) + rng.uniform(-1, 1, 3) * [0.02, 0.02, 0.02]
         self._place_robot(x, y, yaw)
 
+    def front(self) -> np.ndarray:
+        """World position [3] of the middle of the drawer's front."""
+        pose = self.cabinet.links_map[f"{self.drawer}_drawer"]._objs[0].entity_pose
+        return np.asarray((pose * sapien.Pose([0.3125, 0.0, 0.0])).p)
+
     def opening(self) -> float:
         """Metres by which the drawer is open."""
         return float(self.cabinet._objs[0].qpos[self.index])
