@@ -272,6 +272,7 @@ def test_task(name):
         assert task.instruction == f"{words[0]} {words[1]} drawer"
         arguments = {"station": "any", "drawer": words[1]} | ({"closing": True} if words[0] == "close" else {})
         assert task.spec.env_arguments == arguments
+        assert bool(task.spec.expert) == (words[0] == "close")  # none opens drawers
     else:
         assert task.instruction == "pick coke can"
         turns = {"standing": "upright", "vertical": "laid_vertically", "horizontal": "lr_switch", "coke": "any"}
@@ -345,3 +346,15 @@ def test_expert_picks_up_a_can(players, blind, monkeypatch):
         assert np.linalg.norm(command[:3]) <= 0.0801 and np.linalg.norm(command[3:6]) <= 0.301
         flags = simulation.step(command)[4]
     assert flags["success"] and flags["consecutive_grasp"] and flags["lifted_object_significantly"]
+
+
+def test_expert_closes_a_drawer(players, blind, monkeypatch):
+    from robot_forgetting.robot.robots import load_object
+
+    simulation = players(DRAWER).simulation
+    monkeypatch.setattr(simulation.env, "closing", True)
+    monkeypatch.setattr(simulation, "expert", load_object(configured("google_robot_close_top_drawer").spec.expert))
+    simulation.reset(1_000_009)  # station b0
+    assert simulation.env.opening() == pytest.approx(0.2)
+    flags = [simulation.step(simulation.expert_command())[4]["success"] for _ in range(32)]
+    assert flags[-1] and not any(flags[:20]) and simulation.env.opening() < 0.02
