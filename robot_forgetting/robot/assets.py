@@ -28,11 +28,15 @@ MODELS = f"{BRIDGE}/custom/models"
 
 @dataclass(frozen=True)
 class Source:
-    """One archive: its address, sha256 (None: the publisher gives none), and the folder of ``data`` it becomes."""
+    """One archive: its address, sha256 (None: the publisher gives none), and the folder of ``data`` it becomes.
+
+    inside: the folder of the archive that becomes it; "": all
+    """
 
     url: str
     sha256: str | None
     folder: str
+    inside: str = ""
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,20 @@ SCENES = Source(
     BRIDGE,
 )
 WIDOWX = Source("https://github.com/haosulab/ManiSkill-WidowX250S/archive/refs/tags/v0.2.0.zip", None, "robots/widowx")
+GOOGLE = "tasks/google_robot_real2sim"
+GOOGLE_SCENES = Source(
+    "https://github.com/simpler-env/ManiSkill2_real2sim/archive/refs/heads/main.zip", None, GOOGLE, inside="data"
+)
+GOOGLE_ROBOT = Source(
+    "https://github.com/haosulab/ManiSkill-GoogleRobot/archive/refs/tags/v0.1.0.zip", None, "robots/googlerobot"
+)
+GOOGLE_URDF = "robots/googlerobot/google_robot_meta_sim_fix_wheel_fix_fingertip"
+COLOURS = (
+    "",
+    "recolor_tabletop_visual_matching_1",
+    "recolor_tabletop_visual_matching_2",
+    "recolor_cabinet_visual_matching_1",
+)
 ROBOT_FILES = ("robots/widowx/wx250s.urdf", f"{BRIDGE}/custom/info_bridge_custom_v0.json")
 BUNDLES = {
     "bridge": Bundle(
@@ -71,6 +89,17 @@ BUNDLES = {
             f"{MODELS}/sink/collision.obj",
             f"{MODELS}/eggplant/collision.obj",
             f"{MODELS}/eggplant/textured.dae",
+        ),
+    ),
+    "google_robot": Bundle(
+        (GOOGLE_SCENES, GOOGLE_ROBOT),
+        (
+            *(f"{GOOGLE_URDF}{name and '_'}{name}.urdf" for name in COLOURS),
+            f"{GOOGLE}/custom/mk_station_recolor.urdf",
+            f"{GOOGLE}/custom/models/opened_coke_can/collision.obj",
+            f"{GOOGLE}/custom/models/opened_coke_can/textured.dae",
+            f"{GOOGLE}/real_inpainting/google_coke_can_real_eval_1.png",
+            *(f"{GOOGLE}/real_inpainting/open_drawer_{row}{place}.png" for row in "abc" for place in "012"),
         ),
     ),
 }
@@ -210,7 +239,7 @@ def _download(source: Source, target: Path) -> None:
         unpacked = Path(scratch) / "unpacked"
         _unpack(archive, unpacked)
         inner = [path for path in unpacked.iterdir() if path.is_dir()]
-        root = inner[0] if len(inner) == 1 else unpacked
+        root = (inner[0] if len(inner) == 1 else unpacked) / source.inside
         place = target / source.folder
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(root, place, dirs_exist_ok=True)

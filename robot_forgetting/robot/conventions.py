@@ -3,7 +3,9 @@
 The published OpenVLA checkpoints give Euler angles and a gripper between 0 (closed) and 1 (open). SimplerEnv's wrapper
 (``simpler_env/policies/openvla/openvla_model.py``, ``OpenVLAInference.step``) turns the angles into a rotation vector
 (transforms3d's ``euler2axangle``, axes "sxyz": R = Rz(yaw) Ry(pitch) Rx(roll)) and, for the WidowX, opens the gripper
-where the number is above 0.5. A task offers the same by declaring ``rotation: euler_xyz`` and ``gripper: "1 opens"``.
+where the number is above 0.5. The Google robot's gripper is told changes, not states: where the number changes by
+more than 0.5 from one step to the next, what it falls by is the command of 15 steps (``sticky_gripper_num_repeat``).
+A task offers the same by declaring ``rotation: euler_xyz`` and ``gripper: "1 opens, 0 closes"``.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ import numpy as np
 from robot_forgetting.errors import unknown
 from robot_forgetting.robot.robots import Robot
 
-GRIPPERS = ("+1 opens", "1 opens, 0 closes")
+ABSOLUTE = "1 opens, 0 closes"
+GRIPPERS = ("+1 opens", ABSOLUTE)
+REPEATS = 15  # steps for which the Google robot's gripper goes on
 
 
 class Boundary:
@@ -23,12 +27,15 @@ class Boundary:
         rotation, gripper = rotation or robot.rotation, gripper or robot.gripper
         if rotation != robot.rotation and (rotation, robot.rotation) != ("euler_xyz", "axis_angle"):
             raise unknown("rotation", rotation, {robot.rotation, "euler_xyz"})
-        if gripper != robot.gripper and (gripper, robot.gripper) != (GRIPPERS[1], GRIPPERS[0]):
-            raise unknown("gripper", gripper, GRIPPERS if robot.gripper == GRIPPERS[0] else (robot.gripper,))
+        if gripper not in (robot.gripper, ABSOLUTE):
+            raise unknown("gripper", gripper, (robot.gripper, ABSOLUTE))
         self._turn, self._binarise = rotation != robot.rotation, gripper != robot.gripper
+        self._sticky = self._binarise and robot.gripper == "+1 closes"
+        self.reset()
 
     def reset(self) -> None:
-        """At the start of an episode; nothing here remembers."""
+        """At the start of an episode; only a gripper that is told changes has something to forget."""
+        self._before, self._change, self._left, self._state = None, 0.0, 0, 1.0
 
     def to_robot(self, command: np.ndarray) -> np.ndarray:
         """A policy's command [7] as the robot's."""
@@ -38,8 +45,19 @@ class Boundary:
         if self._turn:
             command[3:6] = rotation_vector(command[3:6])
         if self._binarise:
-            command[6] = 1.0 if command[6] > 0.5 else -1.0
+            command[6] = self._changed(command[6]) if self._sticky else 1.0 if command[6] > 0.5 else -1.0
         return command
+
+    def _changed(self, now: float) -> float:
+        """The gripper's command at a step, from what the policy says now and what it said before."""
+        change = 0.0 if self._before is None else self._before - now
+        self._before = now
+        if abs(change) > 0.5 and not self._left:
+            self._change, self._left = change, REPEATS
+        if self._left:
+            self._left -= 1
+            return self._change
+        return change
 
     def to_policy(self, command: np.ndarray) -> np.ndarray:
         """A robot's command [7] (an expert's) as a policy would have given it."""
@@ -49,7 +67,11 @@ class Boundary:
         if self._turn:
             command[3:6] = euler_angles(command[3:6])
         if self._binarise:
-            command[6] = float(command[6] > 0)
+            if self._sticky:  # what was said last stands where the expert says nothing
+                self._state = float(command[6] < 0) if command[6] else self._state
+                command[6] = self._state
+            else:
+                command[6] = float(command[6] > 0)
         return command
 
 

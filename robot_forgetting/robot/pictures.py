@@ -50,6 +50,11 @@ class Camera:
         """Another ``size`` of the pictures from now on."""
         self._size = size if (self._camera.width, self._camera.height) != size else None
 
+    def change_photo(self, path: str) -> None:
+        """Another photo for the background from now on."""
+        height, width = self._overlay.photo.shape[:2]
+        self._overlay.photo = read_photo(path, (width, height))
+
     def take(self) -> np.ndarray:
         """uint8 [height, width, 3]; the scene's render state must be up to date."""
         self._camera.take_picture()

@@ -148,9 +148,14 @@ class Simulation:
         overlay = None
         if self.spec.overlay:
             size = sensor.config.width, sensor.config.height
-            photo = read_photo(next(iter(self.env.rgb_overlay_paths.values())), size)
+            self._shown = self._photo()
+            photo = read_photo(self._shown, size)
             overlay = Overlay(photo, self.env._segmentation_ids_to_keep.tolist())
         return Camera(sensor, (pixels, pixels), overlay)
+
+    def _photo(self) -> str:
+        """Of the background; an environment may have another one for each episode."""
+        return next(iter(self.env.rgb_overlay_paths.values()))
 
     def reset(self, seed: int, options: dict | None = None) -> dict:
         """Starts the episode that ``seed`` (and ``options``, ManiSkill's) fixes and returns its first observation."""
@@ -158,6 +163,10 @@ class Simulation:
         self.env.reset(seed=seed, options=options or {})
         for actor in self.env._hidden_objects:
             actor.hide_visual()
+        if self.spec.overlay and self._photo() != self._shown:
+            self._shown = self._photo()
+            for camera in self._cameras.values():
+                camera.change_photo(self._shown)
         self._controller.reset()
         self._boundary.reset()
         self.steps = 0

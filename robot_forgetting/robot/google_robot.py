@@ -1,0 +1,230 @@
+"""The Google robot of SimplerEnv's tasks: its joint drives, friction and camera, and the original controller's plans.
+
+The numbers are those of ManiSkill2_real2sim (Li et al. 2024, arXiv:2405.05941), measured there on the real robot.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import sapien
+from mani_skill.agents.base_agent import BaseAgent
+from mani_skill.agents.controllers import PDJointPosControllerConfig
+from mani_skill.agents.registration import register_agent
+from mani_skill.sensors.camera import CameraConfig
+
+from robot_forgetting.errors import UserError
+from robot_forgetting.robot.assets import GOOGLE_URDF, data_folder
+from robot_forgetting.robot.robots import Controller
+from robot_forgetting.robot.widowx import quaternion
+
+CAMERA = "overhead_camera"
+# name: (initial position, stiffness, damping, force limit); radians, N m / rad, N m s / rad, N m
+ARM = {
+    "joint_torso": (-0.2639457174606611, 1700.0, 1059.9791902443303, 300.0),
+    "joint_shoulder": (0.0831913360274175, 1737.0471680861954, 1010.4720585373592, 300.0),
+    "joint_bicep": (0.5017611504652179, 979.975871856535, 767.2803161582076, 100.0),
+    "joint_elbow": (1.156859026208673, 930.0, 680.0, 100.0),
+    "joint_forearm": (0.028583671314766423, 1212.154500274304, 674.9946964336588, 100.0),
+    "joint_wrist": (1.592598203487462, 432.96500923932535, 274.613381336198, 100.0),
+    "joint_gripper": (-1.080652960128774, 468.0013365498738, 340.532560578637, 100.0),
+    "joint_head_pan": (-0.00285961, 2000.0, 900.0, 100.0),
+    "joint_head_tilt": (0.7851361, 2000.0, 900.0, 100.0),
+}
+FINGERS = ("joint_finger_right", "joint_finger_left")
+FINGER_DRIVE = (200.0, 8.0, 60.0)
+FINGER_ARMATURE = 0.003  # kg m2, where the original has 0; see docs/google_robot.md
+CLOSED = 1.31  # the gripper's unit, radians; a little over the joints' limit, so that closed fingers press
+ARM_PLAN = (1.5, 2.0, 50.0)  # greatest velocity, acceleration, jerk; rad / s ...
+FINGER_PLAN = (1.0, 7.0, 50.0)
+
+
+def _surface(material: str, patch: float) -> dict:
+    return {"material": material, "patch_radius": patch, "min_patch_radius": patch}
+
+
+def _material(static: float, dynamic: float) -> dict:
+    return {"static_friction": static, "dynamic_friction": dynamic, "restitution": 0.0}
+
+
+FRICTION = {
+    "_materials": {
+        "finger": _material(2.0, 2.0),
+        "nail": _material(0.1, 0.1),
+        "base": _material(0.1, 0.0),
+        "wheel": _material(1.0, 0.0),
+    },
+    "link": {
+        "link_base": _surface("base", 0.1),
+        **{f"link_wheel_{side}": _surface("wheel", 0.1) for side in ("left", "right")},
+        **{f"link_finger{part}_{side}": _surface("finger", 0.1) for part in ("", "_tip") for side in ("left", "right")},
+        **{f"link_finger_nail_{side}": _surface("nail", 0.01) for side in ("left", "right")},
+    },
+}
+
+
+def urdf(colours: str = "") -> Path:
+    """The robot's description in one of its colourings (``COLOURS`` of the scenes); "" is the plain one."""
+    return data_folder() / f"{GOOGLE_URDF}{colours and '_'}{colours}.urdf"
+
+
+@register_agent()
+class GoogleRobot(BaseAgent):
+    """Arm, head and gripper on a base that stands still."""
+
+    uid = "robot_forgetting_google_robot"
+    urdf_config = FRICTION
+    load_multiple_collisions = True
+
+    @property
+    def _sensor_configs(self):
+        return [
+            CameraConfig(
+                uid=CAMERA,
+                pose=sapien.Pose([0, 0, 0], [0.5, 0.5, -0.5, 0.5]),
+                width=640,
+                height=512,
+                near=0.01,
+                far=10,
+                intrinsic=np.array([[425.0, 0, 320.0], [0, 425.0, 256.0], [0, 0, 1]]),
+                entity_uid="link_camera",
+            )
+        ]
+
+    @property
+    def _controller_configs(self):
+        """The drives; their targets come from ``PlannedController``."""
+        names, numbers = list(ARM), np.array(list(ARM.values()))
+        arm = PDJointPosControllerConfig(
+            names, None, None, numbers[:, 1], numbers[:, 2], numbers[:, 3], normalize_action=False
+        )
+        gripper = PDJointPosControllerConfig(list(FINGERS), None, None, *FINGER_DRIVE, normalize_action=False)
+        return {"planned": {"arm": arm, "gripper": gripper, "balance_passive_force": False}}
+
+    def _after_init(self):
+        self.tcp = self.robot.links_map["link_gripper_tcp"]
+        for joint in self.robot.active_joints:
+            if joint.name in FINGERS:
+                joint._objs[0].set_armature(np.array([FINGER_ARMATURE], dtype=np.float32))
+
+    def initial_qpos(self) -> np.ndarray:
+        """Joint positions [11] at the start of an episode, in the articulation's order."""
+        return np.array([ARM[joint.name][0] if joint.name in ARM else 0.0 for joint in self.robot.active_joints])
+
+
+class PlannedController(Controller):
+    """The original's controllers of arm (``..._delta_pose_align_interpolate_by_planner``) and gripper.
+
+    Arm: with p, q the measured pose of the tool centre point in the base frame and dp, dR the command, the pose wanted
+    is p + dp, dR q; inverse kinematics gives joint positions (the measured ones where it fails), and a jerk-limited
+    plan (Ruckig; Berscheid and Kroeger 2021, arXiv:2105.04830) leads there from where the last plan ended.
+    Gripper: +1 closes; the position wanted moves by 1.31 rad times the command from where the last plan stands, and
+    the plan starts from the measured state. A command under 1e-3 rad keeps what was wanted before.
+    """
+
+    def __init__(self, env):
+        _ruckig()
+        self._robot = env.agent.robot._objs[0]
+        self._tcp = env.agent.tcp._objs[0]
+        names = [joint.name for joint in env.agent.robot.active_joints]
+        self._arm = np.array([names.index(name) for name in ARM])
+        self._fingers = np.array([names.index(name) for name in FINGERS])
+        self._joints = self._robot.active_joints
+        # SAPIEN 2 (PhysX 4) clips drive targets to the joints' limits, SAPIEN 3 (PhysX 5) does not.
+        self._low, self._high = self._robot.get_qlimits().T
+        self._count, self._hz = env._sim_steps_per_control, env.sim_freq
+        links = [link.name for link in env.agent.robot.links]
+        self._kinematics = kinematics(Path(env.agent.urdf_path), names, links)
+        self._link = links.index(env.agent.tcp.name)
+        self._moved = np.isin(np.arange(len(self._joints)), self._arm)
+        self.reset()
+
+    def reset(self) -> None:
+        self._end = None  # of the arm's last plan: positions and velocities
+        self._wanted = self._stands = self._robot.qpos[self._fingers].astype(np.float64)
+        self._step = 0
+
+    def apply(self, command: np.ndarray) -> None:
+        qpos, qvel = self._robot.qpos, self._robot.qvel
+        measured = self._robot.root_pose.inv() * self._tcp.entity_pose
+        turned = sapien.Pose(q=quaternion(command[3:6])) * sapien.Pose(q=measured.q)
+        solution, solved, _ = self._kinematics.compute_inverse_kinematics(
+            self._link,
+            sapien.Pose(measured.p + command[:3], turned.q),
+            initial_qpos=qpos,
+            active_qmask=self._moved,
+            max_iterations=100,
+        )
+        goal = np.asarray(solution if solved else qpos)[self._arm]
+        if self._end is None:
+            self._end = qpos[self._arm], np.clip(qvel[self._arm], -ARM_PLAN[0], ARM_PLAN[0])
+        arm = plan(*self._end, goal, ARM_PLAN, self._count, self._hz)
+        self._end = arm[0][-1], arm[1][-1]
+        change = CLOSED * float(np.clip(command[6], -1, 1))
+        if abs(change) >= 1e-3:
+            margin = 0.01
+            low, high = self._low[self._fingers] - margin, self._high[self._fingers] + margin
+            self._wanted = np.clip(self._stands + change, low, high)
+        velocity = np.clip(qvel[self._fingers], -FINGER_PLAN[0], FINGER_PLAN[0])
+        fingers = plan(qpos[self._fingers], velocity, self._wanted, FINGER_PLAN, self._count, self._hz)
+        self._stands = fingers[0][-1]
+        self._positions = np.empty((self._count + 1, len(self._joints)))
+        self._positions[:, self._arm], self._positions[:, self._fingers] = arm[0], fingers[0]
+        self._positions = self._positions.clip(self._low, self._high)
+        self._velocities = fingers[1]
+        self._step = 0
+
+    def before_simulation_step(self) -> None:
+        self._step = min(self._step + 1, self._count)
+        for joint, position in zip(self._joints, self._positions[self._step], strict=True):
+            joint.set_drive_target(position)
+        for index, velocity in zip(self._fingers, self._velocities[self._step], strict=True):
+            self._joints[index].set_drive_velocity_target(velocity)
+        self._robot.set_qf(self._robot.compute_passive_force(gravity=True, coriolis_and_centrifugal=True))
+
+
+def plan(
+    start: np.ndarray, velocity: np.ndarray, goal: np.ndarray, limits: tuple[float, float, float], count: int, hz: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Positions and velocities [count + 1, J] of the fastest way from ``start`` to rest at ``goal``, every 1 / hz s.
+
+    limits: greatest velocity, acceleration and jerk
+    """
+    ruckig, joints = _ruckig(), len(start)
+    request, trajectory = ruckig.InputParameter(joints), ruckig.Trajectory(joints)
+    request.current_position, request.current_velocity = [float(x) for x in start], [float(x) for x in velocity]
+    request.target_position = [float(x) for x in goal]
+    request.max_velocity, request.max_acceleration, request.max_jerk = ([limit] * joints for limit in limits)
+    result = ruckig.Ruckig(joints).calculate(request, trajectory)
+    if result not in (ruckig.Result.Working, ruckig.Result.Finished):
+        raise ValueError(f"no plan from {start} (velocity {velocity}) to {goal}: {result}")
+    times = np.clip(np.arange(count + 1) / hz, 0, trajectory.duration)
+    points = [trajectory.at_time(time) for time in times]
+    return np.array([point[0] for point in points]), np.array([point[1] for point in points])
+
+
+def _ruckig():
+    try:
+        import ruckig
+    except ImportError as error:
+        raise UserError(
+            f"the Google robot's plans need Ruckig ({error}); type: pip install 'robot-forgetting[google-robot]'"
+        ) from error
+    return ruckig
+
+
+def kinematics(description: Path, joints: list[str], links: list[str]):
+    """SAPIEN's kinematics of a robot with joints and links in this order.
+
+    Its own export fails here, because the fixed wheels have infinite limits.
+    """
+    from sapien.wrapper.pinocchio_model import PinocchioModel
+
+    text = description.read_text()
+    text = re.sub(r"<(inertial|visual|collision|contact)>.*?</\1>", "", text, flags=re.DOTALL)
+    model = PinocchioModel(re.sub(r'<limit upper="inf"[^>]*/>', "", text), [0, 0, -9.81])
+    model.set_joint_order(joints)
+    model.set_link_order(links)
+    return model

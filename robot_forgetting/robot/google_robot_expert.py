@@ -1,0 +1,87 @@
+"""Scripted experts for the Google robot, by proportional control: functions of the simulator's state only (Markov).
+
+Commands are metres and a rotation vector (radians) in the robot's base frame, and the gripper (+1 closes).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+CLOSE, OPEN, KEEP = 1.0, -1.0, 0.0
+GAIN = 0.5  # of the way per step
+STEP, TURN = 0.08, 0.3  # at most so many metres and radians per step
+HOVER = 0.08  # metres over the place of the grasp
+LIFT = 0.12  # metres
+BEFORE, PUSH = 0.12, 0.10  # metres of the tool centre point before a drawer's front, and beyond it when it pushes
+WRIST = 1.70  # radians; the joint ends at 1.79, where inverse kinematics goes astray
+
+
+def pick_can(env) -> np.ndarray:
+    """Over the can with the hand pointing down and the fingers across it, down, close, up."""
+    can = env.can._objs[0].pose
+    hand = env.agent.tcp._objs[0].entity_pose
+    frame = hand.to_transformation_matrix()[:3, :3]
+    axis = can.to_transformation_matrix()[:3, 1]  # the can's own
+    lying = abs(axis[2]) < 0.7
+    grip = np.array([*can.p[:2], can.p[2] + (-0.005 if lying else 0.01)])
+    across = np.array([-axis[1], axis[0], 0.0]) if lying else np.array([*frame[:2, 1], 0.0])
+    turn = _turn_to(frame, across, _lean(env, frame))
+    away = grip - hand.p
+    held = env._pressed(list(env.contacts(env.can._bodies[0].entity)))
+    risen = can.p[2] - env._height
+    if held and (env._held >= 2 or risen > 0.005):  # the fingers have come to rest on it
+        return command(env, np.array([0.0, 0.0, max(0.0, LIFT - risen)]), turn, KEEP)
+    beside = np.linalg.norm(away[:2])
+    if held or (beside < 0.02 and abs(away[2]) < 0.01):
+        return command(env, np.zeros(3), np.zeros(3), CLOSE)
+    gripper = OPEN if env.agent.robot.qpos[0, env.fingers].mean() > 0.05 else KEEP
+    if away[2] < -HOVER / 2 and (beside > 0.015 or np.linalg.norm(turn) > 0.12):
+        return command(env, away + [0.0, 0.0, HOVER], turn, gripper)
+    return command(env, away, turn, gripper)
+
+
+def close_drawer(env) -> np.ndarray:
+    """The fist before the drawer's front, then against it."""
+    frame = env.agent.tcp._objs[0].entity_pose.to_transformation_matrix()
+    turn = _turn_to(frame[:3, :3], np.array([*frame[:2, 1], 0.0]), _lean(env, frame[:3, :3]))
+    way = env.front() - frame[:3, 3]
+    if np.linalg.norm(way[1:]) > 0.05:  # not yet before the middle of the front
+        return command(env, way + [BEFORE, 0.0, 0.0], turn, CLOSE)
+    if env.opening() < 0.01:
+        return command(env, np.zeros(3), np.zeros(3), CLOSE)
+    return command(env, way - [PUSH, 0.0, 0.0], turn, CLOSE)
+
+
+def _lean(env, frame: np.ndarray) -> float:
+    """Radians by which the hand should point away from the robot, and not straight down, to spare its wrist."""
+    wrist = float(env.agent.robot.qpos[0, env.wrist])
+    forwards = _base(env)[:, 0]  # the robot faces -x of the world
+    now = np.arctan2(frame[:, 2] @ forwards, -frame[2, 2])
+    return float(np.clip(now + wrist - WRIST, 0.0, 0.6))
+
+
+def _turn_to(frame: np.ndarray, across: np.ndarray, lean: float) -> np.ndarray:
+    """Rotation vector [3] that points the hand's z down and its y (along which it closes) along ``across``, either way
+    round."""
+    from scipy.spatial.transform import Rotation
+
+    closing = across / np.linalg.norm(across)
+    closing = closing if closing @ frame[:, 1] >= 0 else -closing
+    down = np.array([0.0, 0.0, -1.0])
+    wanted = np.stack([np.cross(closing, down), closing, down], axis=1)
+    wanted = Rotation.from_rotvec([0.0, lean, 0.0]).as_matrix() @ wanted
+    return Rotation.from_matrix(wanted @ frame.T).as_rotvec()
+
+
+def command(env, way: np.ndarray, turn: np.ndarray, gripper: float) -> np.ndarray:
+    """A step along ``way`` [3] (metres) and about ``turn`` [3] (radians), both in the world."""
+    step, angle = GAIN * np.asarray(way), GAIN * np.asarray(turn)
+    step = step * min(1.0, STEP / max(float(np.linalg.norm(step)), 1e-9))
+    angle = angle * min(1.0, TURN / max(float(np.linalg.norm(angle)), 1e-9))
+    base = _base(env)
+    return np.array([*(base.T @ step), *(base.T @ angle), gripper])
+
+
+def _base(env) -> np.ndarray:
+    """The base frame's axes [3, 3] in the world."""
+    return env.agent.robot._objs[0].root_pose.to_transformation_matrix()[:3, :3]

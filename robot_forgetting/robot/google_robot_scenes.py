@@ -1,0 +1,363 @@
+"""SimplerEnv's Google-robot scenes on SAPIEN 3: a can on a table, a cabinet with three drawers.
+
+Physics, initial states, cameras, lights and success tests of ManiSkill2_real2sim (Li et al. 2024, arXiv:2405.05941).
+ManiSkill3 has none of these tasks. CPU simulation only.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import sapien
+import torch
+from mani_skill.envs.tasks.digital_twins.base_env import BaseDigitalTwinEnv
+from mani_skill.sensors.camera import CameraConfig
+from mani_skill.utils.structs.types import DefaultMaterialsConfig, SceneConfig, SimConfig
+
+from robot_forgetting.errors import unknown
+from robot_forgetting.robot import assets
+from robot_forgetting.robot.assets import COLOURS
+from robot_forgetting.robot.google_robot import CAMERA, FINGERS, GoogleRobot, urdf
+from robot_forgetting.robot.grid import STREAM, TEST_START
+
+BASE_HEIGHT = 0.06205 + 0.017  # of the robot's base over the floor, metres
+TABLE_HEIGHT = 0.87
+STAGE = "stages/google_pick_coke_can_1_v4.glb"
+CAN = "opened_coke_can"
+# N / m, of the can's contacts (a negative restitution is PhysX 5's sign for a spring). With the rigid contacts of the
+# original, PhysX 5 loses the 20 g between two fingers that press with 100 N; see docs/google_robot.md.
+CAN_STIFFNESS = 2e5
+
+
+def folder():
+    return assets.data_folder() / assets.GOOGLE
+
+
+class GoogleScene(BaseDigitalTwinEnv):
+    """The robot before a photo. Subclasses add objects, initial states and success.
+
+    photo: in ``real_inpainting``; an episode may show another. needs: files beside the bundle's, in ``folder()``
+    """
+
+    SUPPORTED_OBS_MODES = ["rgb+segmentation"]
+    SUPPORTED_REWARD_MODES = ["none"]
+    SUPPORTED_ROBOTS = [GoogleRobot.uid]
+
+    def __init__(self, photo: str, needs: tuple[str, ...] = (), **kwargs):
+        assets.require("google_robot", tuple(f"{assets.GOOGLE}/{file}" for file in needs))
+        GoogleRobot.urdf_path = str(urdf(COLOURS[0]))
+        self.rgb_overlay_paths = {CAMERA: str(folder() / "real_inpainting" / photo)}
+        self._rgb_overlay_images = {}  # ManiSkill's is the class's, and so every environment's
+        self.configuration = -1
+        super().__init__(**{**kwargs, "robot_uids": GoogleRobot})
+
+    @property
+    def _default_sim_config(self):
+        scene = SceneConfig(
+            contact_offset=0.02,
+            solver_position_iterations=25,
+            solver_velocity_iterations=0,  # with 1, as in the original, PhysX 5 lets stiffly driven fingers chatter
+            enable_pcm=False,
+            enable_tgs=True,
+        )
+        friction = DefaultMaterialsConfig(static_friction=1.0, dynamic_friction=1.0)
+        return SimConfig(
+            sim_freq=513, control_freq=3, spacing=20, scene_config=scene, default_materials_config=friction
+        )
+
+    @property
+    def _default_human_render_camera_configs(self):
+        own = self.agent._sensor_configs[0]
+        link = self.agent.robot.links_map["link_camera"]
+        return CameraConfig("render_camera", own.pose, 512, 512, intrinsic=own.intrinsic, mount=link)
+
+    def _load_agent(self, options: dict):
+        super()._load_agent(options, sapien.Pose([-10, 0, 0]))
+        names = [joint.name for joint in self.agent.robot.active_joints]
+        self.fingers, self.wrist = [names.index(name) for name in FINGERS], names.index("joint_wrist")
+        self._add_colours()
+
+    def _add_colours(self) -> None:
+        """The links' shapes in every colouring, of which each episode shows one."""
+        links = {name: link._objs[0].entity for name, link in self.agent.robot.links_map.items()}
+        self._shapes = {name: [] for name in COLOURS}
+        for entity in links.values():
+            body = entity.find_component_by_type(sapien.render.RenderBodyComponent)
+            if body is not None:
+                self._shapes[COLOURS[0]].append(body)
+        for name in COLOURS[1:]:
+            loader = self.scene.create_urdf_loader()
+            for builder in loader.parse(str(urdf(name)))["articulation_builders"][0].link_builders:
+                if builder.visual_records:
+                    body = builder.build_render_component()
+                    links[builder.name].add_component(body)
+                    self._shapes[name].append(body)
+
+    def _show(self, colours: str) -> None:
+        for name, bodies in self._shapes.items():
+            for body in bodies:
+                body.visibility = float(name == colours)
+
+    def _polish(self) -> None:
+        """The robot's surfaces as the original has them over tables."""
+        for bodies in self._shapes.values():
+            for body in bodies:
+                for shape in body.render_shapes:
+                    for part in shape.parts if hasattr(shape, "parts") else [shape]:
+                        part.material.specular, part.material.roughness = 0.9, 0.3
+
+    def _place_robot(self, x: float, y: float, yaw: float) -> None:
+        half = yaw / 2
+        turn = [-np.sin(half), 0.0, 0.0, np.cos(half)]  # half a turn, then the yaw
+        self.agent.robot.set_pose(sapien.Pose([x, y, BASE_HEIGHT], turn))
+        self.agent.reset(init_qpos=self.agent.initial_qpos())
+
+    def draw(self, options: dict) -> tuple[int | None, np.random.Generator]:
+        """The configuration's number (None in training) and random numbers of the episode's seed."""
+        seed, number = int(self._episode_seed[0]), options.get("episode_id")
+        if number is None and seed >= TEST_START:
+            number = seed - TEST_START
+        return None if number is None else int(number), np.random.default_rng([seed, STREAM])
+
+    def _settle(self, seconds: float) -> None:
+        for _ in range(int(self.sim_freq * seconds)):
+            self.scene.step()
+
+    def contacts(self, entity):
+        """(the other's entity, impulse on it [3] in newton seconds) of what touches ``entity`` in the last step."""
+        for contact in self.scene.px.get_contacts():
+            first, second = (body.entity for body in contact.bodies)
+            if entity in (first, second):
+                impulse = np.sum([point.impulse for point in contact.points], axis=0)
+                yield (second, -impulse) if first == entity else (first, impulse)
+
+
+PLACES = np.array([[x, y] for x in np.linspace(-0.35, -0.12, 5) for y in np.linspace(-0.02, 0.42, 5)])
+ORIENTATIONS = {  # quaternions (w, x, y, z)
+    "upright": [np.sqrt(0.5), np.sqrt(0.5), 0.0, 0.0],
+    "laid_vertically": [np.sqrt(0.5), 0.0, 0.0, np.sqrt(0.5)],
+    "lr_switch": [0.0, 0.0, 0.0, 1.0],
+}
+HELD_OUT = 0.02  # metres around the evaluation's places where no can stands in training
+
+
+def can_state(number: int | None, rng: np.random.Generator) -> tuple[int, np.ndarray, str]:
+    """Configuration (-1: in training), place [2] and colouring of an episode; ``number`` None draws them."""
+    if number is not None:
+        configuration = number % (len(PLACES) * len(COLOURS))
+        place, colours = divmod(configuration, len(COLOURS))
+        return configuration, PLACES[place], COLOURS[colours]
+    colours, place = str(rng.choice(COLOURS)), rng.uniform(PLACES.min(axis=0), PLACES.max(axis=0))
+    while np.linalg.norm(place - PLACES, axis=1).min() < HELD_OUT:
+        place = rng.uniform(PLACES.min(axis=0), PLACES.max(axis=0))
+    return -1, place, colours
+
+
+class PickCan(GoogleScene):
+    """Lift an empty can. 25 places times 4 colourings; configuration k has place k // 4 and colouring k % 4.
+
+    orientation: one of ``ORIENTATIONS``, or "any": drawn anew for every episode
+    table: "flat" (a slab that ends before the robot) or "stage" (the collision mesh of the assets)
+    """
+
+    def __init__(self, orientation: str = "upright", table: str = "flat", **kwargs):
+        for kind, name, names in (
+            ("orientation", orientation, (*ORIENTATIONS, "any")),
+            ("table", table, ("flat", "stage")),
+        ):
+            if name not in names:
+                raise unknown(kind, name, names)
+        self.orientation, self.table = orientation, table
+        self.recorded_choices = {"orientation": ORIENTATIONS, "colours": COLOURS}
+        super().__init__("google_coke_can_real_eval_1.png", (STAGE,) * (table == "stage"), **kwargs)
+
+    def _load_lighting(self, options: dict):
+        self.scene.set_ambient_light([0.3, 0.3, 0.3])
+        self.scene.add_directional_light([0, 0, -1], [2.2, 2.2, 2.2], shadow=False)
+        self.scene.add_directional_light([-1, -0.5, -1], [0.7, 0.7, 0.7])
+        self.scene.add_directional_light([1, 1, -1], [0.7, 0.7, 0.7])
+
+    def _load_scene(self, options: dict):
+        self._polish()
+        builder = self.scene.create_actor_builder()  # never seen: the photo is in its place
+        if self.table == "stage":
+            builder.add_nonconvex_collision_from_file(str(folder() / STAGE), sapien.Pose(q=[0.707, 0.707, 0, 0]))
+            builder.initial_pose = sapien.Pose([1.6616, 3.0337, 0])
+        else:
+            builder.add_box_collision(half_size=[0.5, 1.0, 0.02])
+            builder.initial_pose = sapien.Pose([-0.55, 0.2, TABLE_HEIGHT - 0.02])
+        builder.build_static(name="table")
+        model = folder() / "custom" / "models" / CAN
+        builder = self.scene.create_actor_builder()
+        builder.add_multiple_convex_collisions_from_file(
+            str(model / "collision.obj"), material=sapien.physx.PhysxMaterial(0.5, 0.5, -CAN_STIFFNESS), density=50
+        )
+        builder.add_visual_from_file(str(model / "textured.dae"))
+        builder.initial_pose = sapien.Pose([0, 0, 2])
+        self.can = builder.build(name=CAN)
+        self.objs, self.source_obj_name = {CAN: self.can}, CAN
+        body = self.can._bodies[0]
+        body.linear_damping = body.angular_damping = 0.1
+        self.remove_object_from_greenscreen(self.can)
+        self.remove_object_from_greenscreen(self.agent.robot)
+
+    def _initialize_episode(self, env_idx: torch.Tensor, options: dict):
+        number, rng = self.draw(options)
+        orientation = str(rng.choice(list(ORIENTATIONS))) if self.orientation == "any" else self.orientation
+        orientation = options.get("orientation", orientation)
+        self.configuration, place, colours = can_state(number, rng)
+        self._show(options.get("colours", colours))
+        self._drop(options.get("place", place), ORIENTATIONS[orientation])
+        self._place_robot(0.35, 0.20, 0.0)
+        self._held, self._lifted, self._high = 0, False, 0  # steps held, lifted since, steps higher than 2 cm
+        self._height = float(self.can._bodies[0].entity_pose.p[2])
+
+    def _drop(self, place: np.ndarray, turn: list[float]) -> None:
+        """The can falls from half a metre with its tilt locked, then settles; the robot is out of the way."""
+        self.agent.robot.set_pose(sapien.Pose([-10, 0, 0]))
+        body = self.can._bodies[0]
+
+        def still(pose) -> None:
+            body.entity.set_pose(pose)
+            body.set_linear_velocity(np.zeros(3))
+            body.set_angular_velocity(np.zeros(3))
+
+        still(sapien.Pose([*place, TABLE_HEIGHT + 0.5], turn))
+        body.set_locked_motion_axes([False, False, False, True, True, False])
+        self._settle(0.5)
+        body.set_locked_motion_axes([False] * 6)
+        still(body.entity_pose)
+        self._settle(0.5)
+        if np.linalg.norm(body.linear_velocity) > 1e-3 or np.linalg.norm(body.angular_velocity) > 1e-2:
+            self._settle(1.5)
+
+    def evaluate(self) -> dict:
+        """The original's flags after a control step; success is a can lifted by 1 cm with nothing but the robot
+        touching it while it is held, or one that was 2 cm up in five steps of the episode."""
+        body = self.can._bodies[0]
+        touching = list(self.contacts(body.entity))
+        held = self._pressed(touching)
+        self._held = self._held + 1 if held else 0
+        robot = {link.entity for link in self.agent.robot._objs[0].links}
+        free = all(other in robot or np.linalg.norm(impulse) <= 1e-6 for other, impulse in touching)
+        risen = float(body.entity_pose.p[2]) - self._height
+        self._lifted = (held and self._lifted) or (free and risen > 0.01)
+        high = self._lifted and risen > 0.02
+        self._high += high
+        flags = {
+            "is_grasped": held,
+            "consecutive_grasp": self._held >= 5,
+            "lifted_object": self._lifted,
+            "lifted_object_significantly": high,
+            "success": self._lifted or self._high >= 5,
+        }
+        flags = {name: torch.tensor([bool(value)]) for name, value in flags.items()}
+        return {**flags, "configuration": torch.tensor([self.configuration])}
+
+    def _pressed(self, touching: list, *, least: float = 1e-6, max_angle: float = 80) -> bool:
+        """Whether both fingers press the can (newton seconds), within ``max_angle`` degrees of their own y axes."""
+        return all(self._finger_presses(side, touching, least, max_angle) for side in ("left", "right"))
+
+    def _finger_presses(self, side: str, touching: list, least: float, max_angle: float) -> bool:
+        largest, angle = 0.0, np.inf
+        for name in (f"link_finger_tip_{side}", f"link_finger_{side}"):
+            entity = self.agent.robot.links_map[name]._objs[0].entity
+            push = np.sum([impulse for other, impulse in touching if other == entity] or [np.zeros(3)], axis=0)
+            size = float(np.linalg.norm(push))
+            largest = max(largest, size)
+            if size >= least:
+                opening = entity.pose.to_transformation_matrix()[:3, 1]
+                angle = min(angle, np.degrees(np.arccos(np.clip(opening @ push / size, -1, 1))))
+        return largest >= least and angle <= max_angle
+
+
+# name: x, y, yaw of the robot's base; each has its photo
+STATIONS = {
+    "a0": (0.644, -0.179, -0.03),
+    "a1": (0.765, -0.182, -0.02),
+    "a2": (0.889, -0.203, -0.06),
+    "b0": (0.652, 0.009, 0.0),
+    "b1": (0.752, 0.009, 0.0),
+    "b2": (0.851, 0.035, 0.0),
+    "c0": (0.665, 0.224, 0.0),
+    "c1": (0.765, 0.222, -0.025),
+    "c2": (0.865, 0.222, -0.025),
+}
+DRAWERS = ("top", "middle", "bottom")
+
+
+def drawer_state(number: int | None, rng: np.random.Generator, stations: tuple) -> tuple[int, str, str]:
+    """Configuration (-1: in training), station and colouring of an episode; ``number`` None draws them."""
+    station, colours = str(rng.choice(stations)), str(rng.choice(COLOURS[1:]))
+    if number is None:
+        return -1, station, colours
+    configuration = number % (len(stations) * len(COLOURS[1:]))
+    station, colours = divmod(configuration, len(COLOURS[1:]))
+    return configuration, stations[station], COLOURS[1:][colours]
+
+
+class Drawer(GoogleScene):
+    """Open a drawer of a cabinet (15 cm), or close one that is 20 cm open (to 5 cm).
+
+    station: the robot's place and the photo that belongs to it, one of ``STATIONS``, or "any": configuration k has
+        station k // 3 and colouring k % 3, training draws
+    drawer: one of ``DRAWERS``; closing: the opposite task
+    """
+
+    def __init__(self, station: str = "any", drawer: str = "top", closing: bool = False, **kwargs):
+        for kind, name, names in (("station", station, (*STATIONS, "any")), ("drawer", drawer, DRAWERS)):
+            if name not in names:
+                raise unknown(kind, name, names)
+        self.stations = tuple(STATIONS) if station == "any" else (station,)
+        self.drawer, self.closing = drawer, closing
+        self.recorded_choices = {"station": STATIONS, "colours": COLOURS}
+        super().__init__(f"open_drawer_{self.stations[0]}.png", **kwargs)
+
+    def _load_lighting(self, options: dict):
+        self.scene.set_ambient_light([1.0, 1.0, 1.0])
+        angle = np.radians(75)
+        self.scene.add_directional_light([-np.cos(angle), 0, -np.sin(angle)], [1.0, 1.0, 1.0])
+
+    def _load_scene(self, options: dict):
+        loader = self.scene.create_urdf_loader()
+        loader.fix_root_link, loader.name = True, "cabinet"
+        builder = loader.parse(str(folder() / "custom" / "mk_station_recolor.urdf"))["articulation_builders"][0]
+        builder.initial_pose = sapien.Pose([-0.295, 0, 0.017])
+        self.cabinet = builder.build(name="cabinet")
+        joints = self.cabinet._objs[0].active_joints
+        for joint in joints:
+            joint.set_friction(0.05)
+            joint.set_drive_property(0, 1)
+        self.index = [joint.name for joint in self.cabinet.active_joints].index(f"{self.drawer}_drawer_joint")
+        self.remove_object_from_greenscreen(self.cabinet)
+        self.remove_object_from_greenscreen(self.agent.robot)
+
+    def _initialize_episode(self, env_idx: torch.Tensor, options: dict):
+        number, rng = self.draw(options)
+        self.configuration, station, colours = drawer_state(number, rng, self.stations)
+        station = options.get("station", station)
+        self._show(options.get("colours", colours))
+        self.rgb_overlay_paths[CAMERA] = str(folder() / "real_inpainting" / f"open_drawer_{station}.png")
+        cabinet = self.cabinet._objs[0]
+        qpos = np.zeros(len(cabinet.active_joints))
+        qpos[self.index] = 0.2 if self.closing else 0.0
+        cabinet.set_qpos(qpos)
+        cabinet.set_qvel(np.zeros_like(qpos))
+        x, y, yaw = STATIONS[station]
+        if (
+            number is None and "station" not in options
+        ):  # training: the photo stays, so the robot may be only a little off its place
+            x, y, yaw = np.array([x, y, yaw]) + rng.uniform(-1, 1, 3) * [0.02, 0.02, 0.02]
+        self._place_robot(x, y, yaw)
+
+    def front(self) -> np.ndarray:
+        """World position [3] of the middle of the drawer's front."""
+        pose = self.cabinet.links_map[f"{self.drawer}_drawer"]._objs[0].entity_pose
+        return np.asarray((pose * sapien.Pose([0.3125, 0.0, 0.0])).p)
+
+    def opening(self) -> float:
+        """Metres by which the drawer is open."""
+        return float(self.cabinet._objs[0].qpos[self.index])
+
+    def evaluate(self) -> dict:
+        success = self.opening() <= 0.05 if self.closing else self.opening() >= 0.15
+        return {"success": torch.tensor([success]), "configuration": torch.tensor([self.configuration])}

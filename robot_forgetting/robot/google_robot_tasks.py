@@ -1,0 +1,71 @@
+"""The Google robot's tasks as a yaml file describes them; naming one imports no simulator."""
+
+from __future__ import annotations
+
+from robot_forgetting.robot.robots import Robot
+from robot_forgetting.robot.task import ManiSkillTask
+
+GOOGLE_ROBOT = Robot(
+    controller="robot_forgetting.robot.google_robot.PlannedController",
+    control_mode="planned",
+    rotation="axis_angle",
+    gripper="+1 closes",
+    control_hz=3.0,
+    statistics="fractal20220817_data",
+)
+# The robot's camera: [fx, fy, cx, cy] in pixels of its 640 x 512.
+GOOGLE_CAMERA = {"size": [640, 512], "intrinsic": [425.0, 425.0, 320.0, 256.0]}
+GOOGLE_NOISE = {"small": 0.004, "kick": 0.02, "kick_probability": 0.1}  # metres
+
+
+def google_robot_task(
+    name: str,
+    scene: str,
+    instruction: str,
+    *,
+    expert: str | None = None,
+    max_steps: int = 80,
+    image_size: int = 224,
+    full_pictures: bool = True,
+    render: str = "stock",
+    env_arguments: dict | None = None,
+    rotation: str = "axis_angle",
+    gripper: str = "+1 closes",
+    statistics: str = "fractal20220817_data",
+    noise: dict | None = None,
+    processes: int | None = None,
+) -> ManiSkillTask:
+    """A task at 3 Hz with a photo for the background; success as it stands when the time is up.
+
+    scene: "PickCan", "Drawer": an environment of ``robot_forgetting.envs.google_robot``; env_arguments: its own
+    rotation, gripper: what commands mean; "euler_xyz" and "1 opens, 0 closes" are the published OpenVLA's
+    full_pictures: draw 640 x 512 and average down to the square, as SimplerEnv does; false draws the small square
+    """
+    task = ManiSkillTask(
+        name,
+        f"RobotForgetting-GoogleRobot{scene}-v1",
+        instruction,
+        expert=expert,
+        modules=["robot_forgetting.envs.google_robot"],
+        max_steps=max_steps,
+        camera=GOOGLE_CAMERA,
+        image_size=image_size,
+        render=render,
+        env_arguments=env_arguments,
+        noise=noise or GOOGLE_NOISE,
+        statistics=statistics,
+        processes=processes,
+        robot="robot_forgetting.robot.google_robot_tasks.GOOGLE_ROBOT",
+        overlay=True,
+        full_pictures=full_pictures,
+        ends_on_success=False,
+        rotation=rotation,
+        gripper=gripper,
+    )
+    if scene == "PickCan":
+        # Recordings stand on the assets' mesh, and the hand stands 8 mm aside while it closes: docs/google_robot.md.
+        task.recorded_with, task.recorded_pictures = {"table": "stage"}, 1.5
+    orientation = task.spec.env_arguments.get("orientation", "any")
+    if orientation != "any":  # recordings name the family and the orientation
+        task.recorded_as = f"google_robot_pick_coke_can_{orientation}"
+    return task

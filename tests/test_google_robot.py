@@ -1,0 +1,360 @@
+"""SimplerEnv's Google-robot tasks: recordings of the original decide; then plans, flags, configurations, experts."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from bridge_tasks import CONFIGS, configured, unpacked
+
+from robot_forgetting.conformance.recordings import Player, allowed, complaints, recordings_of
+from robot_forgetting.errors import UserError
+from robot_forgetting.policy import ConventionSpec
+from robot_forgetting.robot import assets
+from robot_forgetting.robot.conventions import Boundary
+from robot_forgetting.robot.google_robot_tasks import GOOGLE_ROBOT
+from robot_forgetting.robot.simulation import Simulation
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The 'warn' method is deprecated:DeprecationWarning:mani_skill"),
+    pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning:mani_skill"),
+]
+CAN, DRAWER = "google_robot_pick_coke_can", "google_robot_open_top_drawer"
+TASKS = sorted(file.stem for file in (CONFIGS / "task").glob("google_robot_*.yaml"))
+# Mean differences of the pictures, of 255, rounded up: docs/google_robot.md has them
+RECORDINGS = {
+    f"{CAN}_laid_vertically_wiggle.npz": {0: 0.5, 12: 0.6, 24: 0.7},
+    f"{CAN}_upright0_pick.npz": {0: 0.5, 18: 2.5, 26: 1.6},
+    f"{DRAWER}_b0_ibl_t00.png": {0: 0.4},
+}
+
+
+@pytest.fixture(scope="module")
+def bundle(shared):
+    before = os.environ.get("MS_ASSET_DIR")
+    os.environ["MS_ASSET_DIR"] = str(unpacked(shared))
+    yield Path(os.environ["MS_ASSET_DIR"])
+    if before is None:
+        del os.environ["MS_ASSET_DIR"]
+    else:
+        os.environ["MS_ASSET_DIR"] = before
+
+
+@pytest.fixture(scope="module")
+def players(renderer, bundle):
+    """One simulation per task, built when first needed."""
+    made = {}
+
+    def get(name: str) -> Player:
+        if name not in made:
+            made[name] = Player(configured(name))
+        return made[name]
+
+    yield get
+    for player in made.values():
+        player.close()
+
+
+@pytest.fixture
+def blind(monkeypatch):
+    """Without pictures, where only the physics matters."""
+    monkeypatch.setattr(Simulation, "observe", lambda self: {"image": np.zeros((256, 320, 3), np.uint8)})
+
+
+# ---- the original's recordings
+
+
+@pytest.mark.parametrize("name", RECORDINGS)
+def test_recording(players, shared, name):
+    folder = shared / "golden" / "simpler"
+    if not (folder / name).is_file():
+        pytest.skip(f"no {folder / name}: a recording of the original simulator")
+    task = CAN if name.startswith(CAN) else DRAWER
+    assert folder / name in recordings_of(configured(task), folder)
+    replay = players(task).replay(folder / name)
+    assert not complaints(replay, allowed(configured(task))), str(replay)
+    assert set(replay.flags.values()) <= {1.0}, str(replay)
+    assert replay.pictures.keys() == RECORDINGS[name].keys()
+    assert all(replay.pictures[step] < most for step, most in RECORDINGS[name].items()), str(replay)
+    if name.endswith("npz"):
+        assert len(replay.flags) == 5 and replay.source[0] < 0.5
+        assert len(replay.tcp) == (27 if "pick." in name else 25) and replay.tcp[:16].max() < 0.2
+    assert replay.success[0] == ("wiggle" not in name)
+
+
+def test_tasks_of_one_orientation_find_their_recordings(tmp_path):
+    for name in (f"{CAN}_upright0_pick", f"{CAN}_laid_vertically_wiggle"):
+        np.savez(tmp_path / f"{name}.npz", action=np.zeros(1))
+    found = [file.stem for file in recordings_of(configured("google_robot_pick_standing_coke_can"), tmp_path)]
+    assert found == [f"{CAN}_upright0_pick"]
+    with pytest.raises(UserError, match=f"no recording of task 'google_robot_pick_horizontal_coke_can' .{CAN}_lr_sw"):
+        recordings_of(configured("google_robot_pick_horizontal_coke_can"), tmp_path)
+
+
+# ---- plans
+
+
+def test_a_plan_by_hand():
+    """1.5 rad at 1.5 rad / s, 2 rad / s^2, 50 rad / s^3: the top speed is reached, so it takes 1 + 0.75 + 0.04 s."""
+    pytest.importorskip("ruckig")
+    from robot_forgetting.robot.google_robot import ARM_PLAN, plan
+
+    positions, velocities = plan(np.zeros(1), np.zeros(1), np.array([1.5]), ARM_PLAN, 1800, 1000)
+    assert positions.shape == velocities.shape == (1801, 1)
+    assert positions[895, 0] == pytest.approx(0.75) and velocities[895, 0] == pytest.approx(1.5)  # half of the time
+    assert positions[40, 0] == pytest.approx(50 * 0.04**3 / 6) and velocities[40, 0] == pytest.approx(50 * 0.04**2 / 2)
+    assert positions[1789, 0] < 1.5 - 1e-12 and positions[1790:, 0] == pytest.approx(1.5)
+    assert velocities[-1, 0] == pytest.approx(0)
+
+
+@pytest.mark.parametrize("limits", [(1.5, 2.0, 50.0), (1.0, 7.0, 50.0)], ids=["arm", "fingers"])
+def test_plans_keep_their_limits(limits):
+    pytest.importorskip("ruckig")
+    from robot_forgetting.robot.google_robot import plan
+
+    rng = np.random.default_rng(0)
+    hz = 513
+    for _ in range(20):
+        start, goal = rng.uniform(-2, 2, (2, 3))
+        velocity = rng.uniform(-0.9, 0.9, 3)
+        positions, velocities = plan(start, velocity, goal, limits, 171, hz)
+        assert np.allclose(positions[0], start) and np.allclose(velocities[0], velocity)
+        assert np.abs(velocities).max() <= limits[0] + 1e-9
+        acceleration = np.diff(velocities, axis=0) * hz
+        assert np.abs(acceleration).max() <= limits[1] + 1e-6
+        assert np.abs(np.diff(acceleration, axis=0) * hz).max() <= limits[2] + 1e-3
+        assert np.allclose(np.diff(positions, axis=0) * hz, (velocities[1:] + velocities[:-1]) / 2, atol=1e-3)
+
+
+def test_missing_ruckig(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ruckig", None)
+    from robot_forgetting.robot.google_robot import PlannedController
+
+    with pytest.raises(UserError, match=r"need Ruckig .*pip install 'robot-forgetting\[google-robot\]'"):
+        PlannedController(None)
+
+
+def test_the_gripper_keeps_what_it_was_told(players, blind):
+    simulation = players(CAN).simulation
+    simulation.reset(1_000_000)
+    controller, wanted = simulation._controller, []
+    for command in (1.0, 0.0, -1.0, 0.0005):
+        stands = controller._stands
+        simulation.step([0, 0, 0, 0, 0, 0, command])
+        wanted.append(controller._wanted)
+    assert wanted[0] == pytest.approx(1.31, abs=1e-3)  # 0.01 over the joint's limit
+    assert np.array_equal(wanted[1], wanted[0])
+    assert wanted[2] == pytest.approx(np.maximum(stands - 1.31, -0.0101), abs=1e-3)
+    assert np.array_equal(wanted[3], wanted[2])
+
+
+# ---- success
+
+
+HIGH, LOW = 0.03, 0.015
+HISTORIES = {  # (held, metres risen, touching something else) per step -> lifted, consecutive, success after the last
+    "on the table": ([(True, 0.0, True)] * 6, (False, True, False)),
+    "lifted": ([(True, LOW, False)], (True, False, True)),
+    "lifted too little": ([(True, 0.009, False)], (False, False, False)),
+    "lifted, leaning on something": ([(True, HIGH, True)], (False, False, False)),
+    "lifted, then touching while held": ([(True, LOW, False), (True, LOW, True)], (True, False, True)),
+    "dropped": ([(True, HIGH, False), (False, 0.0, True)], (False, False, False)),
+    "dropped after five steps high": ([(True, HIGH, False)] * 5 + [(False, 0.0, True)], (False, False, True)),
+    "dropped after four": ([(True, HIGH, False)] * 4 + [(False, 0.0, True)], (False, False, False)),
+    "low for five steps, then dropped": ([(True, LOW, False)] * 5 + [(False, 0.0, True)], (False, False, False)),
+}
+
+
+@pytest.mark.parametrize("steps, expected", HISTORIES.values(), ids=HISTORIES)
+def test_flags_of_a_can(players, blind, monkeypatch, steps, expected):
+    import sapien
+
+    env = players(CAN).simulation.env
+    env._held, env._lifted, env._high, env._height = 0, False, 0, 0.9
+    body = env.can._bodies[0]
+    other = sapien.Entity()
+    for held, risen, touching in steps:
+        monkeypatch.setattr(env, "_pressed", lambda touches, held=held: held)
+        monkeypatch.setattr(env, "contacts", lambda entity, on=touching: [(other, np.array([0, 0, 1e-3]))] * on)
+        body.entity.set_pose(sapien.Pose([-0.2, 0.2, 0.9 + risen]))
+        flags = env.evaluate()
+    assert (bool(flags["lifted_object"]), bool(flags["consecutive_grasp"]), bool(flags["success"])) == expected
+
+
+@pytest.mark.parametrize(
+    "closing, opening, success", [(False, 0.149, 0), (False, 0.151, 1), (True, 0.051, 0), (True, 0.049, 1)]
+)
+def test_success_of_a_drawer(players, blind, monkeypatch, closing, opening, success):
+    env = players(DRAWER).simulation.env
+    monkeypatch.setattr(env, "closing", closing)
+    qpos = np.full(3, 0.1 if closing else 0.3)  # the others do not count
+    qpos[env.index] = opening
+    env.cabinet._objs[0].set_qpos(qpos)
+    assert bool(env.evaluate()["success"]) == bool(success) and env.opening() == pytest.approx(opening)
+
+
+# ---- initial states
+
+
+def test_configurations_of_a_can():
+    """25 places times 4 colourings, x slowest, as the published evaluation runs through them."""
+    pytest.importorskip("mani_skill")
+    from robot_forgetting.robot.google_robot_scenes import can_state
+
+    rng = np.random.default_rng(0)
+    states = [can_state(number, rng) for number in range(100)]
+    assert [configuration for configuration, _, _ in states] == list(range(100))
+    xs, ys = (-0.35, -0.2925, -0.235, -0.1775, -0.12), (-0.02, 0.09, 0.2, 0.31, 0.42)
+    expected = [[x, y] for x in xs for y in ys for _ in range(4)]
+    assert np.allclose([place for _, place, _ in states], expected)
+    assert [colours for _, _, colours in states] == list(assets.COLOURS) * 25
+    assert can_state(207, rng)[0] == 7
+    drawn = [can_state(None, rng) for _ in range(400)]
+    places = np.stack([place for _, place, _ in drawn])
+    away = np.linalg.norm(places[:, None] - np.array(expected)[None], axis=2).min()
+    assert away >= 0.02 and np.ptp(places[:, 0]) > 0.22 and np.ptp(places[:, 1]) > 0.42
+    assert {configuration for configuration, _, _ in drawn} == {-1}
+    assert {colours for _, _, colours in drawn} == set(assets.COLOURS)
+
+
+def test_configurations_of_a_drawer():
+    pytest.importorskip("mani_skill")
+    from robot_forgetting.robot.google_robot_scenes import STATIONS, drawer_state
+
+    rng = np.random.default_rng(0)
+    states = [drawer_state(number, rng, tuple(STATIONS)) for number in range(27)]
+    assert [state[0] for state in states] == list(range(27)) and len({state[1:] for state in states}) == 27
+    assert states[5][1:] == ("a1", "recolor_cabinet_visual_matching_1")
+    assert drawer_state(28, rng, tuple(STATIONS)) == states[1]
+    assert drawer_state(4, rng, ("b0",)) == (1, "b0", states[1][2])
+
+
+def test_test_seeds_are_the_evaluation_configurations(players, blind):
+    simulation = players(CAN).simulation
+    env, lying = simulation.env, []
+    for seed in (1_000_053, 1_000_153, 5):
+        simulation.reset(seed, {"orientation": "lr_switch"})
+        lying.append(np.array(env.can._objs[0].pose.p))
+        assert env.configuration == (53 if seed > 5 else -1)
+    assert np.array_equal(lying[0], lying[1]) and np.linalg.norm(lying[0] - lying[2]) > 0.01
+    assert np.abs(lying[0][:2] - [-0.235, 0.31]).max() < 0.01  # it may roll a little
+    shown = [name for name, bodies in env._shapes.items() if bodies[0].visibility]
+    assert len(shown) == 1
+
+
+def test_each_station_has_its_photo(players, bundle):
+    from robot_forgetting.robot.pictures import read_photo
+
+    simulation = players(DRAWER).simulation
+    folder = bundle / "data" / assets.GOOGLE / "real_inpainting"
+    for number, station in ((0, "a0"), (26, "c2"), (1, "a0")):
+        image = simulation.reset(1_000_000 + number)["image"]
+        photo = read_photo(folder / f"open_drawer_{station}.png", (320, 256))
+        assert (np.abs(image.astype(int) - photo).max(-1) < 25).mean() > 0.4  # the cabinet hides the rest
+        assert np.abs(image[:30, :30].astype(int) - photo[:30, :30]).mean() < 3
+
+
+# ---- what the tasks say
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_task(name):
+    task = configured(name)
+    assert task.name == name and not task.spec.ends_on_success
+    assert task.convention() == ConventionSpec(7, "delta", "axis_angle", "+1 closes", 64, 3.0, "fractal20220817_data")
+    assert task.max_steps == (113 if "drawer" in name else 80)
+    words = name.removeprefix("google_robot_").split("_")
+    if "drawer" in words:
+        assert task.instruction == f"{words[0]} {words[1]} drawer"
+        arguments = {"station": "any", "drawer": words[1]} | ({"closing": True} if words[0] == "close" else {})
+        assert task.spec.env_arguments == arguments
+        assert bool(task.spec.expert) == (words[0] == "close")  # none opens drawers
+    else:
+        assert task.instruction == "pick coke can"
+        turns = {"standing": "upright", "vertical": "laid_vertically", "horizontal": "lr_switch", "coke": "any"}
+        assert task.spec.env_arguments == {"orientation": turns[words[1]]} and task.spec.expert
+    openvla = configured(name, "task.rotation=euler_xyz", "task.gripper='1 opens, 0 closes'").convention()
+    assert (openvla.rotation, openvla.gripper) == ("euler_xyz", "1 opens, 0 closes")
+
+
+def test_all_tasks_are_there():
+    assert len(TASKS) == 10
+
+
+def test_the_gripper_of_openvla_is_sticky():
+    """A fall of the openness closes for 15 steps, whatever comes in between."""
+    boundary = Boundary(GOOGLE_ROBOT, "euler_xyz", "1 opens, 0 closes")
+    said = [1.0, 0.9, 0.0] + [1.0] * 14 + [0.0] + [0.1] * 20
+    told = [boundary.to_robot(np.array([0, 0, 0, 0, 0, 0, value]))[6] for value in said]
+    expected = [0.0, 0.1] + [0.9] * 15 + [1.0] * 15
+    assert np.allclose(told[: len(expected)], expected) and np.allclose(told[len(expected) :], 0)
+    boundary.reset()
+    assert boundary.to_robot(np.zeros(7))[6] == 0
+    states = [boundary.to_policy(np.array([0, 0, 0, 0, 0, 0, value]))[6] for value in (0.0, 1.0, 0.0, -1.0, 0.0)]
+    assert states == [1, 0, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("station=d4", "unknown station 'd4'; choose one of: a0, a1, .*c2"),
+        ("drawer=upper", "unknown drawer 'upper'; choose one of: bottom, middle, top"),
+    ],
+)
+def test_unknown_names_of_a_drawer(renderer, bundle, override, words):
+    with pytest.raises(UserError, match=words):
+        Simulation(configured(DRAWER, f"task.env_arguments.{override}").spec)
+
+
+def test_unknown_orientation(renderer, bundle):
+    spec = configured(CAN, "task.env_arguments.orientation=askew").spec
+    with pytest.raises(UserError, match="unknown orientation 'askew'; choose one of: any, laid_vertically, lr_switch"):
+        Simulation(spec)
+    arguments = {"orientation": "upright", "table": "round"}
+    with pytest.raises(UserError, match="unknown table 'round'; choose one of: flat, stage"):
+        Simulation(dataclasses.replace(spec, env_arguments=arguments))
+
+
+def test_missing_assets(renderer, monkeypatch, tmp_path):
+    monkeypatch.setenv("MS_ASSET_DIR", str(tmp_path))
+    with pytest.raises(UserError, match="the google_robot assets lack .*type: robot-forgetting assets google_robot"):
+        Simulation(configured(CAN).spec)
+
+
+def test_assets_from_a_folder(bundle, monkeypatch, tmp_path):
+    monkeypatch.setenv("MS_ASSET_DIR", str(tmp_path))
+    assert assets.missing("google_robot")
+    assert assets.fetch("google_robot", bundle) == 0
+    assert not assets.missing("google_robot")
+
+
+# ---- experts
+
+
+def test_expert_picks_up_a_can(players, blind, monkeypatch):
+    from robot_forgetting.robot.robots import load_object
+
+    simulation = players(CAN).simulation
+    monkeypatch.setattr(simulation, "expert", load_object(configured(CAN).spec.expert))
+    simulation.reset(1_000_096, {"orientation": "upright"})
+    for _ in range(28):
+        command = simulation.expert_command()
+        assert np.linalg.norm(command[:3]) <= 0.0801 and np.linalg.norm(command[3:6]) <= 0.301
+        flags = simulation.step(command)[4]
+    assert flags["success"] and flags["consecutive_grasp"] and flags["lifted_object_significantly"]
+
+
+def test_expert_closes_a_drawer(players, blind, monkeypatch):
+    from robot_forgetting.robot.robots import load_object
+
+    simulation = players(DRAWER).simulation
+    monkeypatch.setattr(simulation.env, "closing", True)
+    monkeypatch.setattr(simulation, "expert", load_object(configured("google_robot_close_top_drawer").spec.expert))
+    simulation.reset(1_000_009)  # station b0
+    assert simulation.env.opening() == pytest.approx(0.2)
+    flags = [simulation.step(simulation.expert_command())[4]["success"] for _ in range(32)]
+    assert flags[-1] and not any(flags[:20]) and simulation.env.opening() < 0.02
