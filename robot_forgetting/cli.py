@@ -34,7 +34,10 @@ VERBS = {
     "evaluate": ("robot_forgetting.commands:evaluate_command", "success of a policy on a task"),
     "record": ("robot_forgetting.commands:record_command", "one video per episode, into videos/"),
     "pretrain": ("robot_forgetting.pretrain:pretrain", "train a base policy from scripted demonstrations"),
-    "reproduce": ("robot_forgetting.reproduce:reproduce", "a published study, with all its runs: parity_mnist"),
+    "reproduce": (
+        "robot_forgetting.reproduce:reproduce",
+        "a published study, with all its runs: parity_mnist, llm/science",
+    ),
     "report": ("robot_forgetting.report:write_report", "one HTML page from run folders"),
     "check": ("robot_forgetting.conformance:check", "what is wrong with a task, method or policy of your own"),
     "assets": (
@@ -144,7 +147,7 @@ def _hydra_main(verb: str, overrides: list[str], folders: list[Path], debug: boo
     def job(config) -> None:
         # Caught here and not by hydra, so that one failing point of a sweep does not end the others.
         try:
-            code = Arguments(verb, config, folders).call(_load(VERBS[verb][0]))
+            code = Arguments(verb, config, folders, HydraConfig.get()).call(_load(VERBS[verb][0]))
             codes.append(code if type(code) is int else 0)
         except Exception as error:
             codes.append(_complain(error, overrides, debug, point=" ".join(HydraConfig.get().overrides.task)))
@@ -188,6 +191,10 @@ def _postponed(text: str) -> str:
     return text if is_sweep else f"{key}=choice({value})"
 
 
+def _key(text: str) -> str:
+    return text.lstrip("+~").partition("=")[0]
+
+
 def _load(dotted: str) -> Callable:
     module, _, name = dotted.partition(":")
     return getattr(importlib.import_module(module), name)
@@ -204,13 +211,11 @@ class Arguments:
     run_folders: positional arguments of `report`; temperature: decode.temperature; any other key of config.yaml
     """
 
-    def __init__(self, verb: str, config, run_folders: list[Path]):
-        from hydra.core.hydra_config import HydraConfig
+    def __init__(self, verb: str, config, run_folders: list[Path], hydra_config):
         from omegaconf import OmegaConf
 
         self._verb = verb
         self._config = config
-        hydra_config = HydraConfig.get()
         self._overrides = list(hydra_config.overrides.task)
         self._hydra_overrides = [text for text in hydra_config.overrides.hydra if "searchpath" in text]
         self.sources = [Path(source.path) for source in hydra_config.runtime.config_sources if source.schema == "file"]
@@ -250,7 +255,26 @@ class Arguments:
             return Path(self.plain["run_dir"] or f"runs/{self.plain['sweep']}/{self._run_id()}")
         if name in ("output", "golden"):
             return None if self.plain[name] is None else Path(self.plain[name])
-        return getattr(self, name) if name in ("names", "run_folders", "sources", "named") else self.plain[name]
+        return (
+            getattr(self, name) if name in ("names", "run_folders", "sources", "named", "point") else self.plain[name]
+        )
+
+    def point(self, common: Sequence[str], fixed: Sequence[str]) -> Arguments:
+        """What `run` would be given: ``common`` overrides, then this command's own, then ``fixed`` ones."""
+        import hydra
+        from omegaconf import open_dict
+
+        own = [text for text in self._overrides if _key(text).split(".")[0] not in ("reproduce", "quick", "run_dir")]
+        overrides: dict[str, str] = {}
+        for text in (*common, *own, *fixed):
+            overrides.pop(_key(text), None)
+            overrides[_key(text)] = text
+        given = [*self._hydra_overrides, *overrides.values()]
+        config = hydra.compose("config", overrides=given, return_hydra_config=True)
+        chosen = config.hydra.copy()
+        with open_dict(config):
+            del config["hydra"]
+        return Arguments("run", config, [], chosen)
 
     def named(self, group: str, name: str):
         """Builds another entry of a group, as this command's other keys would have it (`prior: [pick_cube, ...]`)."""
@@ -341,7 +365,10 @@ def _explain_hydra(error: BaseException, text: str, overrides: Sequence[str]) ->
         group, _, name = missing.rpartition("/")
         options = getattr(error, "options", None)
         if group and options:
-            return str(unknown(group, name, options))
+            root, _, folder = group.partition("/")  # of reproduce/llm
+            shipped = Path(importlib.import_module("robot_forgetting.configs").__file__).parent / root
+            nested = [path.relative_to(shipped).with_suffix("").as_posix() for path in shipped.glob("*/*.yaml")]
+            return str(unknown(root, f"{folder}/{name}" if folder else name, {*options, *nested}))
         return f"there is no config '{missing}'"
     if "config directory" in text:
         return f"{text}; give an existing folder after --config-dir"
@@ -401,7 +428,11 @@ def _known_keys(overrides: Sequence[str]) -> set[str]:
 def list_choices(sources: list[Path]) -> None:
     """Prints what each group offers, with the first comment line of its yaml; the user's search path included."""
     for group in GROUPS:
-        files = {path.stem: path for folder in reversed(sources) for path in (folder / group).glob("*.yaml")}
+        files = {
+            path.relative_to(folder / group).with_suffix("").as_posix(): path
+            for folder in reversed(sources)
+            for path in (folder / group).rglob("*.yaml")
+        }
         width = max(map(len, files), default=0)
         print(f"{group}=")
         for name, path in sorted(files.items()):

@@ -288,8 +288,10 @@ class Experiment:
                         continue
                     if name == "demonstrations" and not task.has_demonstrations:
                         continue  # a task without an expert can still be learned by RL
+                    if isinstance(task, OneStepTask | ScoredTask) and name == "fine_tuned":
+                        continue  # questions do not depend on who answers
                     if isinstance(task, ScoredTask) and (name != "base" or not hasattr(task, "prompts")):
-                        continue  # its prompts do not depend on who answers
+                        continue
                     states = self.states(name, task, count, limit)
                     rows = measure_divergence(self.policy, states, seed=self.setup.seed)
                     fields = {"stage": FINAL_STAGE, "iteration": iteration, "task": task.name, "role": role}

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from robot_forgetting.errors import UserError
+from robot_forgetting.errors import Diverged, UserError
 from robot_forgetting.files import disk, follow_umask, read_json, write_json
 from robot_forgetting.method import Batch, Method, Penalty
 from robot_forgetting.policy import Policy
@@ -244,7 +244,7 @@ class _Stepper:
 
     def stop(self, index: int, numbers: str) -> None:
         if self.diverged is None:
-            raise UserError(
+            raise Diverged(
                 f"the loss is not finite ({numbers}); the last checkpoint is kept: lower "
                 "method.optimiser.learning_rate, or look at the demonstrations"
             )

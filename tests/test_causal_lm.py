@@ -23,6 +23,7 @@ from robot_forgetting.metrics import divergence
 from robot_forgetting.one_step import answer, repeated
 from robot_forgetting.policies import causal_lm_vocabulary as vocabulary
 from robot_forgetting.policies.causal_lm import CausalLM
+from robot_forgetting.policies.causal_lm_hidden import of_like_length
 from robot_forgetting.policies.causal_lm_vllm import Completion, Sampler, VLLMSampler
 from robot_forgetting.policy import Action, Policy
 from robot_forgetting.train import trainable
@@ -72,6 +73,47 @@ def test_tokens_are_drawn_by_inverse_cdf_in_the_vocabularys_order(size, temperat
     assert (ends[rows, drawn] >= uniform - 1e-6).all()
     assert (ends[rows, drawn] - probabilities[rows, drawn] <= uniform + 1e-6).all()
     torch.testing.assert_close(log_prob.double(), probabilities[rows, drawn].log(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "groups"),
+    [
+        ([], [[]]),
+        ([5], [[0]]),
+        ([9, 10, 10, 9], [[0, 1, 2, 3]]),  # 38 of 40
+        ([10, 100, 10], [[1], [0, 2]]),
+        ([100, 90, 50, 80], [[0, 1, 3], [2]]),  # 270 of 300, but 320 of 400
+    ],
+)
+def test_rows_are_padded_to_rows_of_like_length(lengths, groups):
+    assert of_like_length(lengths) == groups
+    for group in of_like_length(lengths):
+        chosen = [lengths[row] for row in group]
+        assert sum(chosen) >= 0.85 * max(chosen, default=0) * len(chosen)
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_short_prompts_do_not_pay_for_long_ones(copies):
+    """The tokens that go through the model, and the same numbers as each row alone."""
+    policy = tiny_lm(max_new_tokens=4)
+    texts = ["a" * 5, "b c " * 40, "d " * 9, "e f " * 42]
+    chats = [[{"role": "user", "content": text}] for text in texts for _ in range(copies)]
+    action = policy.encode([f"answer {row}" for row in range(len(chats))])
+    read, hook = (
+        [],
+        policy.body.register_forward_pre_hook(
+            lambda module, arguments, given: read.append(given["input_ids"].numel()), with_kwargs=True
+        ),
+    )
+    together = policy.log_prob({"messages": chats}, action)
+    hook.remove()
+    lengths = [len(prompt) for prompt in policy.prompts.read(chats, 0)]
+    needed = sum(lengths[::copies]) if copies > 1 else sum(lengths)
+    assert sum(read) <= (needed + action.tokens.numel()) / 0.85
+    for row, chat in enumerate(chats):
+        one = action[row : row + 1]
+        alone = policy.log_prob({"messages": [chat]}, one)
+        torch.testing.assert_close(together[row : row + 1], alone, atol=1e-5, rtol=1e-4)
 
 
 def test_greedy_takes_the_largest():

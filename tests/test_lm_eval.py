@@ -329,6 +329,27 @@ def test_what_cannot_be_scored_says_why(winogrande, originals, shared, monkeypat
 # ---- humaneval
 
 
+@pytest.mark.parametrize("punkt", [True, False])
+def test_ifeval_does_without_the_items_that_need_punkt(tmp_path, monkeypatch, capsys, punkt):
+    needs = {"key": 3, "prompt": "Two sentences.", "instruction_id_list": ["length_constraints:number_sentences"],
+             "kwargs": [{"num_sentences": 2, "relation": "at least"}]}  # fmt: skip
+    _lines(tmp_path / "ifeval" / "input_data.jsonl", [IFEVAL[0], needs, IFEVAL[1]])
+    monkeypatch.setenv("ROBOT_FORGETTING_DATA", str(tmp_path))
+    monkeypatch.setattr("robot_forgetting.tasks.lm_eval._punkt", lambda: punkt)
+    configuration, metric = CONFIGURATIONS["ifeval"]
+    task = LmEval("ifeval", configuration=configuration, metric=metric, max_new_tokens=4)
+    assert task.left_out() is None
+    assert task.size() == (3 if punkt else 2)
+    assert ("without" in task.settings()) != punkt
+    assert ("1 of 3 items, which need nltk's punkt_tab" in capsys.readouterr().err) != punkt
+    if not punkt:
+        numbers = [number for _, number in task._index]
+        assert numbers == [0, 2]  # lm-eval's own numbers
+        assert [episode.key.seed for episode in task.score(tiny_lm(context=512), task.chosen(None))] == task.chosen(
+            None
+        )
+
+
 def test_humaneval_scores_what_the_model_would_have_written(shared, monkeypatch):
     """The model's texts are replaced by known ones; prompts, stops and programs stay lm-eval's."""
     from lm_eval.models.huggingface import HFLM

@@ -211,6 +211,18 @@ def test_settings_that_differ_make_rows_of_their_own(tmp_path):
     assert variants == {"base", "sft (learning_rate=1e-05)", "sft (learning_rate=3e-05)"}
 
 
+def test_a_sweep_is_compared_by_its_fronts(tmp_path, monkeypatch):
+    """Nine settings in pairs would be 36 comparisons, the 90 of a published sweep 4,005."""
+    for index in range(9):
+        path = make_run(tmp_path / f"run{index}", method=("sft", "grpo")[index % 2], n=4, evaluate_every=10)
+        config = (path / "config.yaml").read_text()
+        (path / "config.yaml").write_text(config.replace("1.0e-05", f"{index + 1}.0e-05"))
+    write_report([tmp_path], tmp_path / "report.html")
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["matched"] == []
+    assert {row["method"]: row["checkpoints"] for row in report["fronts"]} == {"sft": 5, "grpo": 4}
+
+
 def test_runs_that_differ_in_a_fourth_setting_are_not_pooled(tmp_path):
     for name, values in {"x": (1, 1, 1, 1), "y": (1, 1, 1, 2), "z": (2, 2, 2, 1)}.items():
         path = make_run(tmp_path / name, n=6)

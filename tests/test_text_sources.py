@@ -177,6 +177,23 @@ def test_real_splits(shared, monkeypatch, capsys):
     assert "no train_data.json; trains on the few requests of eval_real.json" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("longest", "kept"), [(None, 60), (20, 60), (19, 40), (14, 20), (13, 0)])
+def test_long_questions_are_left_out(science, longest, kept):
+    """Characters of a question with its options: here 10 + 4, 15 + 4 and 10 + 10, twenty of each."""
+    for number, file in enumerate(FILES):
+        begin, last = [("Weight of", "4"), ("Long weight of", "4"), ("Value of ", "4444444")][number % 3]
+        letters = "abcdefghij" if number < 3 else "ABCDEFGHIJ"
+        rows = [choice_row(begin + letter, options=("1", "2", "3", last)) for letter in letters]
+        (science / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = Science(kinds=["choice"], longest=longest, test_fraction=0.5)
+    if not kept:
+        with pytest.raises(UserError, match="has no train items"):
+            task.size("train")
+        return
+    assert task.size("train") + task.size("test") == kept
+    assert task.settings().get("longest") == longest
+
+
 def test_the_fingerprint_sees_settings_and_test_items(science):
     spec = Science().spec
     assert spec == Science(limit=3).spec and spec != Science(answer_format="letter").spec

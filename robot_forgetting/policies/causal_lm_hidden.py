@@ -60,20 +60,44 @@ def completion_states(
     """The last layer's states [M, D] from which each counting token is predicted, and those tokens' (row, column).
 
     share: compute a prompt that several rows have once, with its keys and values serving all of them
+    Rows of very different length are computed apart: padding costs as much as text.
     """
     device = next(body.parameters()).device
     tokens, mask = action.tokens.to(device), action.mask.to(device)
     width = max(1, int(mask.any(0).sum()))
     tokens, mask = tokens[:, :width].masked_fill(~mask[:, :width], pad), mask[:, :width]
-    different = list(dict.fromkeys(map(tuple, prompts)))
-    if share and len(different) < len(prompts):
-        which = {prompt: number for number, prompt in enumerate(different)}
-        owner = torch.tensor([which[tuple(prompt)] for prompt in prompts], device=device)
-        hidden = _shared(body, different, owner, tokens, mask, pad)
-    else:
-        hidden = _whole(body, prompts, tokens, mask, pad)
+    owners: dict[tuple, list[int]] = {}  # what is computed once -> the rows that it serves
+    for row, prompt in enumerate(prompts):
+        owners.setdefault(tuple(prompt) if share else (row,), []).append(row)
+    share = share and len(owners) < len(prompts)
+    units, used = list(owners.values()), mask.sum(1).tolist()
+    lengths = [len(prompts[rows[0]]) + (0 if share else used[rows[0]]) for rows in units]
+    parts, order = [], []
+    for group in of_like_length(lengths):
+        rows = [row for unit in group for row in units[unit]]
+        compute = _shared if share else _whole
+        parts.append(compute(body, [prompts[row] for row in rows], tokens[rows], mask[rows], pad))
+        order += rows
+    hidden = parts[0] if len(parts) == 1 else torch.cat(parts)
+    if order != sorted(order):
+        hidden = hidden[torch.argsort(torch.tensor(order, device=device))]
     places = mask.nonzero(as_tuple=True)
     return hidden[places], places
+
+
+def of_like_length(lengths: Sequence[int], waste: float = 0.15) -> list[list[int]]:
+    """Rows in groups of which padding to the longest takes at most the share ``waste``; one group where that is so."""
+    if sum(lengths) >= (1 - waste) * max(lengths, default=0) * len(lengths):
+        return [list(range(len(lengths)))]
+    groups: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
+        group = groups[-1] if groups else []
+        used = sum(lengths[other] for other in group) + lengths[row]
+        if group and used >= (1 - waste) * lengths[group[0]] * (len(group) + 1):
+            group.append(row)
+        else:
+            groups.append([row])
+    return groups
 
 
 def _whole(body, prompts, tokens: Tensor, mask: Tensor, pad: int) -> Tensor:
@@ -92,8 +116,11 @@ def _whole(body, prompts, tokens: Tensor, mask: Tensor, pad: int) -> Tensor:
     return hidden.gather(1, before.unsqueeze(2).expand(-1, -1, hidden.shape[2]))
 
 
-def _shared(body, different, owner: Tensor, tokens: Tensor, mask: Tensor, pad: int) -> Tensor:
+def _shared(body, prompts, tokens: Tensor, mask: Tensor, pad: int) -> Tensor:
     """The same, each distinct prompt read once: its cache goes to all rows that have it, gradients included."""
+    different = list(dict.fromkeys(map(tuple, prompts)))
+    which = {prompt: number for number, prompt in enumerate(different)}
+    owner = torch.tensor([which[tuple(prompt)] for prompt in prompts], device=tokens.device)
     ids, seen, positions = left_padded(different, pad, tokens.device)
     padded = not bool(seen.all())
     cache = DynamicCache(config=body.config)

@@ -217,7 +217,8 @@ def inside() -> int:
 def serve(script: int, requests: int, replies: int, site: list[str]) -> int:
     """Runs the model's program, then its function for whoever asks, one JSON line each way."""
     sys.path += site
-    program = json.loads(os.fdopen(script).read())
+    with os.fdopen(script) as file:
+        program = json.load(file)
     with os.fdopen(requests, "rb") as questions, os.fdopen(replies, "wb") as answers:
 
         def reply(value: dict) -> None:
@@ -244,7 +245,8 @@ def serve(script: int, requests: int, replies: int, site: list[str]) -> int:
 
 def judge(script: int, requests: int, replies: int, verdict: int, site: list[str]) -> int:
     """Runs the tests of the data set against a stand-in for the model's function, and writes the verdict."""
-    program = json.loads(os.fdopen(script).read())
+    with os.fdopen(script) as file:
+        program = json.load(file)
     with os.fdopen(requests, "wb") as questions, os.fdopen(replies, "rb") as answers, os.fdopen(verdict, "w") as result:
 
         def answer() -> dict:

@@ -28,6 +28,7 @@ import numpy as np
 
 from robot_forgetting.errors import UserError
 from robot_forgetting.policy import Policy
+from robot_forgetting.progress import say
 from robot_forgetting.rollout import Episode, EpisodeKey
 from robot_forgetting.scored import ScoredTask
 from robot_forgetting.tasks.code_sandbox import check_allowed, run_tests
@@ -82,9 +83,7 @@ class LmEval(ScoredTask):
         return len(self._index)
 
     def left_out(self) -> str | None:
-        if self._runs_code:
-            return check_allowed(self.allow_code_execution, self.name)
-        return self._without_punkt() if self.name == "ifeval" else None
+        return check_allowed(self.allow_code_execution, self.name) if self._runs_code else None
 
     def chance(self, seeds: Sequence[int]) -> float:
         """Mean of 1 / choices over the items; 0 where answers are written freely."""
@@ -140,7 +139,8 @@ class LmEval(ScoredTask):
     def settings(self) -> dict:
         """The protocol, for run.json."""
         keys = ("configuration", "metric", "num_fewshot", "chat_template", "max_new_tokens")
-        return {key: getattr(self, key) for key in keys}
+        without = {"without": self._without[1]} if self._without[0] else {}
+        return {key: getattr(self, key) for key in keys} | without
 
     @cached_property
     def _items_digest(self) -> str:
@@ -230,7 +230,24 @@ class LmEval(ScoredTask):
     @cached_property
     def _index(self) -> list[tuple[str, int]]:
         """Item index -> (lm-eval's task, its document)."""
-        return [(name, number) for name, found in self._documents.items() for number in range(len(found))]
+        every = [(name, number) for name, found in self._documents.items() for number in range(len(found))]
+        return [item for item in every if item not in self._without[0]]
+
+    @cached_property
+    def _without(self) -> tuple[set[tuple[str, int]], str]:
+        """Items that cannot be scored here, and why: some of IFEval's split sentences with nltk's punkt_tab."""
+        if self.name != "ifeval":
+            return set(), ""
+        documents = self._documents["ifeval"]
+        needing = {("ifeval", n) for n, row in enumerate(documents) if SPLITTING & set(row["instruction_id_list"])}
+        if not needing or _punkt():
+            return set(), ""
+        why = f"{len(needing)} of {len(documents)} items, which need nltk's punkt_tab"
+        say(
+            f"  ifeval: without {why}: it is not installed and cannot be downloaded; to have all, unpack it to "
+            f"nltk_data/tokenizers/punkt_tab in the home folder or in ${VARIABLE}"
+        )
+        return needing, why
 
     def _model(self, policy: Policy):
         """lm-eval's view of the policy's model as it is at this moment: adapters on or off, base or fine-tuned."""
@@ -307,16 +324,6 @@ class LmEval(ScoredTask):
                 metrics = metrics | {"log_likelihoods": [float(likelihood) for likelihood, _ in given]}
             found[item] = (metrics, given)
         return found
-
-    def _without_punkt(self) -> str | None:
-        """Why some items cannot be checked: IFEval splits sentences with nltk's punkt_tab."""
-        needed = {identity for document in self._documents["ifeval"] for identity in document["instruction_id_list"]}
-        if not needed & SPLITTING or _punkt():
-            return None
-        return (
-            "ifeval splits sentences with nltk's punkt_tab, which is not installed and cannot be downloaded; unpack it "
-            f"to nltk_data/tokenizers/punkt_tab in the home folder or in {VARIABLE}"
-        )
 
     def _passed(self, document: dict, results: list) -> dict:
         """HumanEval's pass@1 of one completion."""

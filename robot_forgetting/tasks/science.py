@@ -57,6 +57,7 @@ class Science(TextTask):
     """Success: the right letter; for equations the same terms with the same balance.
 
     kinds: which of 'choice' and 'equation'; answer_format: 'tags' or 'letter', see the module
+    longest: characters of a question with its options; longer ones are left out (molecules' names can fill a page)
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Science(TextTask):
         kinds: Sequence[str] = ("choice", "equation"),
         answer_format: str = "tags",
         test_fraction: float = 0.1,
+        longest: int | None = None,
         limit: int | None = None,
         teacher=None,
     ):
@@ -77,13 +79,15 @@ class Science(TextTask):
         if not kinds:
             raise UserError(f"task '{name}' needs at least one of kinds: {', '.join(ASKED)}")
         self.kinds, self.answer_format, self.test_fraction = tuple(kinds), answer_format, test_fraction
+        self.longest = longest
 
     def settings(self) -> dict:
-        return {"kinds": list(self.kinds), "answer_format": self.answer_format, "test_fraction": self.test_fraction}
+        settings = {"kinds": list(self.kinds), "answer_format": self.answer_format, "test_fraction": self.test_fraction}
+        return settings | ({} if self.longest is None else {"longest": self.longest})
 
     def load(self) -> dict[str, list[Item]]:
         rows = [row for file in FILES for row in read_rows(find(FOLDER, [file], ORIGIN))]
-        items = [self._item(row) for row in rows if self._kind(row) in self.kinds]
+        items = [self._item(row) for row in rows if self._kind(row) in self.kinds and self._fits(row)]
         return divide(distinct(self.name, items), self.test_fraction)
 
     def correct(self, completion: str, item: Item) -> bool:
@@ -120,6 +124,9 @@ class Science(TextTask):
     def _bare(self, answer: str) -> str:
         return f"<answer>{answer}</answer>" if self.answer_format == "tags" else answer
 
+    def _fits(self, row: Row) -> bool:
+        return self.longest is None or len(row.get("question")) + sum(map(len, _options(row))) <= self.longest
+
     def _kind(self, row: Row) -> str:
         kind = row.get("type")
         if kind not in KINDS:
@@ -138,6 +145,10 @@ class Science(TextTask):
             messages = ({"role": "user", "content": f"{asked}\n\n{BARE[kind]}"},)
         subtask = row.get("details", "subtask")
         return Item(question, messages, answer, subtask, self._bare(answer), row.where)
+
+
+def _options(row: Row) -> list[str]:
+    return [str(option) for option in row.get("choices", "text", kind=list)]
 
 
 def _choice(row: Row, question: str) -> tuple[str, str]:

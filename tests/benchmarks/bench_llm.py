@@ -7,6 +7,7 @@ weights (float32), prompts, batch, micro-batch, completion limit and optimiser, 
 cores. Each measurement is a process of its own, so that its peak memory is its own; the sides take turns, so that their
 ratio holds on a busy machine too. The first step of each process is not counted.
 GRPO: tokens sampled and trained on per second, sampling and update together. SFT: tokens of prompt and completion.
+Last, log-probabilities and their gradients over Qwen2.5's vocabulary: in chunks, and with all logits at once.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ STEPS = 3  # the first of them warms up
 GROUPS, GROUP, LIMIT = 4, 8, 48
 ROWS, MICRO = 16, 8
 RATE = 1e-6
+POSITIONS, WIDTH, VOCABULARY = 1024, 896, 151_936  # of the log-probabilities: Qwen2.5-0.5B's
 SUBJECTS = "iron copper sodium chlorine carbon neon argon sulphur zinc gold silver lead tin iodine boron helium".split()
 WORDS = "It is an element of the periodic table that people have known and used for a very long time .".split()
 
@@ -178,11 +180,36 @@ def trls(checkpoint: str, kind: str) -> list[tuple[float, int]]:
     return [(end - start, count) for start, end, count in zip(ends, ends[1:], tokens[1:], strict=False)]
 
 
+# ---- log-probabilities
+
+
+def log_probs(side: str) -> list[tuple[float, int]]:
+    """A forward and a backward pass of the head alone; seconds and positions of each repetition."""
+    import torch
+
+    from robot_forgetting.policies.causal_lm_vocabulary import token_log_probs
+
+    torch.manual_seed(0)
+    hidden = torch.randn(POSITIONS, WIDTH, requires_grad=True)
+    weight = torch.nn.Parameter(torch.randn(VOCABULARY, WIDTH) / WIDTH**0.5)
+    chosen, found = torch.randint(VOCABULARY, (POSITIONS,)), []
+    for _ in range(STEPS):
+        hidden.grad = weight.grad = None
+        started = time.perf_counter()
+        if side == "chunks":
+            values = token_log_probs(hidden, weight, None, chosen)
+        else:
+            values = (hidden @ weight.T).log_softmax(1).gather(1, chosen.unsqueeze(1))
+        values.sum().backward()
+        found.append((time.perf_counter() - started, POSITIONS))
+    return found[1:]
+
+
 # ---- turns
 
 
 def child(side: str, kind: str, checkpoint: str) -> None:
-    steps = {"ours": ours, "trl": trls}[side](checkpoint, kind)
+    steps = log_probs(side) if kind == "log-probs" else {"ours": ours, "trl": trls}[side](checkpoint, kind)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print("RESULT " + json.dumps({"steps": steps, "peak_mb": peak}))
 
@@ -194,10 +221,10 @@ def main() -> None:
     checkpoint = sys.argv[1] if len(sys.argv) > 1 else CHECKPOINT
     rounds = int(sys.argv[2]) if len(sys.argv) > 2 else 2
     environment = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count()), "TRL_EXPERIMENTAL_SILENCE": "1"}
-    for kind in ("grpo", "sft"):
-        speed, peak = {"ours": [], "trl": []}, {}
+    for kind, sides in (("grpo", ("ours", "trl")), ("sft", ("ours", "trl")), ("log-probs", ("chunks", "plain"))):
+        speed, peak = {side: [] for side in sides}, {}
         for _ in range(rounds):
-            for side in speed:
+            for side in sides:
                 command = [sys.executable, __file__, "--child", side, kind, checkpoint]
                 done = subprocess.run(command, env=environment, capture_output=True, text=True)
                 lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
@@ -207,10 +234,11 @@ def main() -> None:
                 speed[side] += [count / seconds for seconds, count in found["steps"]]
                 peak[side] = max(peak.get(side, 0), found["peak_mb"])
         medians = {side: statistics.median(values) for side, values in speed.items()}
-        for side in speed:
+        for side in sides:
             range_ = f"{min(speed[side]):.1f} to {max(speed[side]):.1f}"
-            print(f"{kind} {side:4}: {medians[side]:7.1f} tokens/s (steps {range_}), peak {peak[side]:.0f} MB")
-        print(f"{kind}: ours / trl = {medians['ours'] / medians['trl']:.2f}", flush=True)
+            print(f"{kind} {side:6}: {medians[side]:7.1f} tokens/s (steps {range_}), peak {peak[side]:.0f} MB")
+        first, second = sides
+        print(f"{kind}: {first} / {second} = {medians[first] / medians[second]:.2f}", flush=True)
 
 
 if __name__ == "__main__":
