@@ -356,5 +356,5 @@ def test_expert_closes_a_drawer(players, blind, monkeypatch):
     monkeypatch.setattr(simulation, "expert", load_object(configured("google_robot_close_top_drawer").spec.expert))
     simulation.reset(1_000_009)  # station b0
     assert simulation.env.opening() == pytest.approx(0.2)
-    flags = [simulation.step(simulation.expert_command())[4]["success"] for _ in range(32)]
-    assert flags[-1] and not any(flags[:20]) and simulation.env.opening() < 0.02
+    flags = [simulation.step(simulation.expert_command())[4]["success"] for _ in range(45)]
+    assert flags[-1] and not any(flags[:20]) and simulation.env.opening() < 0.04

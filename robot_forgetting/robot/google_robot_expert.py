@@ -12,7 +12,8 @@ GAIN = 0.5  # of the way per step
 STEP, TURN = 0.08, 0.3  # at most so many metres and radians per step
 HOVER = 0.08  # metres over the place of the grasp
 LIFT = 0.12  # metres
-BEFORE, PUSH = 0.12, 0.10  # metres of the tool centre point before a drawer's front, and beyond it when it pushes
+BEFORE, PUSH = 0.12, 0.10  # metres of the tool centre point before a drawer's front, and beyond it while it pushes
+REACH = 0.5  # radians by which the hand points away from the robot then, to get farther
 WRIST = 1.70  # radians; the joint ends at 1.79, where inverse kinematics goes astray
 
 
@@ -43,7 +44,8 @@ def pick_can(env) -> np.ndarray:
 def close_drawer(env) -> np.ndarray:
     """The fist before the drawer's front, then against it."""
     frame = env.agent.tcp._objs[0].entity_pose.to_transformation_matrix()
-    turn = _turn_to(frame[:3, :3], np.array([*frame[:2, 1], 0.0]), _lean(env, frame[:3, :3]))
+    lean = max(_lean(env, frame[:3, :3]), REACH)
+    turn = _turn_to(frame[:3, :3], np.array([*frame[:2, 1], 0.0]), lean)
     way = env.front() - frame[:3, 3]
     if np.linalg.norm(way[1:]) > 0.05:  # not yet before the middle of the front
         return command(env, way + [BEFORE, 0.0, 0.0], turn, CLOSE)
