@@ -26,6 +26,7 @@ from robot_forgetting.evaluate import (
 )
 from robot_forgetting.files import disk
 from robot_forgetting.method import Method, Penalty
+from robot_forgetting.methods.labels import check_targets
 from robot_forgetting.one_step import OneStepTask
 from robot_forgetting.policy import Policy
 from robot_forgetting.progress import bar, say
@@ -100,13 +101,14 @@ def assign_roles(task: Task, prior: Sequence[Task], held_out: Sequence[Task]) ->
 
 
 def check_data(method: Method, task: Task) -> None:
-    """``UserError``, before anything is measured, where a method clones demonstrations and the task has none."""
+    """``UserError``, before anything is measured, where a method imitates what the task does not have."""
     if isinstance(task, ScoredTask):
         raise UserError(
             f"task '{task.name}' is a benchmark: nothing can be trained on it; use robot-forgetting evaluate"
         )
-    clones = getattr(method, "demonstrations", 0) and not isinstance(task, OneStepTask)
-    if clones and not task.has_demonstrations:
+    if isinstance(task, OneStepTask):
+        check_targets(method, task)
+    elif getattr(method, "demonstrations", 0) and not task.has_demonstrations:
         list(task.demonstrations(0))  # says what to do
 
 

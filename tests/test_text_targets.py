@@ -10,11 +10,13 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from robot_forgetting.errors import UserError
+from robot_forgetting.experiment import check_data
 from robot_forgetting.methods.labels import GivenTargets, Labeler, LabelledItems, Labels, WrongLabels
 from robot_forgetting.tasks.science import Science
 from robot_forgetting.tasks.sources import VARIABLE
@@ -300,3 +302,16 @@ def test_no_targets_at_all_is_one_clear_line(task, monkeypatch):
     monkeypatch.setattr(Science, "targets", lambda self, seeds: [None] * len(seeds))
     with pytest.raises(UserError, match="no training item of task 'science' has a target .*task.teacher.base_url"):
         LabelledItems(Words(), task, None, seed=0)
+
+
+def test_no_targets_are_noticed_before_anything_is_measured(task, monkeypatch):
+    """Only for methods that learn from them, and only where nobody else writes them."""
+    given, teacher, rewards = (SimpleNamespace(labels=None), SimpleNamespace(labels=Half()), SimpleNamespace())
+    check_data(given, task)
+    monkeypatch.setattr(Science, "targets", lambda self, seeds: [None] * len(seeds))
+    with pytest.raises(UserError, match="no training item of task 'science' has a target"):
+        check_data(given, task)
+    check_data(teacher, task)
+    check_data(rewards, task)
+    task.teacher = Teacher(base_url="http://127.0.0.1:9/v1", key_variable=KEY)
+    check_data(given, task)

@@ -94,10 +94,23 @@ class LabelledItems:
 
     def _check(self) -> None:
         if not self.kept.any():
-            raise UserError(
-                f"no training item of task '{self.task.name}' has a target to learn from; name a teacher "
-                "(task.teacher.base_url) or use a method that learns from rewards"
-            )
+            raise without_targets(self.task)
+
+
+def without_targets(task: OneStepTask) -> UserError:
+    return UserError(
+        f"no training item of task '{task.name}' has a target to learn from; name a teacher "
+        "(task.teacher.base_url) or use a method that learns from rewards"
+    )
+
+
+def check_targets(method, task: OneStepTask) -> None:
+    """``UserError`` where a method learns from the targets that a task's items bring, and none brings any."""
+    if getattr(method, "labels", method) is not None or not isinstance(task.labels(), GivenTargets):
+        return  # other labels, or a method that asks for none
+    seeds = task.seeds("train").start + np.arange(task.size("train"))
+    if all(target is None for target in task.targets(seeds)):
+        raise without_targets(task)
 
 
 class GivenTargets(Labeler):

@@ -36,7 +36,7 @@ from robot_forgetting.tasks.lm_eval_data import Splits, local_splits
 from robot_forgetting.tasks.sources import VARIABLE
 
 FEWSHOT_SEED = 1234  # of lm-eval's command line
-CHUNK = {"multiple_choice": 64, "generate_until": 4}  # items scored at once where batches hold one row
+CHUNK = {"multiple_choice": 8, "generate_until": 4}  # items scored and recorded at once where batches hold one row
 SPLITTING = {"length_constraints:number_sentences", "change_case:capital_word_frequency"}  # IFEval's that need punkt
 
 
