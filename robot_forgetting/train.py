@@ -107,14 +107,16 @@ def train(
     if not parameters:
         raise UserError(f"policy '{policy.name}' has no trainable parameters; give it lora or unfreeze some")
     networks = [[p for p in network if p.requires_grad] for network in policy.run_parameters()]
-    adam = torch.optim.AdamW(
-        _groups(networks, optimiser), lr=optimiser.learning_rate, betas=optimiser.betas, fused=True
-    )
+    # One for each network: it steps while the gradient that was just measured and clipped is still in the cache.
+    adams = [
+        torch.optim.AdamW(_groups(network, optimiser), lr=optimiser.learning_rate, betas=optimiser.betas, fused=True)
+        for network in networks
+    ]
     # The first iteration after a restart must see the base policy the penalties and the method saw at the beginning.
     method.begin(policy, task, past)
     for penalty in penalties:
         penalty.begin(policy, task, past)
-    state = load_checkpoint(folders[0], policy, adam, method) if checkpoints else {"iteration": 0, "step": 0}
+    state = load_checkpoint(folders[0], policy, adams, method) if checkpoints else {"iteration": 0, "step": 0}
     done, step = state["iteration"], state["step"]
     for folder in folders:
         folder.keep("train", lambda row: row["iteration"] <= done)
@@ -125,7 +127,7 @@ def train(
 
     alone = policy.device.type != "cpu" or not policy.splits_batches
     gradient = Replicas(list(parameters.values()), backward, 0 if alone else processes - 1)
-    stepper = _Stepper(policy, networks, adam, gradient, optimiser.max_grad_norm, diverged)
+    stepper = _Stepper(policy, networks, adams, gradient, optimiser.max_grad_norm, diverged)
     saved, saving = time.perf_counter(), 0.0
     try:
         while done < method.iterations and not all(stepper.dead):
@@ -153,7 +155,7 @@ def train(
             last = done == method.iterations or all(stepper.dead)
             if checkpoints and (last or time.perf_counter() - saved >= PATIENCE * saving):
                 saved = time.perf_counter()
-                save_checkpoint(folders[0], policy, adam, method, iteration=done, step=step)
+                save_checkpoint(folders[0], policy, adams, method, iteration=done, step=step)
                 saving = max(0.0, time.perf_counter() - saved - QUICK)
             if rows:
                 progress(done, rows[-1][0])
@@ -164,14 +166,11 @@ def train(
     return done
 
 
-def _groups(networks: list[list[Tensor]], optimiser: Optimiser) -> list[dict]:
-    """Parameter groups, each of one network. Matrices decay, vectors (norms, biases) do not."""
-    groups = []
-    for index, network in enumerate(networks):
-        decaying = [p for p in network if p.dim() >= 2 or not optimiser.weight_decay]
-        rest = [p for p in network if p.dim() < 2 and optimiser.weight_decay]
-        groups.append({"params": decaying, "weight_decay": optimiser.weight_decay, "network": index})
-        groups.append({"params": rest, "weight_decay": 0.0, "network": index})
+def _groups(network: list[Tensor], optimiser: Optimiser) -> list[dict]:
+    """A network's parameter groups: matrices decay, vectors (norms, biases) do not."""
+    decaying = [p for p in network if p.dim() >= 2 or not optimiser.weight_decay]
+    rest = [p for p in network if p.dim() < 2 and optimiser.weight_decay]
+    groups = [{"params": decaying, "weight_decay": optimiser.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
 
@@ -210,14 +209,15 @@ def _number(value: Tensor) -> float | Tensor:
 class _Stepper:
     """AdamW steps of all networks; ``dead`` are those whose loss or gradient was not finite."""
 
-    def __init__(self, policy: Policy, networks, adam, gradient: Replicas, max_grad_norm: float | None, diverged):
-        self.policy, self.networks, self.adam, self.gradient = policy, networks, adam, gradient
+    def __init__(self, policy: Policy, networks, adams, gradient: Replicas, max_grad_norm: float | None, diverged):
+        self.policy, self.networks, self.adams, self.gradient = policy, networks, adams, gradient
         self.max_grad_norm, self.diverged = max_grad_norm, diverged
         self.dead = [False] * len(networks)
 
     def step(self, batch: Batch, rates: list[float]) -> list[dict]:
         """One step; returns each network's numbers for train.jsonl."""
-        self.adam.zero_grad(set_to_none=True)
+        for adam in self.adams:
+            adam.zero_grad(set_to_none=True)
         losses, penalties = (_list(value, len(rates)) for value in self.gradient(batch))
         rows = []
         for index, (network, loss, penalty) in enumerate(zip(self.networks, losses, penalties, strict=True)):
@@ -228,9 +228,9 @@ class _Stepper:
                 for parameter in network:
                     parameter.grad = None  # the optimiser passes over it
             rows.append({"loss": loss, "penalty": penalty, "grad_norm": norm})
-        for group in self.adam.param_groups:
-            group["lr"] = rates[group["network"]]
-        self.adam.step()
+            for group in self.adams[index].param_groups:
+                group["lr"] = rates[index]
+            self.adams[index].step()
         self.policy.eval()
         return rows
 
@@ -259,7 +259,7 @@ def _list(value, count: int) -> list[float]:
 # ---- checkpoints: safetensors and json; the latest only
 
 
-def save_checkpoint(run: RunFolder, policy: Policy, adam, method: Method, *, iteration: int, step: int) -> None:
+def save_checkpoint(run: RunFolder, policy: Policy, adams, method: Method, *, iteration: int, step: int) -> None:
     """Writes checkpoints/iteration_NNNNNN beside the old one, then removes the old one."""
     folder = run.checkpoints / f"iteration_{iteration:06d}"
     part = folder.with_name(folder.name + ".part")
@@ -267,7 +267,7 @@ def save_checkpoint(run: RunFolder, policy: Policy, adam, method: Method, *, ite
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         _write({name: p.detach().contiguous() for name, p in trainable(policy).items()}, part / "policy.safetensors")
-        _write(_adam_tensors(policy, adam), part / "optimizer.safetensors")
+        _write(_adam_tensors(policy, adams), part / "optimizer.safetensors")
         _write({name: t.contiguous() for name, t in method.state_dict().items()}, part / "method.safetensors")
         write_json(part / "state.json", {"iteration": iteration, "step": step})
         shutil.rmtree(folder, ignore_errors=True)
@@ -277,7 +277,7 @@ def save_checkpoint(run: RunFolder, policy: Policy, adam, method: Method, *, ite
             shutil.rmtree(old, ignore_errors=True)
 
 
-def load_checkpoint(run: RunFolder, policy: Policy, adam, method: Method) -> dict:
+def load_checkpoint(run: RunFolder, policy: Policy, adams, method: Method) -> dict:
     """Restores the newest complete checkpoint; {"iteration": 0, "step": 0} where there is none."""
     folder = latest_checkpoint(run)
     if folder is None:
@@ -285,8 +285,8 @@ def load_checkpoint(run: RunFolder, policy: Policy, adam, method: Method) -> dic
     load_weights(policy, folder)
     moments = _read(folder / "optimizer.safetensors")
     by_name = {id(p): name for name, p in trainable(policy).items()}
-    for group in adam.param_groups:
-        for parameter in group["params"]:
+    for adam in adams:
+        for parameter in (p for group in adam.param_groups for p in group["params"]):
             name = by_name[id(parameter)]
             if f"{name}.exp_avg" in moments:
                 adam.state[parameter] = {
@@ -316,10 +316,11 @@ def latest_checkpoint(run: RunFolder) -> Path | None:
     return complete[-1] if complete else None
 
 
-def _adam_tensors(policy: Policy, adam) -> dict[str, Tensor]:
+def _adam_tensors(policy: Policy, adams) -> dict[str, Tensor]:
     by_name = {id(parameter): name for name, parameter in trainable(policy).items()}
     return {
         f"{by_name[id(parameter)]}.{key}": value.detach().contiguous()
+        for adam in adams
         for parameter, state in adam.state.items()
         for key, value in state.items()
     }
