@@ -30,8 +30,9 @@ from robot_forgetting.reproduce.workers import work_through
 from robot_forgetting.tasks.parity_mnist import FashionMNIST, ParityMNIST
 
 # What `quick=true` changes.
-QUICK = {"rates": 6, "schedules": ["constant"], "epochs": [1], "checkpoints": 5}
+QUICK = {"rates": 6, "schedules": ["constant"], "epochs": [1], "checkpoints": 5, "images": 40_000}
 QUICK_PROBE = {"images": 1000, "similarity": 300}
+QUICK_DYNAMICS = {"rates": [1e-4]}
 
 
 class Study:
@@ -80,6 +81,9 @@ class Study:
         settings = dict(self.settings)
         if quick:
             settings |= QUICK | {"probe": {**settings["probe"], **QUICK_PROBE}}
+            if settings["extras"].get("dynamics"):
+                dynamics = {**settings["extras"]["dynamics"], **QUICK_DYNAMICS}
+                settings["extras"] = {**settings["extras"], "dynamics": dynamics}
         sweep = Sweep(folder, settings, first_seed)
         with bar(f"{self.name}{' (quick)' if quick else ''}", sweep.total_steps, sweep.done_steps) as progress:
             for jobs in sweep.phases():
