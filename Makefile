@@ -3,16 +3,19 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/setup-done
 SEEDS ?= 0,1,2
+BRIDGE := task=widowx_carrot_on_plate 'prior=[widowx_spoon_on_towel,widowx_stack_cube]' 'held_out=[]'
 # One thread per process: environment workers and the policy share the cores, and threads fighting over them are slower.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup test demo base three-seeds benchmark wheel lint clean
+.PHONY: help setup test demo base three-seeds bridge-base bridge benchmark wheel lint clean
 
 help:
 	@echo "make setup        install into .venv, and a Vulkan driver where there is none"
 	@echo "make demo         the benchmark in small: three methods, one seed, one report with videos"
 	@echo "make three-seeds  the same over 3 seeds"
 	@echo "make base         train the base policy anew, in two phases, into runs/base/ (about 20 minutes)"
+	@echo "make bridge       SimplerEnv's WidowX tasks: two methods, 3 seeds; first type: robot-forgetting assets bridge"
+	@echo "make bridge-base  train their base policy anew into runs/bridge-base/"
 	@echo "make test         the tests"
 	@echo "make benchmark    the speed ratios"
 	@echo "make wheel        dist/*.whl"
@@ -47,6 +50,21 @@ base: $(STAMP)
 three-seeds: $(STAMP)
 	$(BIN)/robot-forgetting run --multirun method=sft,grpo seed=$(SEEDS) sweep=three-seeds budget=table
 	$(BIN)/robot-forgetting report runs/three-seeds/*/ output=runs/three-seeds/report.html
+
+bridge-base: $(STAMP)
+	$(BIN)/robot-forgetting pretrain policy=openvla-nano-bridge-new $(BRIDGE) pretrain.iterations=120 \
+		'pretrain.demonstrations={widowx_spoon_on_towel: 800, widowx_stack_cube: 800, widowx_carrot_on_plate: 100}' \
+		pretrain.episodes=6 run_dir=runs/bridge-base/first output=runs/bridge-base/first/policy
+	$(BIN)/robot-forgetting pretrain policy=openvla-nano-bridge policy.checkpoint=runs/bridge-base/first/policy \
+		$(BRIDGE) pretrain.iterations=20 pretrain.label_sigma=0 pretrain.episodes=24 \
+		'pretrain.demonstrations={widowx_spoon_on_towel: 250, widowx_stack_cube: 250, widowx_carrot_on_plate: 30}' \
+		pretrain.optimiser.learning_rate=7e-4 pretrain.optimiser.warmup_steps=20 \
+		run_dir=runs/bridge-base/second output=runs/bridge-base/policy
+
+bridge: $(STAMP)
+	$(BIN)/robot-forgetting run --multirun method=sft,grpo seed=$(SEEDS) sweep=bridge budget=simpler \
+		policy=openvla-nano-bridge $(BRIDGE)
+	$(BIN)/robot-forgetting report runs/bridge/*/ output=runs/bridge/report.html
 
 benchmark: $(STAMP)
 	for script in tests/benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done

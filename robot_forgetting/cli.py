@@ -63,6 +63,7 @@ examples:
 # The hydra flags that make sense here. (--experimental-rerun, for one, would read a pickle.)
 FLAGS = {"--multirun", "-m", "--cfg", "-c", "--resolve", "--package", "-p", "--info", "-i", "--config-dir", "-cd"}
 FLAGS_WITH_VALUE = {"--cfg", "-c", "--package", "-p", "--config-dir", "-cd"}
+OWN_KEYS = "pretrain.demonstrations"  # a mapping whose keys the user chooses
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -123,10 +124,15 @@ def _split(verb: str, arguments: list[str]) -> tuple[list[str], list[Path]]:
         elif "=" not in argument and not argument.startswith("~"):
             raise UserError(_without_value(argument))
         else:
-            overrides.append(argument)
+            overrides += _replacing(argument)
     if value_next or ({"--cfg", "-c"} & set(flags) and not {"job", "hydra", "all"} & set(flags)):
         raise UserError(f"'{flags[-1]}': write --cfg job (or hydra, or all); --package NAME; --config-dir FOLDER")
     return [*flags, *overrides], folders
+
+
+def _replacing(argument: str) -> list[str]:
+    """A given mapping of ``OWN_KEYS`` takes the place of ours; hydra would merge the two."""
+    return [f"~{OWN_KEYS}", f"+{argument}"] if argument.startswith(f"{OWN_KEYS}={{") else [argument]
 
 
 def _without_value(argument: str) -> str:

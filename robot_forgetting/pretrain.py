@@ -30,6 +30,8 @@ class Mixture(Task):
         unknown = set(counts) - {task.name for task in tasks}
         if unknown:
             raise UserError(f"pretrain.demonstrations names {sorted(unknown)}; these tasks are not in this run")
+        if not sum(counts.values()):
+            raise UserError("pretrain.demonstrations asks for none; for example {pick_cube: 1500, push_cube: 700}")
         self.name, self.instruction = "+".join(counts), ""
         self.max_steps = max(task.max_steps for task in tasks)
         self.statistics = getattr(self.tasks[0], "statistics", None)
@@ -192,7 +194,7 @@ def card(policy: Policy, summary: dict, run: dict, settings: dict, parent: list[
             f"({hardware.get('cores', '?')} cores)",
             f"- render option: {run.get('render', {}).get('option')}",
             "",
-            "Success on initial states used nowhere else; Wilson 95% intervals. `sampled` is temperature 1, the decode",
+            "Success on test seeds that nothing else uses; Wilson 95% intervals. `sampled` is temperature 1, the decode",
             "of rollouts; `greedy` is temperature 0.",
             "",
             "| task | role | decode | successes | rate | interval |",

@@ -91,6 +91,7 @@ def complaint(capsys, *arguments: str) -> str:
         (["run", "~budget.videos"], "budget lacks 'videos'; add it to its yaml"),
         (["pretrain", "pretrain.iterations=x"], "pretrain.iterations=x is not a whole number"),
         (["pretrain", "pretrain.demonstrations={pick_cube: x}"], "pretrain.demonstrations.pick_cube=x is not a whole"),
+        (["pretrain", "pretrain.demonstrations={}"], "pretrain.demonstrations asks for none; for example"),
         (["pretrain", "pretrain.optimiser.learning_rate=x"], "pretrain.optimiser.learning_rate=x is not a number"),
         (["run", "penalty.coefficient=1"], "'penalty.coefficient': penalty=none has no keys; choose another penalty"),
         (["run", "seed=0,1"], "add --multirun"),
@@ -268,6 +269,11 @@ def test_run_folders_are_positional(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(cli, "_load", lambda _: None)
     assert cli.main(["report", "runs/a", "runs/b", "output=x.html"]) == 0
     assert capsys.readouterr().out == f"{[Path('runs/a'), Path('runs/b')]} x.html\n"
+
+
+def test_a_mapping_of_tasks_replaces_the_default_one(capsys):
+    assert cli.main(["pretrain", "pretrain.demonstrations={poke: 3}", "--cfg", "job", "--resolve"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["pretrain"]["demonstrations"] == {"poke": 3}
 
 
 def test_list_shows_own_tasks_and_first_comments(capsys, folder):
