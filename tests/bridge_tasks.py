@@ -1,4 +1,4 @@
-"""SimplerEnv's assets and recordings for tests, and its tasks as the command line builds them."""
+"""SimplerEnv's WidowX tasks and assets, for tests."""
 
 from __future__ import annotations
 
@@ -8,20 +8,9 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-import hydra
 import pytest
 
-from robot_forgetting import configs
-from robot_forgetting.robot.task import ManiSkillTask
-
-CONFIGS = Path(configs.__file__).parent
 RUNNABLE = ("widowx_carrot_on_plate", "widowx_spoon_on_towel", "widowx_stack_cube")  # the eggplant's mesh is missing
-
-
-def configured(name: str, *overrides: str) -> ManiSkillTask:
-    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = hydra.compose("config", overrides=[f"task={name}", *overrides])
-    return hydra.utils.instantiate(config.task, _convert_="all")
 
 
 def unpacked(shared: Path) -> Path:

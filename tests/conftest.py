@@ -37,3 +37,40 @@ def renderer():
         doctor.require_vulkan()
     except UserError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def bundle(shared):
+    """SimplerEnv's assets, where the package looks for them."""
+    from bridge_tasks import unpacked
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MS_ASSET_DIR", str(unpacked(shared)))
+        yield Path(os.environ["MS_ASSET_DIR"])
+
+
+@pytest.fixture(scope="module")
+def players(renderer, bundle):
+    """One simulation per SimplerEnv task, built when first needed."""
+    from robot_tasks import configured
+
+    from robot_forgetting.conformance.recordings import Player
+
+    made = {}
+
+    def get(name: str) -> Player:
+        if name not in made:
+            made[name] = Player(configured(name))
+        return made[name]
+
+    yield get
+    for player in made.values():
+        player.close()
+
+
+@pytest.fixture
+def blind(monkeypatch):
+    """Without pictures, where only the physics matters."""
+    from robot_forgetting.robot.simulation import Simulation
+
+    monkeypatch.setattr(Simulation, "observe", lambda self: {})

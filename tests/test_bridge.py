@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
-from bridge_tasks import RUNNABLE, configured, unpacked
+from bridge_tasks import RUNNABLE
+from robot_tasks import configured
 
 from robot_forgetting.conformance import check
 from robot_forgetting.conformance.recordings import Player, complaints
@@ -33,43 +32,11 @@ RECORDINGS = (
 
 
 @pytest.fixture(scope="module")
-def bundle(shared):
-    before = os.environ.get("MS_ASSET_DIR")
-    os.environ["MS_ASSET_DIR"] = str(unpacked(shared))
-    yield Path(os.environ["MS_ASSET_DIR"])
-    if before is None:
-        del os.environ["MS_ASSET_DIR"]
-    else:
-        os.environ["MS_ASSET_DIR"] = before
-
-
-@pytest.fixture(scope="module")
 def recordings(shared):
     folder = shared / "golden" / "simpler"
     if not folder.is_dir():
         pytest.skip(f"no {folder}: recordings of the original simulator")
     return folder
-
-
-@pytest.fixture(scope="module")
-def players(bundle):
-    """One simulation per task, built when first needed."""
-    made = {}
-
-    def get(name: str) -> Player:
-        if name not in made:
-            made[name] = Player(configured(name))
-        return made[name]
-
-    yield get
-    for player in made.values():
-        player.close()
-
-
-@pytest.fixture
-def blind(monkeypatch):
-    """Without pictures, where only the physics matters."""
-    monkeypatch.setattr(Simulation, "observe", lambda self: {"image": np.zeros((240, 320, 3), np.uint8)})
 
 
 # ---- the original's recordings

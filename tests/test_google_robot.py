@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-from bridge_tasks import CONFIGS, configured, unpacked
+from robot_tasks import CONFIGS, configured
 
-from robot_forgetting.conformance.recordings import Player, allowed, complaints, recordings_of
+from robot_forgetting.conformance.recordings import allowed, complaints, recordings_of
 from robot_forgetting.errors import UserError
 from robot_forgetting.policy import ConventionSpec
 from robot_forgetting.robot import assets
@@ -31,38 +29,6 @@ RECORDINGS = {
     f"{CAN}_upright0_pick.npz": {0: 0.5, 18: 2.5, 26: 1.6},
     f"{DRAWER}_b0_ibl_t00.png": {0: 0.4},
 }
-
-
-@pytest.fixture(scope="module")
-def bundle(shared):
-    before = os.environ.get("MS_ASSET_DIR")
-    os.environ["MS_ASSET_DIR"] = str(unpacked(shared))
-    yield Path(os.environ["MS_ASSET_DIR"])
-    if before is None:
-        del os.environ["MS_ASSET_DIR"]
-    else:
-        os.environ["MS_ASSET_DIR"] = before
-
-
-@pytest.fixture(scope="module")
-def players(renderer, bundle):
-    """One simulation per task, built when first needed."""
-    made = {}
-
-    def get(name: str) -> Player:
-        if name not in made:
-            made[name] = Player(configured(name))
-        return made[name]
-
-    yield get
-    for player in made.values():
-        player.close()
-
-
-@pytest.fixture
-def blind(monkeypatch):
-    """Without pictures, where only the physics matters."""
-    monkeypatch.setattr(Simulation, "observe", lambda self: {"image": np.zeros((256, 320, 3), np.uint8)})
 
 
 # ---- the original's recordings

@@ -39,12 +39,6 @@ def joints(simulation: Simulation) -> np.ndarray:
     return simulation.env.agent.robot._objs[0].qpos.copy()
 
 
-@pytest.fixture
-def blind(monkeypatch):
-    """Without pictures, where only the physics matters."""
-    monkeypatch.setattr(Simulation, "observe", lambda self: {})
-
-
 def expert_episode(simulation: Simulation, seed: int) -> tuple[bool, list[np.ndarray]]:
     simulation.reset(seed)
     commands, success, done = [], False, False

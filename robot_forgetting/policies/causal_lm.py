@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,12 @@ from robot_forgetting.policies.causal_lm_hidden import Prompts, completion_state
 from robot_forgetting.policies.causal_lm_sampling import sample
 from robot_forgetting.policies.causal_lm_vllm import Sampler, as_action, importance_ratios
 from robot_forgetting.policies.causal_lm_vocabulary import Head, compare, token_log_probs
-from robot_forgetting.policy import Action, ConventionSpec, Policy
+from robot_forgetting.policies.device import parse_device
+from robot_forgetting.policies.own_base import OwnBase
+from robot_forgetting.policy import Action, ConventionSpec
 
 
-class CausalLM(Policy):
+class CausalLM(OwnBase):
     """Reads the column ``messages`` (a list of {"role", "content"} per row) and answers with a text.
 
     An action is a completion: its tokens are indices into the whole vocabulary [N, T], right-padded, and its mask is
@@ -58,17 +60,17 @@ class CausalLM(Policy):
         chat_template: str | None = None,
         sampler: Sampler | None = None,
     ):
-        super().__init__()
+        super().__init__(name, lora)
         if min(max_new_tokens, batch_rows) < 1:
             raise UserError("max_new_tokens and batch_rows must be at least 1")
         if dtype not in DTYPES:
             raise UserError(f"unknown dtype '{dtype}'; choose one of: {', '.join(DTYPES)}")
-        place = _device(device)
+        place = parse_device(device)
         if threads is not None and place.type == "cpu":
             torch.set_num_threads(threads)
         loaded = load(checkpoint, dtype=DTYPES[dtype], chat_template=chat_template)
-        self.name, self.source, self.tokenizer = name, loaded.source, loaded.tokenizer
-        self.model: nn.Module = loaded.model.to(place).eval()
+        self.source, self.tokenizer = loaded.source, loaded.tokenizer
+        self.model = loaded.model.to(place).eval()
         self._mixed = torch.bfloat16 if dtype == "mixed" else None
         longest = self.model.config.max_position_embeddings
         self.max_new_tokens, self.batch_rows = max_new_tokens, batch_rows
@@ -86,18 +88,14 @@ class CausalLM(Policy):
             enable = getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)
             enable({"use_reentrant": False})
         self.gradient_checkpointing = gradient_checkpointing
-        self.lora, self.sampler = lora, sampler
-        self._in_base = False
-        self._base_weights: list[Tensor] | None = None
+        self.sampler = sampler
         self._metrics: dict[str, float] = {}
+        self._choose_trained()
         if lora is not None:
-            adapters.add(self.model, **lora)
             for parameter in self.trainable_parameters():
                 parameter.data = parameter.data.float()
-        else:
-            self.model.requires_grad_(True)
-            if keep_base:
-                self._base_weights = [parameter.detach().clone() for parameter in self.trainable_parameters()]
+        elif keep_base:
+            self._keep_base()
         # What changes a completion besides the weights: part of a run's fingerprint.
         self.config = {
             "max_new_tokens": max_new_tokens,
@@ -105,9 +103,6 @@ class CausalLM(Policy):
             "chat_template": self.tokenizer.chat_template,
             "stops": sorted(self.stops),
         }
-
-    def trainable_parameters(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     # ---- Policy
 
@@ -163,18 +158,6 @@ class CausalLM(Policy):
         tokens = torch.tensor([row + [self.pad] * (width - len(row)) for row in rows], dtype=torch.int64)
         lengths = torch.tensor([len(row) for row in rows])
         return Action(tokens.view(len(rows), width), torch.arange(width) < lengths.view(-1, 1))
-
-    @contextmanager
-    def base(self) -> Iterator[None]:
-        if self._in_base:
-            yield
-            return
-        self._in_base = True
-        try:
-            with torch.no_grad(), self._as_base():
-                yield
-        finally:
-            self._in_base = False
 
     def convention(self) -> ConventionSpec:
         return ConventionSpec(action_dimensions=1, action_mode="text")
@@ -305,33 +288,6 @@ class CausalLM(Policy):
                 f"{self.source} does more to its logits than one linear layer, or its weights are broken; policies of "
                 "this kind are not supported"
             )
-
-    @contextmanager
-    def _as_base(self) -> Iterator[None]:
-        if self.lora is not None:
-            with adapters.disabled(self.model):
-                yield
-            return
-        if self._base_weights is None:
-            raise UserError(
-                f"policy '{self.name}' keeps no copy of its base weights; use policy.lora or policy.keep_base=true"
-            )
-        self._swap()
-        try:
-            yield
-        finally:
-            self._swap()
-
-    def _swap(self) -> None:
-        """Exchanges trainable weights and the base's by pointer; nothing is copied, and twice is the identity."""
-        for index, parameter in enumerate(self.trainable_parameters()):
-            parameter.data, self._base_weights[index] = self._base_weights[index], parameter.data
-
-
-def _device(device: str) -> torch.device:
-    from robot_forgetting.policies.openvla import _device as parse
-
-    return parse(device)
 
 
 def _without_dropout(model: nn.Module) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from robot_forgetting.errors import UserError
-from robot_forgetting.policies.causal_lm_sampling import left_padded
+from robot_forgetting.policies.causal_lm_sampling import read_prompts
 from robot_forgetting.policy import Action
 
 REMEMBERED = 20_000  # prompts whose tokens are kept
@@ -121,16 +121,8 @@ def _shared(body, prompts, tokens: Tensor, mask: Tensor, pad: int) -> Tensor:
     different = list(dict.fromkeys(map(tuple, prompts)))
     which = {prompt: number for number, prompt in enumerate(different)}
     owner = torch.tensor([which[tuple(prompt)] for prompt in prompts], device=tokens.device)
-    ids, seen, positions = left_padded(different, pad, tokens.device)
-    padded = not bool(seen.all())
     cache = DynamicCache(config=body.config)
-    first = body(
-        input_ids=ids,
-        attention_mask=seen.long() if padded else None,
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-    ).last_hidden_state[:, -1:]
+    first, seen, positions = read_prompts(body, different, pad, cache)
     first = first[owner]
     if tokens.shape[1] == 1:
         return first

@@ -72,6 +72,19 @@ def left_padded(prompts: Sequence[Sequence[int]], pad: int, device) -> tuple[Ten
     return ids, positions >= 0, positions.clamp_min(0)
 
 
+def read_prompts(body: nn.Module, prompts, pad: int, cache: DynamicCache) -> tuple[Tensor, Tensor, Tensor]:
+    """The states [N, 1, D] after the prompts, and mask and positions [N, L] of what ``cache`` then holds."""
+    ids, seen, positions = left_padded(prompts, pad, next(body.parameters()).device)
+    out = body(
+        input_ids=ids,
+        attention_mask=None if bool(seen.all()) else seen.long(),
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+    )
+    return out.last_hidden_state[:, -1:], seen, positions
+
+
 @torch.no_grad()
 def sample(
     body: nn.Module,
@@ -91,17 +104,10 @@ def sample(
     noise: [N] in [0, 1); a row's number seeds the stream of its uniforms, so that its completion is its own
     """
     device = next(body.parameters()).device
-    ids, seen, positions = left_padded(prompts, pad, device)
     cache = new_cache(body.config)
+    hidden, seen, positions = read_prompts(body, prompts, pad, cache)
+    hidden = hidden[:, 0].repeat_interleave(repeats, 0)
     padded = not bool(seen.all())
-    out = body(
-        input_ids=ids,
-        attention_mask=seen.long() if padded else None,
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-    )
-    hidden = out.last_hidden_state[:, -1].repeat_interleave(repeats, 0)
     if repeats > 1:
         cache.batch_repeat_interleave(repeats)
         seen, positions = seen.repeat_interleave(repeats, 0), positions.repeat_interleave(repeats, 0)

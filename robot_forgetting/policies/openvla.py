@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -12,18 +10,20 @@ from torch import Tensor
 
 from robot_forgetting.errors import UserError
 from robot_forgetting.policies import openvla_checkpoint, openvla_lora
+from robot_forgetting.policies.device import parse_device
 from robot_forgetting.policies.openvla_checkpoint import Checkpoint, parse_dtype
 from robot_forgetting.policies.openvla_model import OpenVLAConfig, OpenVLAModel
 from robot_forgetting.policies.openvla_processor import ActionBins, ImageProcessor, Statistics
 from robot_forgetting.policies.openvla_tokenizer import PromptTokenizer, train_small_tokenizer
 from robot_forgetting.policies.openvla_vision import dinov2_tower, siglip_tower
-from robot_forgetting.policy import Action, ConventionSpec, Policy
+from robot_forgetting.policies.own_base import OwnBase
+from robot_forgetting.policy import Action, ConventionSpec
 
 LARGEST_COPY_BYTES = 2 * 10**9
 PANDA_STATISTICS = {"maniskill_panda": {"action": {"q01": [-1.0] * 7, "q99": [1.0] * 7, "mask": [True] * 7}}}
 
 
-class OpenVLAPolicy(Policy):
+class OpenVLAPolicy(OwnBase):
     """A VLA whose action vocabulary is its 256 action bins (bin 0 is the lowest command value) and T = 7.
 
     checkpoint: a Hub id or a folder in the published layout (or what ``openvla_checkpoint.load`` returns)
@@ -54,9 +54,8 @@ class OpenVLAPolicy(Policy):
         gradient_checkpointing: bool = False,
         check_images: bool = True,
     ):
-        super().__init__()
-        self.name = name
-        place = _device(device)
+        super().__init__(name, lora)
+        place = parse_device(device)
         if not isinstance(checkpoint, Checkpoint):
             checkpoint = openvla_checkpoint.load(checkpoint, dtype=parse_dtype(dtype), device=place)
         self.source, self.tokenizer = checkpoint.source, checkpoint.tokenizer
@@ -76,21 +75,10 @@ class OpenVLAPolicy(Policy):
         self._spec = dict(action_mode=action_mode, rotation=rotation, gripper=gripper, control_hz=control_hz)
         if check_images:
             self.check_sees()
-        self.lora = lora
-        self._in_base = False
-        self._base_weights: list[Tensor] | None = None
-        if lora is not None:
-            openvla_lora.add(self.model, **lora)
-        else:
-            unused = set(map(id, self.model.unused_parameters()))
-            for parameter in self.model.parameters():
-                parameter.requires_grad_(id(parameter) not in unused)
-            size = sum(p.numel() * p.element_size() for p in self.trainable_parameters())
-            if keep_base or (keep_base is None and size <= LARGEST_COPY_BYTES):
-                self._base_weights = [parameter.detach().clone() for parameter in self.trainable_parameters()]
-
-    def trainable_parameters(self) -> list[torch.nn.Parameter]:
-        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+        self._choose_trained()
+        size = sum(p.numel() * p.element_size() for p in self.trainable_parameters())
+        if lora is None and (keep_base or (keep_base is None and size <= LARGEST_COPY_BYTES)):
+            self._keep_base()
 
     # ---- Policy
 
@@ -121,18 +109,6 @@ class OpenVLAPolicy(Policy):
             )
         bins = torch.from_numpy(self._bins.encode(self.statistics.normalise(commands, key)))
         return Action(bins, torch.ones_like(bins, dtype=torch.bool))
-
-    @contextmanager
-    def base(self) -> Iterator[None]:
-        if self._in_base:
-            yield
-            return
-        self._in_base = True
-        try:
-            with torch.no_grad(), self._as_base():
-                yield
-        finally:
-            self._in_base = False
 
     def convention(self) -> ConventionSpec:
         dimensions = self.statistics.dimensions(self.key) if self.key else self.config.action_tokens
@@ -193,27 +169,6 @@ class OpenVLAPolicy(Policy):
             )
         return key
 
-    @contextmanager
-    def _as_base(self) -> Iterator[None]:
-        if self.lora is not None:
-            with openvla_lora.disabled(self.model):
-                yield
-            return
-        if self._base_weights is None:
-            raise UserError(
-                f"policy '{self.name}' keeps no copy of its base weights; use policy.lora or policy.keep_base=true"
-            )
-        self._swap()
-        try:
-            yield
-        finally:
-            self._swap()
-
-    def _swap(self) -> None:
-        """Exchanges trainable weights and the base's by pointer; nothing is copied, and twice is the identity."""
-        for index, parameter in enumerate(self.trainable_parameters()):
-            parameter.data, self._base_weights[index] = self._base_weights[index], parameter.data
-
 
 def new_nano(
     *,
@@ -266,15 +221,3 @@ def new_nano(
     model.initialise()
     tokenizer = train_small_tokenizer(instructions or [], text_tokens=text_tokens, action_bins=bins)
     return OpenVLAPolicy(Checkpoint(model, tokenizer), name=name, **options)
-
-
-def _device(device: str) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        place = torch.device(device)
-    except RuntimeError as error:
-        raise UserError(f"unknown device '{device}'; use auto, cpu, cuda or cuda:1") from error
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device={device}, but torch finds no usable CUDA GPU; use device=cpu, or install a CUDA torch")
-    return place

@@ -17,8 +17,9 @@ from mani_skill.utils import io_utils
 from mani_skill.utils.structs.types import DefaultMaterialsConfig, SceneConfig, SimConfig
 
 from robot_forgetting.robot import assets, spoon
+from robot_forgetting.robot.grasp import pressing_fingers
 from robot_forgetting.robot.grid import Grid
-from robot_forgetting.robot.widowx import WidowXFlatTable, WidowXSink, pressing_fingers
+from robot_forgetting.robot.widowx import WidowXFlatTable, WidowXSink
 
 DROP_HEIGHT = 0.87 + 0.5  # of the table, and how far above it objects are let go
 CAMERA = "3rd_view_camera"

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from robot_forgetting.errors import UserError
+from robot_forgetting.robot.grasp import pressing_fingers
 from robot_forgetting.robot.robots import Controller
 
 
@@ -73,25 +74,8 @@ def is_grasping(agent, object, min_force: float = 0.5, max_angle: float = 85) ->
     Both fingers must press on the object with at least ``min_force`` newtons, within ``max_angle`` degrees of their
     opening directions.
     """
-    body = object._bodies[0].entity
-    impulses = {}
-    for contact in agent.scene.px.get_contacts():
-        first, second = contact.bodies[0].entity, contact.bodies[1].entity
-        if body not in (first, second):
-            continue
-        finger, sign = (first, 1.0) if second == body else (second, -1.0)
-        total = np.sum([point.impulse for point in contact.points], axis=0) * sign
-        impulses[finger.name] = impulses.get(finger.name, 0.0) + total
-    for link, side in ((agent.finger1_link, 1.0), (agent.finger2_link, -1.0)):
-        entity = link._objs[0].entity
-        if entity.name not in impulses:
-            return torch.tensor([False])
-        force = impulses[entity.name] / agent.scene.px.timestep
-        size = np.linalg.norm(force)
-        opening = entity.pose.to_transformation_matrix()[:3, 1] * side
-        if size < min_force or opening @ force < np.cos(np.deg2rad(max_angle)) * size:
-            return torch.tensor([False])
-    return torch.tensor([True])
+    least_impulse = min_force * agent.scene.px.timestep
+    return torch.tensor([pressing_fingers(agent, object, least_impulse=least_impulse, max_angle=max_angle)])
 
 
 def _quaternion_xyz(angles: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The WidowX 250S of SimplerEnv's Bridge tasks: the original controller's arithmetic, friction and grasp test.
+"""The WidowX 250S of SimplerEnv's Bridge tasks: the original controller's arithmetic, and friction.
 
 ManiSkill3 names its controller after the original (``arm_pd_ee_target_delta_pose_align2``), but turns by Euler angles
 about the target; the original (ManiSkill2_real2sim, ``PDEEPoseController.compute_target_pose``) turns by a rotation
@@ -108,26 +108,3 @@ def quaternion(rotation_vector: np.ndarray) -> np.ndarray:
     angle = float(np.linalg.norm(rotation_vector))
     half_sinc = 0.5 * np.sinc(angle / 2 / np.pi)  # sin(angle / 2) / angle
     return np.array([np.cos(angle / 2), *(half_sinc * np.asarray(rotation_vector))])
-
-
-def pressing_fingers(agent, actor, *, least_impulse: float = 1e-6, max_angle: float = 60) -> bool:
-    """The original's grasp test: both fingers press the object by at least ``least_impulse`` (newton seconds of the
-    last physics step), within ``max_angle`` degrees of their opening directions."""
-    entity = actor._objs[0]
-    pushes: dict[str, np.ndarray] = {}
-    for contact in agent.scene.px.get_contacts():
-        first, second = contact.bodies[0].entity, contact.bodies[1].entity
-        if entity not in (first, second):
-            continue
-        finger, sign = (first, 1.0) if second == entity else (second, -1.0)
-        impulse = np.sum([point.impulse for point in contact.points], axis=0) * sign
-        pushes[finger.name] = pushes.get(finger.name, 0.0) + impulse
-    for link, side in ((agent.finger1_link, 1.0), (agent.finger2_link, -1.0)):
-        push = pushes.get(link._objs[0].entity.name)
-        size = 0.0 if push is None else float(np.linalg.norm(push))
-        if size < least_impulse:
-            return False
-        opening = link._objs[0].entity_pose.to_transformation_matrix()[:3, 1] * side
-        if opening @ push < np.cos(np.deg2rad(max_angle)) * size:
-            return False
-    return True

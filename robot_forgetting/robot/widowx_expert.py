@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from robot_forgetting.robot.widowx import pressing_fingers
+from robot_forgetting.robot.grasp import pressing_fingers
 
 OPEN, CLOSE = 1.0, -1.0
 GAIN = 0.4  # of the way per step; 0.6 overshoots the lagging arm and loses grasps

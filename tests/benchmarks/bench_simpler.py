@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from bridge_tasks import RUNNABLE, configured  # noqa: E402
+from bridge_tasks import RUNNABLE  # noqa: E402
+from robot_tasks import configured  # noqa: E402
 
 from robot_forgetting.robot.simulation import Simulation  # noqa: E402
 from robot_forgetting.robot.workers import POOL  # noqa: E402
