@@ -138,7 +138,7 @@ class Experiment:
         if settings.get("source") is None or not self.policy.blocks:
             return [], {}
         try:
-            return held_out_texts(settings, self.tasks), {}
+            return held_out_texts(settings, self.tasks, DIVERGENCE_SEED), {}
         except LookupError as error:
             fix = "add it to prior, or choose another held_out_text.source"
             return [], {"drift by layer": f"drift by layer is not measured: {error}; {fix}"}

@@ -19,15 +19,15 @@ from robot_forgetting.task import Task
 
 TEXT, WEIGHTS = "text", "weights"  # "states" of rows that are about layers
 LEAST = 4  # texts, for CKA without bias and CKNNA
-FIRST = 500_000  # added to a task's first test seed: items that no method trains on, nor success is measured on
 FILES = (".txt", ".jsonl", ".json", ".gz")
 
 
-def held_out_texts(settings: dict, tasks: Sequence[Task]) -> list[str]:
+def held_out_texts(settings: dict, tasks: Sequence[Task], first: int = 0) -> list[str]:
     """The texts: prompts of one of the tasks, or what a file holds; without repetition, evenly spread.
 
     settings: {"source", "number", "characters", "neighbours"}; source: a task's name; a .txt file, whose texts are
         parted by empty lines; or a .jsonl or .json file of rows with the key "text" (.gz or not)
+    first: the number of a task's first item that is read, counted from the start of its test split
     Fewer than ``number`` where there are no more. LookupError where no task of that name shows enough prompts.
     """
     source, number, k = settings["source"], settings["number"], settings["neighbours"]
@@ -37,7 +37,7 @@ def held_out_texts(settings: dict, tasks: Sequence[Task]) -> list[str]:
             "neighbours and characters at least 1"
         )
     is_file = source.endswith(FILES)
-    texts = _of_file(Path(source)) if is_file else _of_task(source, number, tasks)
+    texts = _of_file(Path(source)) if is_file else _of_task(source, number, tasks, first)
     texts = [text.strip()[: settings["characters"]] for text in texts]
     texts = [text for text in dict.fromkeys(texts) if text]
     if len(texts) <= max(k, LEAST - 1):
@@ -60,12 +60,12 @@ def _of_file(file: Path) -> list[str]:
         raise UserError(f"held_out_text.source: {file} cannot be read ({error})") from error
 
 
-def _of_task(name: str, number: int, tasks: Sequence[Task]) -> list[str]:
+def _of_task(name: str, number: int, tasks: Sequence[Task], first: int) -> list[str]:
     task = next((task for task in tasks if task.name == name), None)
     ask = getattr(task, "prompts", None) or getattr(task, "observations", None)
     if ask is None:
         raise LookupError(f"none of the tasks is {name}, whose prompts would be the texts")
-    asked = ask(task.seeds("test").start + FIRST + np.arange(number))
+    asked = ask(task.seeds("test").start + first + np.arange(number))
     if "messages" not in asked:
         raise LookupError(f"{name} has no prompts in words")
     return [chat[-1]["content"] for chat in asked["messages"]]

@@ -13,6 +13,8 @@ from robot_forgetting.layers import TEXT, WEIGHTS
 from robot_forgetting.metrics.pareto import quadratic_fit
 from robot_forgetting.records import RunFolder
 from robot_forgetting.report import write_report
+from robot_forgetting.report.layers import _line
+from robot_forgetting.report.words import too_few
 
 BLOCKS = 4
 RUNS = {("sft", 0): 0.10, ("sft", 1): 0.12, ("sft", 2): 0.17, ("grpo", 0): 0.02}
@@ -100,6 +102,7 @@ def test_the_page_shows_them(page):
     predictors = html[html.index("How much of the variation") :].split("</table>")[0]
     assert "CKNNA (mask as published)</td><td>held-out text</td>" in predictors
     assert "change of weights</td><td></td><td>weights</td>" in predictors
+    assert html.count("Too few for a law: 8 checkpoints of 4 runs at most, where 10 of 3 are the least") == 1
     assert "a CKNNA of 0.94 for grpo, 0.56 for sft" in html
 
 
@@ -111,13 +114,25 @@ def test_a_line_of_several_settings_covers_all_runs(tmp_path):
     html, report = written(tmp_path)
     mine = [row for row in report["layers"] if (row["measure"], row["layer"]) == ("cknna_intersection", 2)]
     assert sorted(row["value"] for row in mine if row["method"] == "sft") == pytest.approx([0.66, 0.76, 0.8])
-    from robot_forgetting.report.layers import _line
-
     lines = _line([row for row in report["layers"] if (row["measure"], row["method"]) == ("cknna_intersection", "sft")
                    and row["layer"] is not None])  # fmt: skip
     assert lines[0] == list(range(BLOCKS + 1))
     assert np.array(lines[1:])[:, 2].tolist() == pytest.approx([1 - 0.26, 0.66, 0.8])
     assert html.count("Drift by layer</h4>") == 1
+
+
+@pytest.mark.parametrize(
+    ("fits", "said"),
+    [
+        ([], ""),
+        ([(9, 3), (10, 3)], ""),
+        ([(40, 2), (9, 9)], "40 checkpoints of 2 runs at most"),
+        ([(5, 1)], "5 checkpoints of 1 run at most"),
+    ],
+)
+def test_fits_over_few_points_are_named_as_such(fits, said):
+    text = too_few([{"n": n, "runs": runs} for n, runs in fits])
+    assert said in text and bool(said) == bool(text)
 
 
 def test_without_such_rows_there_is_nothing(tmp_path):

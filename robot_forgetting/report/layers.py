@@ -75,7 +75,7 @@ def layer_section(rows: Sequence[dict], colours: Colours, name: str) -> dict | N
     sources = dict.fromkeys(f"{row['n']} texts of {row['texts']}" for row in whole if row["n"])
     return {
         "figure": by_layer(rows, colours, name),
-        "measures": [MEASURES[measure] for measure in measures],
+        "measures": [MEASURES[measure].rstrip(")").partition(" (")[::2] for measure in measures],  # name, remark
         "lines": lines,
         "texts": " or ".join(sources),
     }

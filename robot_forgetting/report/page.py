@@ -214,6 +214,7 @@ def _section(index: int, setting: tuple, groups: list[Group], tables: dict, colo
         "kl": Markup(figures.kl_against_forgetting(points, key, colours, f"{name}b")) if key and learned else None,
         "kl_text": _kl_text(key) if key else "",
         "predictors": [row for row in rows["predictors"] if row["r2"] is not None],
+        "too_few": words.too_few([row for row in rows["predictors"] if row["r2"] is not None]),
         "no_law": _no_law(rows["predictors"]),
         "left_out": rows["leave_one_method_out"],
         "curves": Markup(figures.learning_curves(points, rows["curves"], colours, f"{name}c")) if drawn else None,
