@@ -56,8 +56,8 @@ bridge-base: $(STAMP)
 		'pretrain.demonstrations={widowx_spoon_on_towel: 800, widowx_stack_cube: 800, widowx_carrot_on_plate: 100}' \
 		pretrain.episodes=6 run_dir=runs/bridge-base/first output=runs/bridge-base/first/policy
 	$(BIN)/robot-forgetting pretrain policy=openvla-nano-bridge policy.checkpoint=runs/bridge-base/first/policy \
-		$(BRIDGE) pretrain.iterations=20 pretrain.label_sigma=0 pretrain.episodes=24 \
-		'pretrain.demonstrations={widowx_spoon_on_towel: 250, widowx_stack_cube: 250, widowx_carrot_on_plate: 30}' \
+		$(BRIDGE) pretrain.iterations=45 pretrain.label_sigma=0 pretrain.episodes=24 \
+		'pretrain.demonstrations={widowx_spoon_on_towel: 400, widowx_stack_cube: 400, widowx_carrot_on_plate: 50}' \
 		pretrain.optimiser.learning_rate=7e-4 pretrain.optimiser.warmup_steps=20 \
 		run_dir=runs/bridge-base/second output=runs/bridge-base/policy
 

@@ -36,6 +36,7 @@ BUDGET = ("episodes", "greedy_episodes", "interim_points", "interim_episodes", "
 PRETRAIN = {"demonstrations": dict, "iterations": int, "steps_per_iteration": int, "batch_size": int,
             "label_sigma": float, "episodes": int, "optimiser": dict}  # fmt: skip
 
+HELD_OUT_TEXT = {"source": str | None, "number": int, "characters": int, "neighbours": int}
 
 KINDS = ("robot", "text")  # of tasks; methods have settings for each
 
@@ -60,6 +61,7 @@ def check_root(plain: dict) -> None:
         raise UserError(f"kind={plain.get('kind')} is unknown; choose one of: {', '.join(KINDS)}")
     _check_mapping("budget", plain.get("budget"), dict.fromkeys(BUDGET, int))
     _check_mapping("pretrain", plain.get("pretrain"), PRETRAIN)
+    _check_mapping("held_out_text", plain.get("held_out_text"), HELD_OUT_TEXT)
     counts = plain["pretrain"]["demonstrations"]
     _check_mapping("pretrain.demonstrations", counts, dict.fromkeys(counts, int))
 

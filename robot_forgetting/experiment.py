@@ -25,6 +25,7 @@ from robot_forgetting.evaluate import (
     test_seeds,
 )
 from robot_forgetting.files import disk
+from robot_forgetting.layers import WEIGHTS, held_out_texts, measure_layers
 from robot_forgetting.method import Method, Penalty
 from robot_forgetting.methods.labels import check_targets
 from robot_forgetting.one_step import OneStepTask
@@ -50,6 +51,7 @@ class Setup:
 
     budget: episodes, greedy_episodes, interim_points, interim_episodes, divergence_episodes, divergence_states, videos
     names: group -> the name chosen in it, for the records; config: the resolved configuration, kept with them
+    held_out_text: see ``layers.held_out_texts``; None, or without a source: a policy's layers are not compared
     temperature: of the sampled decode; episodes: per task, None for the budget's; seed_start: first initial state, None
         for the first of the test split
     """
@@ -70,12 +72,14 @@ class Setup:
     seed_start: int | None
     num_envs: int
     processes: int
+    held_out_text: dict | None = None
 
 
 def run(setup: Setup) -> int:
     """Fine-tunes the policy on the task and records what it gained and forgot; continues an unfinished run."""
     prior, left_out = measurable(setup.prior)
     experiment = Experiment(replace(setup, prior=prior))
+    left_out |= experiment.without
     for reason in left_out.values():
         say(f"left out: {reason}")
     check_conventions(setup.policy, experiment.tasks)
@@ -126,6 +130,18 @@ class Experiment:
         points, end = self.budget["interim_points"], setup.method.iterations
         # Evaluated between the base and the end, evenly spaced: the curve along which methods are compared.
         self.interim = {round(end * k / (points + 1)) for k in range(1, points + 1)} - {0, end}
+        self.texts, self.without = self.read_texts()
+
+    def read_texts(self) -> tuple[list[str], dict[str, str]]:
+        """The texts on which layers are compared; {what is not measured: why} where this run has none."""
+        settings = self.setup.held_out_text or {}
+        if settings.get("source") is None or not self.policy.blocks:
+            return [], {}
+        try:
+            return held_out_texts(settings, self.tasks, DIVERGENCE_SEED), {}
+        except LookupError as error:
+            fix = "add it to prior, or choose another held_out_text.source"
+            return [], {"drift by layer": f"drift by layer is not measured: {error}; {fix}"}
 
     def header(self) -> dict:
         """What run.json says of the run before it begins."""
@@ -280,7 +296,8 @@ class Experiment:
     # ---- divergence
 
     def measure_drift(self, iteration: int, *, interim: bool = False) -> None:
-        """Divergence from the base on named states; interim points on the new task's base states only."""
+        """Divergence from the base on named states, and layer by layer; of the states, interim points have only the
+        base's on the new task."""
         have = {(r["iteration"], r["task"], r["states"]) for r in self.folder.rows("divergence")}
         count, limit = self.budget["divergence_episodes"], self.budget["divergence_states"]
         for role, tasks in self.roles.items():
@@ -298,6 +315,11 @@ class Experiment:
                     rows = measure_divergence(self.policy, states, seed=self.setup.seed)
                     fields = {"stage": FINAL_STAGE, "iteration": iteration, "task": task.name, "role": role}
                     self.folder.append("divergence", *({**fields, "states": name, **row} for row in rows))
+        if self.texts and (iteration, None, WEIGHTS) not in have:
+            settings = self.setup.held_out_text
+            rows = measure_layers(self.policy, self.texts, source=settings["source"], k=settings["neighbours"])
+            fields = {"stage": FINAL_STAGE, "iteration": iteration}
+            self.folder.append("divergence", *({**fields, **row} for row in rows))
 
     def states(self, name: str, task: Task, count: int, limit: int):
         seeds = [task.seeds("test").start + DIVERGENCE_SEED + i for i in range(count)]

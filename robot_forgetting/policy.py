@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -94,6 +94,8 @@ class Policy(nn.Module, ABC):
     decisions_at_once: int = 1024
     # The longest decision that is sampled, in tokens; None: all are equally long.
     max_new_tokens: int | None = None
+    # Blocks one above the other whose states and weights can be looked at apart; 0: none, and no ``hidden_states``.
+    blocks: int = 0
 
     @abstractmethod
     def act(self, obs: dict, *, temperature: float = 1.0, noise: Tensor | None = None) -> Action:
@@ -142,6 +144,17 @@ class Policy(nn.Module, ABC):
     @abstractmethod
     def convention(self) -> ConventionSpec:
         """What this policy assumes of a task."""
+
+    def hidden_states(self, obs: dict) -> Tensor:
+        """What each layer makes of an observation, one vector each: [1 + blocks, N, D] float32, without gradients.
+
+        The first layer is the embedding, then come the blocks. A language model reads plain texts (column ``text``).
+        """
+        raise TypeError(f"policy '{self.name}' does not show its layers; it lacks `hidden_states`")
+
+    def layer_weights(self) -> Iterator[tuple[int | None, dict[str, Tensor], dict[str, Tensor]]]:
+        """Per layer its number as in ``hidden_states``, and the base's and its own weights by name; None: the rest."""
+        raise TypeError(f"policy '{self.name}' does not show its layers; it lacks `layer_weights`")
 
     def metrics(self) -> dict[str, float]:
         """Numbers about the last ``act`` for train.jsonl."""

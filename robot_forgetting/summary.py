@@ -22,7 +22,9 @@ def summarise(folder: RunFolder) -> dict:
         "success": success_table(episodes),
         "no_signal": no_signal(outcomes(episodes), folder.run.get("chance") or {}),
         "forgetting": forgetting_table(episodes),
-        "divergence": latest(folder.rows("divergence"), ("stage", "iteration", "task", "states", "measure", "unit")),
+        "divergence": latest(
+            folder.rows("divergence"), ("stage", "iteration", "task", "states", "measure", "unit", "layer")
+        ),
         "errors": [
             {key: row.get(key) for key in ("stage", "iteration", "task", "decode", "episode", "seed", "error")}
             for row in episodes

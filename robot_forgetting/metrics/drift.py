@@ -77,6 +77,11 @@ def weight_l2(base: Weights, fine_tuned: Weights, *, run_dims: int | None = None
     return _total(_squares(change) for change in changes(base, fine_tuned, run_dims=run_dims)).sqrt()
 
 
+def weight_norm(weights: Weights) -> Tensor:
+    """sqrt(sum_i w_i^2) over all weights of one policy, [] float64: what ``weight_l2`` is to be compared with."""
+    return _total(_wide(weight).square().sum().double() for weight in weights.values()).sqrt()
+
+
 def weight_fisher_l2(base: Weights, fine_tuned: Weights, fisher: Weights, *, run_dims: int | None = None) -> Tensor:
     """sqrt(sum_i F_i (w_i - w0_i)^2) with the diagonal Fisher F of the base policy, [*runs] float64.
 
@@ -215,6 +220,12 @@ def activation_l1(base: Tensor, fine_tuned: Tensor) -> Tensor:
 def activation_l2(base: Tensor, fine_tuned: Tensor) -> Tensor:
     """Mean over inputs of sqrt(sum_d (h_d - h0_d)^2), activations [..., N, D] to [...]; leading dims broadcast."""
     return torch.linalg.vector_norm(_wide(fine_tuned) - _wide(base), dim=-1).mean(-1)
+
+
+def activation_l2_relative(base: Tensor, fine_tuned: Tensor) -> Tensor:
+    """``activation_l2`` over the mean length of the base's activations; 0 where nothing moved."""
+    moved, size = activation_l2(base, fine_tuned), torch.linalg.vector_norm(_wide(base), dim=-1).mean(-1)
+    return torch.where(moved == 0, 0.0, moved / size)
 
 
 def diagonal_fisher(

@@ -14,6 +14,7 @@ from robot_forgetting.one_step import Repeated
 from robot_forgetting.policies import openvla_lora as adapters
 from robot_forgetting.policies.causal_lm_checkpoint import DTYPES, load, quiet
 from robot_forgetting.policies.causal_lm_hidden import Prompts, completion_states
+from robot_forgetting.policies.causal_lm_layers import blocks_of, mean_states, weights_by_layer
 from robot_forgetting.policies.causal_lm_sampling import sample
 from robot_forgetting.policies.causal_lm_vllm import Sampler, as_action, importance_ratios
 from robot_forgetting.policies.causal_lm_vocabulary import Head, compare, token_log_probs
@@ -83,6 +84,7 @@ class CausalLM(OwnBase):
         self.pad = self.tokenizer.eos_token_id if pad is None else pad
         _without_dropout(self.model)
         self._check_head()
+        self.blocks = len(blocks_of(self.body))
         if gradient_checkpointing:
             # The older name, which transformers 5.23 deprecates, is the only one of its first 5.x releases.
             enable = getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)
@@ -161,6 +163,21 @@ class CausalLM(OwnBase):
 
     def convention(self) -> ConventionSpec:
         return ConventionSpec(action_dimensions=1, action_mode="text")
+
+    @torch.no_grad()
+    def hidden_states(self, obs: dict) -> Tensor:
+        if "text" not in obs:
+            raise UserError(f"policy '{self.name}' shows its layers on plain texts, not on {sorted(obs)}")
+        with self._products():
+            return mean_states(self.body, self.prompts.plain(obs["text"]), self.pad, self.batch_rows)
+
+    @torch.no_grad()
+    def layer_weights(self) -> Iterator[tuple[int | None, dict[str, Tensor], dict[str, Tensor]]]:
+        base = None
+        if self.lora is None:
+            self._check_base()
+            base = dict(zip(map(id, self.trainable_parameters()), self._base_weights, strict=True))
+        yield from weights_by_layer(self.model, self.body, base)
 
     def metrics(self) -> dict[str, float]:
         return self._metrics

@@ -41,6 +41,17 @@ class Prompts:
             rows.append(ids)
         return rows
 
+    def plain(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of texts that are no chat, with the special tokens that the tokenizer puts around any text."""
+        rows = self.tokenizer(list(texts), verbose=False)["input_ids"] if len(texts) else []
+        for text, ids in zip(texts, rows, strict=True):
+            if not 1 <= len(ids) <= self.context:
+                raise UserError(
+                    f"the text '{text[:57]}...' has {len(ids)} tokens; policy '{self.name}' reads 1 to {self.context}: "
+                    "shorten it or leave it out"
+                )
+        return rows
+
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of plain texts; the chat template writes special tokens itself."""
         if not texts:

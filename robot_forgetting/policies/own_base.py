@@ -54,12 +54,15 @@ class OwnBase(Policy):
         finally:
             self._in_base = False
 
-    @contextmanager
-    def _swapped(self) -> Iterator[None]:
+    def _check_base(self) -> None:
         if self._base_weights is None:
             raise UserError(
                 f"policy '{self.name}' keeps no copy of its base weights; use policy.lora or policy.keep_base=true"
             )
+
+    @contextmanager
+    def _swapped(self) -> Iterator[None]:
+        self._check_base()
         self._swap()
         try:
             yield

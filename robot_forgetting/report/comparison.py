@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from robot_forgetting.layers import WEIGHTS
 from robot_forgetting.metrics import law
 from robot_forgetting.metrics.pareto import at_level, front, near_front
 from robot_forgetting.metrics.statistics import mean_of_intervals, wilson
@@ -56,11 +57,15 @@ def _point(run: Run, checkpoint: tuple[int, int]) -> dict | None:
 
 
 def _divergence(run: Run, checkpoint: tuple[int, int]) -> dict[str, float]:
-    found: dict[str, dict[str, float]] = {}
+    """Means over tasks; of what is known by layer the mean over blocks, of weights the change of all of them."""
+    found: dict[str, dict[tuple, float]] = {}
     for row in run.divergence:
+        layer = row.get("layer")
+        if layer == 0 or (layer is not None and row["states"] == WEIGHTS):
+            continue
         if (row.get("stage", 1), row.get("iteration", 0)) == checkpoint and row.get("value") is not None:
-            key = "|".join(str(row.get(name)) for name in ("measure", "unit", "role", "states"))
-            found.setdefault(key, {})[row["task"]] = row["value"]
+            key = "|".join(str(row.get(name) or "") for name in ("measure", "unit", "role", "states"))
+            found.setdefault(key, {})[row["task"], layer] = row["value"]
     return {key: float(np.mean(list(tasks.values()))) for key, tasks in found.items()}
 
 

@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from robot_forgetting.errors import UserError
 from robot_forgetting.files import plain, write_atomic, write_json
+from robot_forgetting.metrics import published
 from robot_forgetting.records import SCHEMA_VERSION, find_runs
 from robot_forgetting.report import figures, words
 from robot_forgetting.report.comparison import (
@@ -21,6 +22,8 @@ from robot_forgetting.report.comparison import (
     of,
     predictor_rows,
 )
+from robot_forgetting.report.layers import MEASURES as LAYER_MEASURES
+from robot_forgetting.report.layers import layer_rows, layer_section
 from robot_forgetting.report.media import Embedder, comparisons
 from robot_forgetting.report.runs import BASE, Group, Run, group, load
 from robot_forgetting.report.study import write_study
@@ -39,6 +42,7 @@ from robot_forgetting.summary import DECODES
 
 STATES = ("base", "demonstrations", "fine_tuned")  # in order of preference for the plot
 MEASURES = {"forward_kl": "forward KL", "reverse_kl": "reverse KL", "total_variation": "total variation", "l2": "L2"}
+MEASURES |= LAYER_MEASURES
 
 
 def write_report(run_folders: Sequence[Path], output: Path | None = None) -> Path:
@@ -80,6 +84,7 @@ def build(runs: Sequence[Run], groups: Sequence[Group]) -> dict:
         "success": success_rows(groups),
         "forgetting": forgetting_rows(groups),
         "divergence": divergence_rows(groups),
+        "layers": layer_rows(groups),
         "checkpoints": points,
         "fronts": front_rows(points),
         "matched": matched_rows(groups),
@@ -121,11 +126,12 @@ def render(runs: Sequence[Run], groups: Sequence[Group], tables: dict) -> str:
         "percent": words.percent,
         "number": words.number,
         "interval": words.interval,
+        "cknna": published.CKNNA,
         "small": words.small,
         "r2": words.r2,
         "role_name": _role_name,
         "measure_name": lambda measure: MEASURES.get(measure, measure),
-        "states_name": lambda states: states.replace("_", "-"),
+        "states_name": lambda states: "" if states == "text" else states.replace("_", "-"),
         "colour": lambda method: colours.colour(method).replace(figures.INK, "currentColor"),
     }
     embedder = Embedder()
@@ -154,7 +160,7 @@ def render(runs: Sequence[Run], groups: Sequence[Group], tables: dict) -> str:
 def _role_name(task: str, role: str) -> str:
     if task == PRIOR_MEAN:
         return ""
-    return {"new": "new task", "prior": "prior task"}.get(role, role.replace("_", "-"))
+    return {"new": "new task", "prior": "prior task", "text": "held-out text"}.get(role, role.replace("_", "-"))
 
 
 def _section(index: int, setting: tuple, groups: list[Group], tables: dict, colours, embedder: Embedder) -> dict:
@@ -162,7 +168,8 @@ def _section(index: int, setting: tuple, groups: list[Group], tables: dict, colo
     rows = {
         name: of(tables[name], setting) for name in ("success", "forgetting", "divergence", "checkpoints", "fronts")
     }
-    rows |= {name: of(tables[name], setting) for name in ("matched", "predictors", "leave_one_method_out", "curves")}
+    more = ("matched", "predictors", "leave_one_method_out", "curves", "layers")
+    rows |= {name: of(tables[name], setting) for name in more}
     runs = [run for one in groups for run in one.runs]
     cols = columns(runs)
     points = rows["checkpoints"]
@@ -203,9 +210,11 @@ def _section(index: int, setting: tuple, groups: list[Group], tables: dict, colo
         "scatter": Markup(figures.scatter(points, rows["fronts"], colours, f"{name}a")) if learned else None,
         "matched": rows["matched"] if len({row["method"] for row in learned}) > 1 or rows["matched"] else [],
         "divergence": _divergence(rows["divergence"], cols, variants),
+        "layers": layer_section(rows["layers"], colours, f"{name}d"),
         "kl": Markup(figures.kl_against_forgetting(points, key, colours, f"{name}b")) if key and learned else None,
         "kl_text": _kl_text(key) if key else "",
         "predictors": [row for row in rows["predictors"] if row["r2"] is not None],
+        "too_few": words.too_few([row for row in rows["predictors"] if row["r2"] is not None]),
         "no_law": _no_law(rows["predictors"]),
         "left_out": rows["leave_one_method_out"],
         "curves": Markup(figures.learning_curves(points, rows["curves"], colours, f"{name}c")) if drawn else None,

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from robot_forgetting.layers import TEXT, WEIGHTS
 from robot_forgetting.metrics.statistics import (
     crossed_mean,
     mean_of_intervals,
@@ -243,6 +244,8 @@ def divergence_rows(groups: Sequence[Group]) -> list[dict]:
         found: dict[tuple, list[dict]] = {}
         for run in group.runs:
             for row in final_divergence(run):
+                if row.get("states") in (TEXT, WEIGHTS):
+                    continue  # by layer, see ``report.layers``
                 key = tuple(row.get(name) for name in ("task", "role", "states", "measure", "unit"))
                 found.setdefault(key, []).append(row)
         for (task, role, states, measure, unit), members in found.items():
@@ -277,7 +280,7 @@ def final_divergence(run: Run) -> list[dict]:
     if not rows:
         return []
     last = max((row.get("stage", 1), row.get("iteration", 0)) for row in rows)
-    keys = ("task", "states", "measure", "unit")
+    keys = ("task", "states", "measure", "unit", "layer")
     kept = {
         tuple(row.get(key) for key in keys): row
         for row in rows

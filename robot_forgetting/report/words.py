@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from robot_forgetting.metrics.resampling import LEAST_RUNS
 from robot_forgetting.metrics.statistics import minimum_detectable_difference
 from robot_forgetting.report.runs import BASE
 from robot_forgetting.report.tables import PRIOR_MEAN
@@ -11,6 +12,7 @@ from robot_forgetting.report.tables import PRIOR_MEAN
 MINUS = "\N{MINUS SIGN}"
 SQUARED = "\N{SUPERSCRIPT TWO}"
 SPACE = "\N{NO-BREAK SPACE}"
+ENOUGH_CHECKPOINTS = 10  # for a law of forgetting
 
 
 def percent(value: float | None) -> str:
@@ -112,14 +114,30 @@ def reading(
             sentences.append(f"{pair} cannot be compared at equal new-task success: {row['note']}.")
         elif row["note"]:
             sentences.append(_matched(row))
-    # Fewer fit a curve of three coefficients too well, whatever they are; the plot shows it with its caption.
-    if fit is not None and fit["r2"] is not None and fit["n"] >= 10 and fit["runs"] >= 3:
+    if fit is not None and fit["r2"] is not None and enough(fit):
         where = f" [{fit['low']:.2f}, {fit['high']:.2f}]" if fit["low"] is not None else ""
         sentences.append(
             f"Over {fit['n']} checkpoints of {plural(fit['runs'], 'run')}, a quadratic function of the forward KL on "
             f"new-task inputs accounts for R{SQUARED} = {fit['r2']:.2f}{where} of the variation in forgetting."
         )
     return sentences or [f"Nothing was evaluated yet on {new_task}."]
+
+
+def enough(fit: dict) -> bool:
+    """Fewer points fit a curve of three coefficients too well, whatever they are."""
+    return fit["n"] >= ENOUGH_CHECKPOINTS and fit["runs"] >= LEAST_RUNS
+
+
+def too_few(fits: Sequence[dict]) -> str:
+    """What a table of fits says of itself where none is over enough; "" where one is."""
+    if not fits or any(map(enough, fits)):
+        return ""
+    most = max(fits, key=lambda fit: (fit["n"], fit["runs"]))
+    return (
+        f"Too few for a law: {most['n']} checkpoints of {plural(most['runs'], 'run')} at most, where "
+        f"{ENOUGH_CHECKPOINTS} of {LEAST_RUNS} are the least; a curve of three coefficients fits few points too well, "
+        "whatever they are."
+    )
 
 
 def detectable(rows: Sequence[dict]) -> str | None:
