@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from robot_forgetting.errors import UserError
 from robot_forgetting.files import disk
 from robot_forgetting.one_step import Repeated
-from robot_forgetting.policies import openvla_lora as adapters
+from robot_forgetting.policies import lora as adapters
 from robot_forgetting.policies.causal_lm_checkpoint import DTYPES, load, quiet
 from robot_forgetting.policies.causal_lm_hidden import Prompts, completion_states
 from robot_forgetting.policies.causal_lm_layers import blocks_of, mean_states, weights_by_layer
@@ -34,7 +34,7 @@ class CausalLM(OwnBase):
         (null: what the model was made for)
     dtype: float32, bfloat16, or mixed: weights in float32, products in bfloat16. Full fine-tuning in plain bfloat16
         loses updates smaller than 1/256 of a weight.
-    lora: null for full fine-tuning, or {rank, alpha, targets} of ``openvla_lora.add``; adapters are float32
+    lora: null for full fine-tuning, or {rank, alpha, targets} of ``lora.add``; adapters are float32
     keep_base: whether full fine-tuning keeps a copy of the base weights, which ``base()`` needs
     batch_rows: completions sampled at once, and rows of a forward pass without gradients
     threads: torch's, on a CPU; null leaves them as they are (the command line starts with one)

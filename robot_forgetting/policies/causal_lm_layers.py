@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from robot_forgetting.policies.causal_lm_hidden import of_like_length
-from robot_forgetting.policies.openvla_lora import ADAPTER
+from robot_forgetting.policies.lora import ADAPTER
 
 TOKENS_AT_ONCE = 2048  # of a forward pass that keeps the states of every layer
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from robot_forgetting.errors import UserError
-from robot_forgetting.policies import openvla_checkpoint, openvla_lora
+from robot_forgetting.policies import lora, openvla_checkpoint
 from robot_forgetting.policies.device import parse_device
 from robot_forgetting.policies.openvla_checkpoint import Checkpoint, parse_dtype
 from robot_forgetting.policies.openvla_model import OpenVLAConfig, OpenVLAModel
@@ -30,7 +30,7 @@ class OpenVLAPolicy(OwnBase):
     statistics: key of the ranges used where ``decode`` and ``encode`` are given none; null: the only one there is
     add_statistics: further ranges, as in dataset_statistics.json: those of tasks that the checkpoint never saw
     dtype: float32, bfloat16 or float16; device: auto, cpu, cuda, cuda:1 ...
-    lora: null for full fine-tuning, or {rank, alpha, targets}; see ``openvla_lora.add``
+    lora: null for full fine-tuning, or {rank, alpha, targets}; see ``lora.add``
     keep_base: whether full fine-tuning keeps a copy of the base weights for ``base()``; null: up to 2 GB
     action_mode, rotation, gripper, control_hz: what the checkpoint's actions mean, compared with the task's
     check_images: refuse a checkpoint that gives the same actions for a black and a white picture
@@ -143,7 +143,7 @@ class OpenVLAPolicy(OwnBase):
     def save(self, folder, *, dtype: str | None = None) -> None:
         """Writes the whole policy in the published layout, or with LoRA the adapter alone in peft's."""
         if self.lora is not None:
-            openvla_lora.save(folder, self.model, base=self.source)
+            lora.save(folder, self.model, base=self.source)
         else:
             openvla_checkpoint.save(folder, self.model, self.tokenizer, dtype=dtype and parse_dtype(dtype))
 

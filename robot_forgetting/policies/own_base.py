@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from robot_forgetting.errors import UserError
-from robot_forgetting.policies import openvla_lora as adapters
+from robot_forgetting.policies import lora as adapters
 from robot_forgetting.policy import Policy
 
 
 class OwnBase(Policy):
     """Subclasses set ``model``, choose what is trained, and without LoRA keep the weights to come back to.
 
-    lora: null for full fine-tuning, or {rank, alpha, targets} of ``openvla_lora.add``
+    lora: null for full fine-tuning, or {rank, alpha, targets} of ``lora.add``
     """
 
     model: nn.Module
