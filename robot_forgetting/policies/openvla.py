@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from robot_forgetting.errors import UserError
-from robot_forgetting.policies import lora, openvla_checkpoint
+from robot_forgetting.policies import openvla_checkpoint
 from robot_forgetting.policies.device import parse_device
 from robot_forgetting.policies.openvla_checkpoint import Checkpoint, parse_dtype
 from robot_forgetting.policies.openvla_model import OpenVLAConfig, OpenVLAModel
@@ -143,7 +143,7 @@ class OpenVLAPolicy(OwnBase):
     def save(self, folder, *, dtype: str | None = None) -> None:
         """Writes the whole policy in the published layout, or with LoRA the adapter alone in peft's."""
         if self.lora is not None:
-            lora.save(folder, self.model, base=self.source)
+            adapters.save(folder, self.model, base=self.source)
         else:
             openvla_checkpoint.save(folder, self.model, self.tokenizer, dtype=dtype and parse_dtype(dtype))
 
