@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from robot_forgetting.errors import UserError
+from robot_forgetting.policies import lora as adapters
 from robot_forgetting.policies import openvla_checkpoint
 from robot_forgetting.policies.device import parse_device
 from robot_forgetting.policies.openvla_checkpoint import Checkpoint, parse_dtype
