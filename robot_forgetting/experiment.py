@@ -368,7 +368,7 @@ def open_run(run_dir: Path, config: dict, header: dict) -> Iterator[RunFolder]:
     from robot_forgetting.doctor import hardware, render_backend, versions
 
     environment = {"versions": versions(), "hardware": hardware(), "render": render_backend()}
-    environment["render"]["option"] = config.get("render")
+    environment["render"]["option"] = (config.get("task") or {}).get("render", config.get("render"))
     with RunFolder.create(run_dir, config=config, run={**header, **environment}) as folder:
         yield folder
 
