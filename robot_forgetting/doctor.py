@@ -30,7 +30,7 @@ PACKAGES = {  # package: least version, as in pyproject.toml
     "imageio-ffmpeg": (),
     "safetensors": (),
 }
-SHIPPED = Path(__file__).parent / "weights" / "openvla-nano"
+SHIPPED = Path(__file__).parent / "weights"
 GIGABYTE = 10**9
 INSTALL_LAVAPIPE = "type: make setup (it installs Mesa's lavapipe; Debian 12 has it in bookworm-backports)"
 
@@ -189,7 +189,7 @@ def disk() -> Check:
 def weights() -> Check:
     """Reads the header of every shipped safetensors file, and so finds truncated ones."""
     cure = "install again, or train one: robot-forgetting pretrain"
-    files = sorted(SHIPPED.glob("*.safetensors"))
+    files = sorted(SHIPPED.glob("*/*.safetensors"))
     if not files:
         return Check("weights", "FAIL", f"no base policy in {SHIPPED}", cure)
     from safetensors import SafetensorError, safe_open
@@ -202,7 +202,8 @@ def weights() -> Check:
         except (SafetensorError, OSError) as error:
             return Check("weights", "FAIL", f"{file} cannot be read: {error}", cure)
     megabytes = sum(file.stat().st_size for file in files) / 10**6
-    return Check("weights", "ok", f"openvla-nano, {count} tensors, {megabytes:.1f} MB")
+    names = ", ".join(file.parent.name for file in files)
+    return Check("weights", "ok", f"{names}: {count} tensors, {megabytes:.1f} MB")
 
 
 # --- for other modules ---

@@ -87,7 +87,8 @@ def test_missing_and_old_packages(monkeypatch):
 def test_weights(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "SHIPPED", tmp_path)
     assert "no base policy" in doctor.weights().found
-    (tmp_path / "model.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{")
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "model.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{")
     assert doctor.weights().state == "FAIL" and "cannot be read" in doctor.weights().found
 
 

@@ -46,6 +46,7 @@ def test_snippets_are_as_short_as_promised():
 @pytest.mark.parametrize(
     "file",
     ["README.md", "docs/vision_towers.md", "robot_forgetting/weights/openvla-nano/README.md",
+     "robot_forgetting/weights/openvla-nano-bridge/README.md",
      "configs/policy/openvla-nano.yaml", "configs/policy/openvla-nano-new.yaml"],
 )  # fmt: skip
 def test_the_size_of_the_small_policy_is_the_measured_one(file):
