@@ -255,3 +255,9 @@ def test_progress_bars_within_each_other(tmp_path, monkeypatch, undisturbed):
     monkeypatch.setattr(progress, "sys", types.SimpleNamespace(stderr=screen))
     same(run(tmp_path / "whole"), undisturbed)
     assert "train whole" in screen.getvalue() and "mirror (sampled)" in screen.getvalue()
+
+
+@pytest.mark.parametrize("task, option", [({"render": "stock"}, "stock"), ({}, "low_poly")])
+def test_the_record_names_how_the_task_is_drawn(tmp_path, task, option):
+    with experiment.open_run(tmp_path / "run", {"render": "low_poly", "task": task}, {"seed": 0}) as folder:
+        assert folder.run["render"]["option"] == option
