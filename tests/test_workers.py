@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import signal
@@ -15,7 +16,7 @@ from robot_forgetting.errors import UserError
 from robot_forgetting.evaluate import evaluate
 from robot_forgetting.policy import Action
 from robot_forgetting.robot.task import ManiSkillTask
-from robot_forgetting.robot.workers import POOL
+from robot_forgetting.robot.workers import POOL, _serve
 from robot_forgetting.rollout import EpisodeKey, rollout
 
 pytestmark = [
@@ -205,3 +206,16 @@ def test_stock_and_low_poly_show_the_same_scene(workers):
 
     for channel in (0, 1):
         assert np.abs(place(low, channel) - place(stock, channel)).max() < 2
+
+
+def test_a_worker_whose_parent_was_killed_ends_quietly(capfd):
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    ours.send(("advance", {}, {}))
+    process = context.Process(target=_serve, args=(theirs,))
+    process.start()
+    ours.close()
+    theirs.close()
+    process.join(60)
+    assert process.exitcode == 0
+    assert capfd.readouterr().err == ""

@@ -249,11 +249,15 @@ def _serve(connection: Connection) -> None:
                 answer = _advance(simulations, spec, *arguments)
             elif verb == "demonstrate":
                 answer = _demonstrate(simulations[0], *arguments)
-            connection.send(("ok", answer))
+            said = ("ok", answer)
         except UserError as error:
-            connection.send(("user_error", str(error)))
+            said = ("user_error", str(error))
         except Exception:
-            connection.send(("error", traceback.format_exc()))
+            said = ("error", traceback.format_exc())
+        try:
+            connection.send(said)
+        except OSError:  # nobody listens any more: the parent was killed
+            os._exit(0)
 
 
 def _advance(simulations: list[Simulation], spec: SimulationSpec, resets: dict, commands: dict) -> list:
