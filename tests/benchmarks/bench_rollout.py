@@ -39,8 +39,8 @@ def load_task(name: str) -> ManiSkillTask:
 
 def load_policy(task: ManiSkillTask) -> OpenVLAPolicy:
     """The shipped nano policy; one of random weights where there is none (just as fast)."""
-    if (SHIPPED / "config.json").is_file():
-        return OpenVLAPolicy(str(SHIPPED), name="openvla-nano", check_images=False)
+    if (SHIPPED / "openvla-nano" / "config.json").is_file():
+        return OpenVLAPolicy("openvla-nano", name="openvla-nano", check_images=False)
     return new_nano(instructions=[task.instruction], check_images=False)
 
 
