@@ -61,8 +61,9 @@ bridge-base: $(STAMP)
 		pretrain.optimiser.learning_rate=7e-4 pretrain.optimiser.warmup_steps=20 \
 		run_dir=runs/bridge-base/second output=runs/bridge-base/policy
 
+# Seed 0 would clone the very demonstrations that the base policy has seen.
 bridge: $(STAMP)
-	$(BIN)/robot-forgetting run --multirun method=sft,grpo seed=$(SEEDS) sweep=bridge budget=simpler \
+	$(BIN)/robot-forgetting run --multirun seed=1,2,3 method=sft,grpo sweep=bridge budget=simpler \
 		policy=openvla-nano-bridge $(BRIDGE)
 	$(BIN)/robot-forgetting report runs/bridge/*/ output=runs/bridge/report.html
 

@@ -235,7 +235,7 @@ class Experiment:
         if isinstance(task, ScoredTask):
             return {SCORED: test_seeds(task, fewer if interim else self.setup.episodes, None)}
         counts = {"sampled": fewer} if interim else self.counts()
-        return {decode: test_seeds(task, count, self.setup.seed_start) for decode, count in counts.items()}
+        return {decode: test_seeds(task, count, self.setup.seed_start) for decode, count in counts.items() if count}
 
     def counts(self) -> dict[str, int]:
         """Episodes per task at each decode, before and after."""
