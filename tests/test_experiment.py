@@ -261,3 +261,9 @@ def test_progress_bars_within_each_other(tmp_path, monkeypatch, undisturbed):
 def test_the_record_names_how_the_task_is_drawn(tmp_path, task, option):
     with experiment.open_run(tmp_path / "run", {"render": "low_poly", "task": task}, {"seed": 0}) as folder:
         assert folder.run["render"]["option"] == option
+
+
+def test_without_greedy_episodes(tmp_path):
+    folder = run(tmp_path / "run", "sft", budget={"greedy_episodes": 0, "interim_points": 0})
+    assert {(row["stage"], row["decode"]) for row in folder.episodes()} == {(0, "sampled"), (1, "sampled")}
+    assert {row["decode"] for row in summary(folder)["success"]} == {"sampled"}
