@@ -108,12 +108,15 @@ def test_the_last_step_decides(players, recordings, blind):
 
 @pytest.mark.parametrize("name", [*RUNNABLE, "widowx_put_eggplant_in_basket"])
 def test_task(name):
-    task = configured(name)
+    task = configured(name, "policy=openvla-nano-bridge")
     expected = ConventionSpec(7, "delta", "axis_angle", "+1 opens", 64, 5.0, "bridge_orig")
     assert task.convention() == expected and task.name == name
     assert task.max_steps == (120 if "eggplant" in name else 60) and not task.spec.ends_on_success
-    openvla = configured(name, "task.rotation=euler_xyz", "task.gripper='1 opens, 0 closes'").convention()
+    openvla = configured(name, "policy=openvla-7b-simpler").convention()
     assert (openvla.rotation, openvla.gripper) == ("euler_xyz", "1 opens, 0 closes")
+    with pytest.raises(Exception, match="must know what the policy's commands mean; give policy.gripper"):
+        configured(name, "policy=openvla-7b")  # which is for tasks that it is fine-tuned on
+    assert configured(name, "policy=mlp").convention() == expected  # says nothing of the sort: the robot's own
     assert not ConventionSpec(7, "delta", "euler_xyz", None, None, 5.0, "bridge_orig").mismatches(openvla)
     for key, words in (("variant=v2", "unknown variant 'v2'; choose one of: maniskill3, original"),
                        ("rotation=quaternion", "unknown rotation 'quaternion'; choose one of: axis_angle, euler_xyz"),

@@ -229,7 +229,7 @@ def test_each_station_has_its_photo(players, bundle):
 
 @pytest.mark.parametrize("name", TASKS)
 def test_task(name):
-    task = configured(name)
+    task = configured(name, "policy=mlp")
     assert task.name == name and not task.spec.ends_on_success
     assert task.convention() == ConventionSpec(7, "delta", "axis_angle", "+1 closes", 64, 3.0, "fractal20220817_data")
     assert task.max_steps == (113 if "drawer" in name else 80)
@@ -243,7 +243,7 @@ def test_task(name):
         assert task.instruction == "pick coke can"
         turns = {"standing": "upright", "vertical": "laid_vertically", "horizontal": "lr_switch", "coke": "any"}
         assert task.spec.env_arguments == {"orientation": turns[words[1]]} and task.spec.expert
-    openvla = configured(name, "task.rotation=euler_xyz", "task.gripper='1 opens, 0 closes'").convention()
+    openvla = configured(name, "policy=openvla-7b-simpler").convention()
     assert (openvla.rotation, openvla.gripper) == ("euler_xyz", "1 opens, 0 closes")
 
 

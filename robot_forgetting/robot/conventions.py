@@ -5,19 +5,33 @@ The published OpenVLA checkpoints give Euler angles and a gripper between 0 (clo
 (transforms3d's ``euler2axangle``, axes "sxyz": R = Rz(yaw) Ry(pitch) Rx(roll)) and, for the WidowX, opens the gripper
 where the number is above 0.5. The Google robot's gripper is told changes, not states: where the number changes by
 more than 0.5 from one step to the next, what it falls by is the command of 15 steps (``sticky_gripper_num_repeat``).
-A task offers the same by declaring ``rotation: euler_xyz`` and ``gripper: "1 opens, 0 closes"``.
+A task does the same where the policy declares ``rotation: euler_xyz`` and ``gripper: "1 opens, 0 closes"``.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from robot_forgetting.errors import unknown
+from robot_forgetting.errors import UserError, unknown
 from robot_forgetting.robot.robots import Robot
 
 ABSOLUTE = "1 opens, 0 closes"
-GRIPPERS = ("+1 opens", ABSOLUTE)
 REPEATS = 15  # steps for which the Google robot's gripper goes on
+
+
+def declared(name: str, rotation: str | None, gripper: str | None) -> dict[str, str | None]:
+    """What a policy says its commands mean, as ``Boundary`` takes it; ``UserError`` where it says nothing.
+
+    A gripper command between -1 and 1 is taken as the robot's own; which way round it is, is compared with the task's
+    convention before the first step.
+    """
+    for key, value, example in (("rotation", rotation, "euler_xyz"), ("gripper", gripper, f"'{ABSOLUTE}'")):
+        if value is None:
+            raise UserError(
+                f"task '{name}' must know what the policy's commands mean; give policy.{key}, as of published OpenVLA "
+                f"checkpoints policy.{key}={example} (policy=openvla-7b-simpler has it)"
+            )
+    return {"rotation": rotation, "gripper": None if gripper in ("+1 opens", "+1 closes") else gripper}
 
 
 class Boundary:

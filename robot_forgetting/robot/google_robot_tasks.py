@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from robot_forgetting.robot.conventions import declared
 from robot_forgetting.robot.robots import Robot
 from robot_forgetting.robot.task import ManiSkillTask
 
@@ -29,8 +30,8 @@ def google_robot_task(
     full_pictures: bool = True,
     render: str = "stock",
     env_arguments: dict | None = None,
-    rotation: str = "axis_angle",
-    gripper: str = "+1 closes",
+    rotation: str | None = "axis_angle",
+    gripper: str | None = "+1 closes",
     statistics: str = "fractal20220817_data",
     noise: dict | None = None,
     processes: int | None = None,
@@ -38,7 +39,7 @@ def google_robot_task(
     """A task at 3 Hz with a photo for the background; success as it stands when the time is up.
 
     scene: "PickCan", "Drawer": an environment of ``robot_forgetting.envs.google_robot``; env_arguments: its own
-    rotation, gripper: what commands mean; "euler_xyz" and "1 opens, 0 closes" are the published OpenVLA's
+    rotation, gripper: what the policy's commands mean; "euler_xyz" and "1 opens, 0 closes" are the published OpenVLA's
     full_pictures: draw 640 x 512 and average down to the square, as SimplerEnv does; false draws the small square
     """
     task = ManiSkillTask(
@@ -59,8 +60,7 @@ def google_robot_task(
         overlay=True,
         full_pictures=full_pictures,
         ends_on_success=False,
-        rotation=rotation,
-        gripper=gripper,
+        **declared(name, rotation, gripper),
     )
     if scene == "PickCan":
         # Recordings stand on the assets' mesh, and the hand stands 8 mm aside while it closes: docs/google_robot.md.

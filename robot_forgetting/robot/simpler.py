@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from robot_forgetting.errors import unknown
+from robot_forgetting.robot.conventions import declared
 from robot_forgetting.robot.task import ManiSkillTask
 
 # The robot's camera, a Logitech C920: [fx, fy, cx, cy] in pixels of its 640 x 480.
@@ -22,8 +23,8 @@ def widowx_task(
     image_size: int = 224,
     full_pictures: bool = True,
     render: str = "stock",
-    rotation: str = "axis_angle",
-    gripper: str = "+1 opens",
+    rotation: str | None = "axis_angle",
+    gripper: str | None = "+1 opens",
     statistics: str = "bridge_orig",
     noise: dict | None = None,
     processes: int | None = None,
@@ -33,7 +34,7 @@ def widowx_task(
     scene: "WidowXCarrotOnPlate" ...: an environment of ``robot_forgetting.envs.widowx_bridge``
     variant: "original" (agrees with recordings of SAPIEN 2.2.2) or "maniskill3" (ManiSkill3's own port)
     full_pictures: draw 640 x 480 and average down to the square, as SimplerEnv does; false draws the small square
-    rotation, gripper: what commands mean; "euler_xyz" and "1 opens, 0 closes" are the published OpenVLA's
+    rotation, gripper: what the policy's commands mean; "euler_xyz" and "1 opens, 0 closes" are the published OpenVLA's
     """
     if variant not in VARIANTS:
         raise unknown("variant", variant, VARIANTS)
@@ -55,6 +56,5 @@ def widowx_task(
         overlay=True,
         full_pictures=full_pictures,
         ends_on_success=False,
-        rotation=rotation,
-        gripper=gripper,
+        **declared(name, rotation, gripper),
     )
