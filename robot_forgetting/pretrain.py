@@ -105,8 +105,9 @@ def pretrain(
             say(f"{folder.path} is finished already; delete it to train again")
             return 0
         started = time.perf_counter()
-        statistics = {mixture.statistics: ranges(list(mixture.demonstrations(0)))}
-        policy.set_statistics(statistics)
+        measured = {mixture.statistics: ranges(list(mixture.demonstrations(0)))}
+        if not getattr(policy, "lora", None):  # an adapter is saved alone: the ranges stay those of its checkpoint
+            policy.set_statistics(measured)
         folder.add_seconds("demonstrations", time.perf_counter() - started)
         method: Method = SFT(
             iterations=pretrain["iterations"],
@@ -166,6 +167,13 @@ def parent_facts(config: dict) -> list[str]:
     return [f"- started from: {parent}, whose card says:", *(f"  {line}" for line in facts)]
 
 
+def _typed(arguments: Sequence[str]) -> list[str]:
+    """As the user gave them; the command line takes a mapping of demonstrations apart."""
+    key = "pretrain.demonstrations"
+    kept = [argument for argument in arguments if argument != f"~{key}"]
+    return [argument[1:] if argument.startswith(f"+{key}=") else argument for argument in kept]
+
+
 def card(policy: Policy, summary: dict, run: dict, settings: dict, parent: list[str]) -> str:
     """What was trained, how, and how well it does: every number from the run folder."""
     parameters_m = sum(parameter.numel() for parameter in policy.parameters()) / 1e6
@@ -184,7 +192,7 @@ def card(policy: Policy, summary: dict, run: dict, settings: dict, parent: list[
             f"An OpenVLA with {parameters_m:.2f} million parameters, trained by behaviour cloning from scripted",
             "demonstrations in ManiSkill3.",
             "",
-            f"- command: `{shlex.join(['robot-forgetting', 'pretrain', *sys.argv[1:]])}`",
+            f"- command: `{shlex.join(['robot-forgetting', 'pretrain', *_typed(sys.argv[1:])])}`",
             *parent,
             f"- seed: {run['seed']}; demonstrations: {parameters}",
             f"- optimiser steps: {settings['iterations'] * settings['steps_per_iteration']} of "
