@@ -122,6 +122,22 @@ def test_adapters_count_as_what_they_add():
     assert found["cka_debiased", 0] == pytest.approx(1, abs=1e-5) and found["cka_debiased", 2] < 1 - 1e-6
 
 
+def test_adapters_that_were_trained_before_belong_to_the_base(tmp_path):
+    first = tiny_lm(lora=LORA)
+    for parameter in trainable(first).values():
+        parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.1
+    first.save(tmp_path)
+    policy = tiny_lm(lora={**LORA, "adapter": str(tmp_path)})
+    found = measured(policy)
+    assert found["weight_l2_relative", None] == 0 and found["activation_l2_relative", 2] == 0
+    for parameter in trainable(policy).values():
+        parameter.data *= 2  # both factors: what the adapters add is four times as much
+    moved, from_nothing = measured(policy), measured(first)
+    for layer in (1, 2):
+        change = 3 * from_nothing["weight_l2_relative", layer]  # over the length of the plain weights
+        assert moved["weight_l2_relative", layer] == pytest.approx(change, rel=0.1)
+
+
 def test_measuring_changes_nothing():
     policy = tiny_lm()
     scale(blocks_of(policy.body)[0], 1.1)

@@ -329,13 +329,18 @@ def test_saved_files_have_the_mode_of_any_other_file(policy, saved, tmp_path):
     assert set(modes.values()) == {usual}, modes
 
 
-def test_adapters_are_saved_in_peft_layout(saved, tmp_path):
-    from peft import PeftModel
-
-    policy = OpenVLAPolicy(str(saved), device="cpu", lora={"rank": 2, "alpha": 4, "targets": ["q_proj", "attn.qkv"]})
+def moved(policy: OpenVLAPolicy) -> OpenVLAPolicy:
     with torch.no_grad():
         for parameter in policy.trainable_parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.1)
+    return policy
+
+
+def test_adapters_are_saved_in_peft_layout(saved, tmp_path):
+    from peft import PeftModel
+
+    lora = {"rank": 2, "alpha": 4, "targets": ["q_proj", "attn.qkv"]}
+    policy = moved(OpenVLAPolicy(str(saved), device="cpu", lora=lora))
     policy.save(tmp_path)
     obs, action = observations(), policy.act(observations())
     expected = policy.logits(obs, action)
@@ -345,6 +350,21 @@ def test_adapters_are_saved_in_peft_layout(saved, tmp_path):
     assert not torch.allclose(plain.logits(obs, action), expected)
     PeftModel.from_pretrained(plain.model, str(tmp_path))
     torch.testing.assert_close(plain.logits(obs, action), expected)
+
+
+def test_the_base_of_trained_adapters_has_them(saved, tmp_path):
+    """What a run starts from is its base, and not the checkpoint below the adapters."""
+    lora = {"rank": 2, "alpha": 4, "targets": ["q_proj"]}
+    first = moved(OpenVLAPolicy(str(saved), device="cpu", lora=lora))
+    first.save(tmp_path)
+    policy = OpenVLAPolicy(str(saved), device="cpu", lora={**lora, "adapter": str(tmp_path)})
+    obs, action = observations(), first.act(observations())
+    expected = first.logits(obs, action)
+    moved(policy)
+    assert not torch.allclose(policy.logits(obs, action), expected)
+    with policy.base():
+        assert torch.equal(policy.logits(obs, action), expected)
+    assert not torch.allclose(policy.logits(obs, action), expected)
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ class CausalLM(OwnBase):
         if lora is not None:
             for parameter in self.trainable_parameters():
                 parameter.data = parameter.data.float()
-        elif keep_base:
+        if self.continues or (lora is None and keep_base):
             self._keep_base()
         # What changes a completion besides the weights: part of a run's fingerprint.
         self.config = {
@@ -177,7 +177,7 @@ class CausalLM(OwnBase):
         if self.lora is None:
             self._check_base()
             base = dict(zip(map(id, self.trainable_parameters()), self._base_weights, strict=True))
-        yield from weights_by_layer(self.model, self.body, base)
+        yield from weights_by_layer(self.model, self.body, base, self._swapped if self.continues else None)
 
     def metrics(self) -> dict[str, float]:
         return self._metrics

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -51,12 +52,16 @@ def _means(body: nn.Module, rows: Sequence[Sequence[int]], pad: int, device) -> 
 
 
 def weights_by_layer(
-    model: nn.Module, body: nn.Module, base: Mapping[int, Tensor] | None
+    model: nn.Module,
+    body: nn.Module,
+    base: Mapping[int, Tensor] | None,
+    started_from: Callable[[], AbstractContextManager] | None = None,
 ) -> Iterator[tuple[int | None, dict[str, Tensor], dict[str, Tensor]]]:
     """(layer, base weights, own weights): the embedding (0), each block (1 ...), and what is left (None).
 
     base: the base's tensor by id of the parameter; None: they are the model's own, and adapters add to them. What an
-    adapter adds is merged into a float32 copy, one layer's at a time.
+    adapter adds is merged into a float32 copy, one layer's at a time. started_from: inside it, adapters are the base's;
+    None: the base has none.
     """
     adapted = {} if base is not None else _adapted(model)
 
@@ -68,9 +73,16 @@ def weights_by_layer(
             seen.add(id(parameter))
             own = parameter.detach()
             before[name] = own if base is None else base[id(parameter)]
-            layer = adapted.get(id(parameter))
-            after[name] = own if layer is None else own.float() + layer.get_delta_weight(ADAPTER).float()
+            after[name] = own
+            if (layer := adapted.get(id(parameter))) is not None:
+                after[name] = merged(own, layer)
+                if started_from is not None:
+                    with started_from():
+                        before[name] = merged(own, layer)
         return before, after
+
+    def merged(own: Tensor, layer: BaseTunerLayer) -> Tensor:
+        return own.float() + layer.get_delta_weight(ADAPTER).float()
 
     seen: set[int] = set()
     layers = [model.get_input_embeddings(), *blocks_of(body)]

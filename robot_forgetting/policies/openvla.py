@@ -78,7 +78,8 @@ class OpenVLAPolicy(OwnBase):
             self.check_sees()
         self._choose_trained()
         size = sum(p.numel() * p.element_size() for p in self.trainable_parameters())
-        if lora is None and (keep_base or (keep_base is None and size <= LARGEST_COPY_BYTES)):
+        wanted = lora is None and (keep_base or (keep_base is None and size <= LARGEST_COPY_BYTES))
+        if wanted or self.continues:
             self._keep_base()
 
     # ---- Policy

@@ -1,4 +1,4 @@
-"""Policies that can act as their own base: with the adapters off, or with the weights that they started from."""
+"""Policies that can act as their own base: with new adapters off, or with the weights that they started from."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from robot_forgetting.policy import Policy
 
 
 class OwnBase(Policy):
-    """Subclasses set ``model``, choose what is trained, and without LoRA keep the weights to come back to.
+    """Subclasses set ``model``, choose what is trained, and keep the weights to come back to: without LoRA those of the
+    model, with adapters that were trained before (``lora["adapter"]``) theirs, and none with new adapters.
 
     lora: null for full fine-tuning, or {rank, alpha, targets} of ``lora.add``
     """
@@ -39,6 +40,11 @@ class OwnBase(Policy):
         for parameter in self.model.parameters():
             parameter.requires_grad_(id(parameter) not in unused)
 
+    @property
+    def continues(self) -> bool:
+        """Whether it starts from adapters that were trained before."""
+        return bool(self.lora and self.lora.get("adapter"))
+
     def _keep_base(self) -> None:
         self._base_weights = [parameter.detach().clone() for parameter in self.trainable_parameters()]
 
@@ -49,7 +55,8 @@ class OwnBase(Policy):
             return
         self._in_base = True
         try:
-            with torch.no_grad(), adapters.disabled(self.model) if self.lora is not None else self._swapped():
+            fresh = self.lora is not None and not self.continues
+            with torch.no_grad(), adapters.disabled(self.model) if fresh else self._swapped():
                 yield
         finally:
             self._in_base = False
