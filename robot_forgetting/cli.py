@@ -316,6 +316,8 @@ class Arguments:
                   if names[key] != usual]  # fmt: skip
         for text in self._overrides:
             key, _, value = text.lstrip("+~").partition("=")
+            if text == f"~{OWN_KEYS}":
+                continue  # half of what ``_replacing`` makes of one argument
             if key not in NOT_IN_ID and not key.startswith("hydra."):
                 parts.append(key.rpartition(".")[2] + Path(value.strip("[]")).name)
         safe = "-".join([*parts, f"seed{self.plain['seed']}"])

@@ -135,8 +135,11 @@ class Experiment:
     def read_texts(self) -> tuple[list[str], dict[str, str]]:
         """The texts on which layers are compared; {what is not measured: why} where this run has none."""
         settings = self.setup.held_out_text or {}
-        if settings.get("source") is None or not self.policy.blocks:
+        if settings.get("source") is None:
             return [], {}
+        if not self.policy.blocks:
+            reason = f"drift by layer is not measured: policy '{self.policy.name}' shows no layers"
+            return [], {"drift by layer": reason}
         try:
             return held_out_texts(settings, self.tasks, DIVERGENCE_SEED), {}
         except LookupError as error:
@@ -375,10 +378,11 @@ def open_run(run_dir: Path, config: dict, header: dict) -> Iterator[RunFolder]:
 
 def fingerprint(policy: Policy, tasks: Sequence[Task]) -> str:
     """Identifies a base policy (weights, and what it makes of pictures and tokens) and the tasks it is measured on."""
-    digest = hashlib.sha256()
+    digest, trained_before = hashlib.sha256(), getattr(policy, "continues", False)
     digest.update(_text([policy.convention(), getattr(policy, "config", None)]))
     for name, tensor in sorted(policy.state_dict().items()):
-        if "lora_" in name:  # fresh adapters change with the seed, the base they leave as it is does not
+        # Fresh adapters change with the seed, the base that they leave as it is does not.
+        if "lora_" in name and not trained_before:
             continue
         digest.update(f"{name} {list(tensor.shape)}".encode())
         # A sample of the numbers: a 7B model is fingerprinted in seconds, and two checkpoints do not agree in all of

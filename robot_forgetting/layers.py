@@ -7,6 +7,7 @@ over a text's tokens (see the policy's ``hidden_states``), and keys of the confi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from robot_forgetting.task import Task
 
 TEXT, WEIGHTS = "text", "weights"  # "states" of rows that are about layers
 LEAST = 4  # texts, for CKA without bias and CKNNA
-FILES = (".txt", ".jsonl", ".json", ".gz")
+FILES = (".txt", ".jsonl", ".json", ".jsonl.gz", ".json.gz")
 
 
 def held_out_texts(settings: dict, tasks: Sequence[Task], first: int = 0) -> list[str]:
@@ -55,7 +56,7 @@ def _of_file(file: Path) -> list[str]:
     if ".txt" not in file.suffixes:
         return [row.get("text") for row in read_rows(file)]
     try:
-        return file.read_text(encoding="utf-8").split("\n\n")
+        return re.split(r"\n\s*\n", file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"held_out_text.source: {file} cannot be read ({error})") from error
 
@@ -89,6 +90,7 @@ def measure_layers(policy: Policy, texts: Sequence[str], *, source: str, k: int)
     rows = []
     for name, values in measures.items():
         head = {"task": source, "role": TEXT, "states": TEXT, "measure": name, "unit": "1"}
+        head |= {"k": k} if name.startswith("cknna") else {}
         for layer, value in enumerate(values.tolist()):
             rows.append({**head, "layer": layer, "value": value, "standard_error": None, "n": len(texts)})
     head = {"task": None, "role": None, "states": WEIGHTS, "measure": "weight_l2_relative", "unit": "1"}

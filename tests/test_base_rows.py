@@ -11,7 +11,9 @@ from toy import ToyPolicy, ToyTask
 from toy_runs import run, sources, summary
 
 from robot_forgetting import experiment
+from robot_forgetting.conformance import toy
 from robot_forgetting.experiment import evaluate_into, fingerprint
+from robot_forgetting.policies.openvla import OpenVLAPolicy
 from robot_forgetting.records import RunFolder
 from robot_forgetting.robot.task import ManiSkillTask
 
@@ -138,3 +140,24 @@ def test_fingerprint_does_not_depend_on_the_number_of_threads():
     finally:
         torch.set_num_threads(threads)
     assert len(marks) == 1
+
+
+def test_fingerprint_of_adapters(tmp_path):
+    """Fresh ones are no part of the base, those that were trained before are."""
+    parent, lora = toy.tiny_policy(toy.ToyTask()), {"rank": 2, "alpha": 4}
+    parent.save(tmp_path / "parent")
+    marks = []
+    for name, number in (("fresh", 0), ("a", 1), ("b", 2)):
+        policy = OpenVLAPolicy(str(tmp_path / "parent"), lora=lora, check_images=False, device="cpu")
+        marks.append(fingerprint(policy, []))
+        with torch.no_grad():
+            for parameter in policy.trainable_parameters():
+                parameter.fill_(0.01 * number)
+        policy.save(tmp_path / name)
+    assert len(set(marks)) == 1  # though the adapters were drawn anew
+    for name in ("a", "b"):
+        again = OpenVLAPolicy(
+            str(tmp_path / "parent"), lora={**lora, "adapter": str(tmp_path / name)}, check_images=False, device="cpu"
+        )
+        marks.append(fingerprint(again, []))
+    assert len(set(marks)) == 3

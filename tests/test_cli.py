@@ -255,6 +255,8 @@ def test_ctrl_c(capsys, monkeypatch):
         (["run", "method=grpo", "method.optimiser.learning_rate=1e-4"],
          ["stack_cube-grpo-learning_rate1e-4-seed0"]),
         (["evaluate", "episodes=9", "checkpoint=runs/a/b"], ["evaluate-stack_cube-episodes9-checkpointb-seed0"]),
+        (["pretrain", "pretrain.demonstrations={pick_cube: 3}"],
+         ["pretrain-stack_cube-demonstrations_pick_cube__3_-seed0"]),
     ],
 )  # fmt: skip
 def test_run_id_says_whatever_changes_the_result(capsys, monkeypatch, arguments, ids):

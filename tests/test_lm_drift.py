@@ -163,7 +163,8 @@ def test_policies_without_layers_say_so():
 
 
 @pytest.mark.parametrize(
-    ("texts", "words"), [({"messages": []}, "on plain texts, not on"), ({"text": ["a" * 900]}, "reads 1 to 512")]
+    ("texts", "words"),
+    [({"messages": []}, "on plain texts, not on"), ({"text": ["", "a"]}, "makes no token of the text ''")],
 )
 def test_what_cannot_be_read(texts, words):
     with pytest.raises(UserError, match=words):

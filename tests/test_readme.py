@@ -44,13 +44,13 @@ def test_snippets_are_as_short_as_promised():
 
 
 @pytest.mark.parametrize(
-    "file",
-    ["README.md", "docs/vision_towers.md", "robot_forgetting/weights/openvla-nano/README.md",
-     "robot_forgetting/weights/openvla-nano-bridge/README.md",
-     "configs/policy/openvla-nano.yaml", "configs/policy/openvla-nano-new.yaml"],
+    "file, policy",
+    [("README.md", ""), ("docs/vision_towers.md", ""), ("robot_forgetting/weights/openvla-nano/README.md", ""),
+     ("configs/policy/openvla-nano.yaml", ""), ("configs/policy/openvla-nano-new.yaml", ""),
+     ("robot_forgetting/weights/openvla-nano-bridge/README.md", "-bridge")],
 )  # fmt: skip
-def test_the_size_of_the_small_policy_is_the_measured_one(file):
-    with safe_open(ROOT / "robot_forgetting/weights/openvla-nano/model.safetensors", "pt") as tensors:
+def test_the_size_of_the_small_policy_is_the_measured_one(file, policy):
+    with safe_open(ROOT / f"robot_forgetting/weights/openvla-nano{policy}/model.safetensors", "pt") as tensors:
         count = sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())
     assert f"{count / 1e6:.2f} million parameters" in (ROOT / file).read_text(encoding="utf-8")
 

@@ -42,15 +42,15 @@ class Prompts:
         return rows
 
     def plain(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of texts that are no chat, with the special tokens that the tokenizer puts around any text."""
+        """Token ids of texts that are no chat, with the special tokens that the tokenizer puts around any text.
+
+        Of a text longer than the context its beginning; a text must have a token.
+        """
         rows = self.tokenizer(list(texts), verbose=False)["input_ids"] if len(texts) else []
         for text, ids in zip(texts, rows, strict=True):
-            if not 1 <= len(ids) <= self.context:
-                raise UserError(
-                    f"the text '{text[:57]}...' has {len(ids)} tokens; policy '{self.name}' reads 1 to {self.context}: "
-                    "shorten it or leave it out"
-                )
-        return rows
+            if not ids:
+                raise UserError(f"policy '{self.name}' makes no token of the text {text!r}; leave it out")
+        return [ids[: self.context] for ids in rows]
 
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of plain texts; the chat template writes special tokens itself."""

@@ -39,7 +39,7 @@ def layer_rows(groups: Sequence[Group]) -> list[dict]:
         for run in group.runs:
             for (measure, layer), row in _of_run(final_divergence(run)).items():
                 found.setdefault((measure, layer), []).append(row["value"])
-                about[measure] = {"texts": row["task"], "n": row["n"]}
+                about[measure] = {"texts": row["task"], "n": row["n"], "k": row.get("k")}
         for (measure, layer), values in found.items():
             spread = {"value": float(np.mean(values)), "least": min(values), "largest": max(values)}
             rows.append(
@@ -78,6 +78,7 @@ def layer_section(rows: Sequence[dict], colours: Colours, name: str) -> dict | N
         "measures": [MEASURES[measure].rstrip(")").partition(" (")[::2] for measure in measures],  # name, remark
         "lines": lines,
         "texts": " or ".join(sources),
+        "neighbours": " or ".join(dict.fromkeys(str(row["k"]) for row in whole if row["k"])),
     }
 
 

@@ -29,7 +29,7 @@ def declared(name: str, rotation: str | None, gripper: str | None) -> dict[str, 
         if value is None:
             raise UserError(
                 f"task '{name}' must know what the policy's commands mean; give policy.{key}, as of published OpenVLA "
-                f"checkpoints policy.{key}={example} (policy=openvla-7b-simpler has it)"
+                f'checkpoints "policy.{key}={example}" (policy=openvla-7b-simpler has it)'
             )
     return {"rotation": rotation, "gripper": None if gripper in ("+1 opens", "+1 closes") else gripper}
 

@@ -230,7 +230,8 @@ def _serve(connection: Connection) -> None:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business; it closes the pipe
     torch.set_num_threads(1)
-    # Lavapipe's threads: where every core has a worker, more of them only fight (a WidowX step took 1.8 times as long).
+    # Lavapipe's threads. Workers are what fills the cores; two of two threads each on two cores took 1.8 times as long
+    # for a step of the WidowX's.
     os.environ.setdefault("LP_NUM_THREADS", "1")
     spec, simulations = None, []
     while True:
