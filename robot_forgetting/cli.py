@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
 
-from robot_forgetting.config_checks import ROOT_TYPES, by_kind, check_node, check_root
+from robot_forgetting.config_checks import ROOT_TYPES, by_kind, check_node, check_root, replacing, typed
 from robot_forgetting.errors import UserError, unknown
 
 GROUPS = ("task", "method", "policy", "penalty", "budget", "reproduce")
@@ -63,7 +63,6 @@ examples:
 # The hydra flags that make sense here. (--experimental-rerun, for one, would read a pickle.)
 FLAGS = {"--multirun", "-m", "--cfg", "-c", "--resolve", "--package", "-p", "--info", "-i", "--config-dir", "-cd"}
 FLAGS_WITH_VALUE = {"--cfg", "-c", "--package", "-p", "--config-dir", "-cd"}
-OWN_KEYS = "pretrain.demonstrations"  # a mapping whose keys the user chooses
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -124,15 +123,10 @@ def _split(verb: str, arguments: list[str]) -> tuple[list[str], list[Path]]:
         elif "=" not in argument and not argument.startswith("~"):
             raise UserError(_without_value(argument))
         else:
-            overrides += _replacing(argument)
+            overrides += replacing(argument)
     if value_next or ({"--cfg", "-c"} & set(flags) and not {"job", "hydra", "all"} & set(flags)):
         raise UserError(f"'{flags[-1]}': write --cfg job (or hydra, or all); --package NAME; --config-dir FOLDER")
     return [*flags, *overrides], folders
-
-
-def _replacing(argument: str) -> list[str]:
-    """A given mapping of ``OWN_KEYS`` takes the place of ours; hydra would merge the two."""
-    return [f"~{OWN_KEYS}", f"+{argument}"] if argument.startswith(f"{OWN_KEYS}={{") else [argument]
 
 
 def _without_value(argument: str) -> str:
@@ -314,10 +308,8 @@ class Arguments:
         parts += [names["method"]] if self._verb == "run" else []
         parts += [names[key] for key, usual in (("policy", "openvla-nano"), ("penalty", "none"), ("budget", "demo"))
                   if names[key] != usual]  # fmt: skip
-        for text in self._overrides:
+        for text in typed(self._overrides):
             key, _, value = text.lstrip("+~").partition("=")
-            if text == f"~{OWN_KEYS}":
-                continue  # half of what ``_replacing`` makes of one argument
             if key not in NOT_IN_ID and not key.startswith("hydra."):
                 parts.append(key.rpartition(".")[2] + Path(value.strip("[]")).name)
         safe = "-".join([*parts, f"seed{self.plain['seed']}"])

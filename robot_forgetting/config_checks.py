@@ -7,6 +7,7 @@ import inspect
 import math
 import types
 import typing
+from collections.abc import Sequence
 
 from robot_forgetting.errors import UserError
 
@@ -39,6 +40,20 @@ PRETRAIN = {"demonstrations": dict, "iterations": int, "steps_per_iteration": in
 HELD_OUT_TEXT = {"source": str | None, "number": int, "characters": int, "neighbours": int}
 
 KINDS = ("robot", "text")  # of tasks; methods have settings for each
+
+
+OWN_KEYS = "pretrain.demonstrations"  # a mapping whose keys the user chooses
+
+
+def replacing(argument: str) -> list[str]:
+    """A given mapping of ``OWN_KEYS`` takes the place of ours; hydra would merge the two."""
+    return [f"~{OWN_KEYS}", f"+{argument}"] if argument.startswith(f"{OWN_KEYS}={{") else [argument]
+
+
+def typed(arguments: Sequence[str]) -> list[str]:
+    """Arguments as the user gave them: what ``replacing`` took apart is one again."""
+    kept = [argument for argument in arguments if argument != f"~{OWN_KEYS}"]
+    return [argument[1:] if argument.startswith(f"+{OWN_KEYS}=") else argument for argument in kept]
 
 
 def by_kind(robot, text, *, _root_):

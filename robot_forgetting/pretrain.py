@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from robot_forgetting.config_checks import typed
 from robot_forgetting.errors import UserError
 from robot_forgetting.evaluate import test_seeds
 from robot_forgetting.experiment import evaluate_into, open_run
@@ -169,13 +170,6 @@ def parent_facts(config: dict) -> list[str]:
     return [f"- started from: {parent}, whose card says:", *(f"  {line}" for line in facts)]
 
 
-def _typed(arguments: Sequence[str]) -> list[str]:
-    """As the user gave them; the command line takes a mapping of demonstrations apart."""
-    key = "pretrain.demonstrations"
-    kept = [argument for argument in arguments if argument != f"~{key}"]
-    return [argument[1:] if argument.startswith(f"+{key}=") else argument for argument in kept]
-
-
 def card(policy: Policy, summary: dict, run: dict, settings: dict, parent: list[str]) -> str:
     """What was trained, how, and how well it does: every number from the run folder."""
     parameters_m = sum(parameter.numel() for parameter in policy.parameters()) / 1e6
@@ -194,7 +188,7 @@ def card(policy: Policy, summary: dict, run: dict, settings: dict, parent: list[
             f"An OpenVLA with {parameters_m:.2f} million parameters, trained by behaviour cloning from scripted",
             "demonstrations in ManiSkill3.",
             "",
-            f"- command: `{shlex.join(['robot-forgetting', 'pretrain', *_typed(sys.argv[1:])])}`",
+            f"- command: `{shlex.join(['robot-forgetting', 'pretrain', *typed(sys.argv[1:])])}`",
             *parent,
             f"- seed: {run['seed']}; demonstrations: {parameters}",
             f"- optimiser steps: {settings['iterations'] * settings['steps_per_iteration']} of "
