@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -10,6 +11,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from robot_forgetting.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,17 @@ class ConventionSpec:
         return [f"{name}: {a!r} against {b!r}" for name, a, b in pairs if None not in (a, b) and a != b]
 
 
+@dataclass(frozen=True)
+class Reference:
+    """Whom a policy is compared with in the place of its base: another policy, and what that one observes.
+
+    Its tokens must mean the same (``Policy.check_tokens``); what it observes of a decision may differ.
+    """
+
+    policy: Policy
+    obs: dict
+
+
 class Policy(nn.Module, ABC):
     """Maps observations to a distribution over token sequences.
 
@@ -117,17 +131,34 @@ class Policy(nn.Module, ABC):
         return (chosen - logits.logsumexp(-1)) * action.mask
 
     def compared(
-        self, obs: dict, action: Action, functions: dict[str, Callable[[Tensor, Tensor], Tensor]]
+        self,
+        obs: dict,
+        action: Action,
+        functions: dict[str, Callable[[Tensor, Tensor], Tensor]],
+        reference: Reference | None = None,
     ) -> dict[str, Tensor]:
         """Functions of the base's and the own logits at each token of the same decisions, differentiable in the own.
 
         Each takes two float32 tensors [..., V] (base, own) and gives [...]. Returns [N, T] by name; what stands where
         the mask is False is not defined. A policy with a large vocabulary never holds all logits at once.
+        reference: whose logits take the place of the base's
         """
-        with torch.no_grad(), self.base():
-            base = self.logits(obs, action)
+        with torch.no_grad():
+            if reference is not None:
+                base = reference.policy.logits(reference.obs, action).to(self.device)
+            else:
+                with self.base():
+                    base = self.logits(obs, action)
         own = self.logits(obs, action)
         return {name: function(base, own) for name, function in functions.items()}
+
+    def check_tokens(self, other: Policy) -> None:
+        """``UserError`` unless the tokens of both policies mean the same."""
+        differences = self.convention().mismatches(other.convention())
+        if differences:
+            raise UserError(
+                f"the tokens of policies '{self.name}' and '{other.name}' differ in meaning: {'; '.join(differences)}"
+            )
 
     @abstractmethod
     def decode(self, action: Action, *, statistics: str | None = None) -> Sequence:
@@ -144,6 +175,13 @@ class Policy(nn.Module, ABC):
     @abstractmethod
     def convention(self) -> ConventionSpec:
         """What this policy assumes of a task."""
+
+    def copied(self) -> Policy:
+        """Another policy with trainable weights of its own; what is frozen is shared."""
+        return copy.deepcopy(self, {id(tensor): tensor for tensor in self._frozen_tensors()})
+
+    def _frozen_tensors(self) -> list[Tensor]:
+        return [*(parameter for parameter in self.parameters() if not parameter.requires_grad), *self.buffers()]
 
     def hidden_states(self, obs: dict) -> Tensor:
         """What each layer makes of an observation, one vector each: [1 + blocks, N, D] float32, without gradients.

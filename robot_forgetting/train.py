@@ -311,6 +311,15 @@ def load_weights(policy: Policy, folder: Path) -> None:
             parameter.copy_(tensors[name])
 
 
+def load_run(policy: Policy, run: RunFolder) -> Path:
+    """Gives a base policy the fine-tuned weights of a run that started from it; returns the checkpoint's folder."""
+    checkpoint = latest_checkpoint(run)
+    if checkpoint is None:
+        raise UserError(f"{run.path} holds no checkpoint; finish `robot-forgetting run` there first")
+    load_weights(policy, checkpoint)
+    return checkpoint
+
+
 def latest_checkpoint(run: RunFolder) -> Path | None:
     complete = sorted(path for path in run.checkpoints.glob("iteration_*") if not path.name.endswith(".part"))
     return complete[-1] if complete else None

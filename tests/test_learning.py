@@ -18,8 +18,9 @@ from robot_forgetting.records import RunFolder
 from robot_forgetting.train import Optimiser, train
 
 CONFIGS = Path(configs.__file__).parent
-# simpo wants questions (tests/test_text_methods.py)
-METHODS = sorted({path.stem for path in (CONFIGS / "method").glob("*.yaml")} - {"simpo"})
+# simpo and sdft want questions (test_text_methods.py), on_policy_distillation a teacher (test_distillation.py)
+ELSEWHERE = {"simpo", "sdft", "on_policy_distillation"}
+METHODS = sorted({path.stem for path in (CONFIGS / "method").glob("*.yaml")} - ELSEWHERE)
 PENALTIES = sorted(path.stem for path in (CONFIGS / "penalty").glob("*.yaml"))
 
 

@@ -14,6 +14,7 @@ from tiny_lm import Letters, LettersTask, tiny_folder, tiny_lm
 from robot_forgetting import cli, configs
 from robot_forgetting.evaluate import evaluate, measure_divergence, policy_states
 from robot_forgetting.method import Batch, mean_over_tokens
+from robot_forgetting.methods.distillation import SDFT, OnPolicyDistillation
 from robot_forgetting.methods.grpo import GRPO, group_advantages
 from robot_forgetting.methods.kl import KL
 from robot_forgetting.methods.on_policy import RolloutPlan, sample_rollouts
@@ -36,8 +37,19 @@ METHODS = {
     "reinforce_1_0": lambda: Reinforce(advantage="one_zero", **SAMPLED),
     "simpo": lambda: SimPO(negatives=Letters(shift=1), **SUPERVISED),
     "self_sft": lambda: SelfSFT(samples=16, **SUPERVISED),
+    "sdft": lambda: SDFT(iterations=2, batch_size=6, optimiser=RATE, template="{question} {demonstration}"),
+    "on_policy_distillation": lambda: OnPolicyDistillation(teacher=another(), **SAMPLED),
     "iterative_sft": lambda: SelfSFT(samples=16, iterative=True, **SUPERVISED),
 }
+
+
+def another():
+    """A teacher: other weights, the same tokens."""
+    made = tiny_lm()
+    with torch.no_grad():
+        for p in made.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) * 0.05)
+    return made
 
 
 class Easy(LettersTask):
@@ -221,9 +233,17 @@ def here(tmp_path, monkeypatch, no_renderer):
     return ["policy=small", "task=letters", "budget=tiny", "hydra.searchpath=[file://mine]", "processes=1"]
 
 
-@pytest.mark.parametrize("method", ["sft", "grpo"])
+SIZES = {
+    "sft": ["method.batch_size=4"],
+    "grpo": ["method.groups=2", "method.group_size=4"],
+    "sdft": ["method.batch_size=4"],
+    "on_policy_distillation": ["method.groups=4", "+policy@method.teacher=small"],
+}
+
+
+@pytest.mark.parametrize("method", SIZES)
 def test_run_resume_evaluate_and_check(here, tmp_path, capsys, method):
-    sizes = ["method.groups=2", "method.group_size=4"] if method == "grpo" else ["method.batch_size=4"]
+    sizes = SIZES[method]
     run = ["run", *here, f"method={method}", *sizes, "run_dir=runs/a", "policy.lora={rank: 2, alpha: 4, targets: null}"]
     assert cli.main(run) == 0, capsys.readouterr().err
     folder = RunFolder(tmp_path / "runs" / "a")

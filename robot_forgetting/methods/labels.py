@@ -71,6 +71,13 @@ class LabelledItems:
         extra = None if self._soft is None else {"target": self._soft[self._rows(seeds, runs)]}
         return Batch(repeated(self.task.observations(seeds), outer=runs), self._encoded(seeds, runs), extra=extra)
 
+    def texts(self, step: int, size: int) -> tuple[np.ndarray, list[str]]:
+        """The step's seeds [size] and the texts that label them, for a method that reads the labels itself."""
+        if not isinstance(self._labels, list):
+            raise UserError(f"the labels of task '{self.task.name}' are numbers; this method reads texts")
+        seeds = self._seeds(step, size)
+        return seeds, [self._labels[row] for row in seeds - self._start]
+
     def action(self, step: int, size: int, runs: int) -> Action:
         """The decisions of that batch alone."""
         return self._encoded(self._seeds(step, size), runs)

@@ -20,7 +20,7 @@ from robot_forgetting.policies.causal_lm_vllm import Sampler, as_action, importa
 from robot_forgetting.policies.causal_lm_vocabulary import Head, compare, token_log_probs
 from robot_forgetting.policies.device import parse_device
 from robot_forgetting.policies.own_base import OwnBase
-from robot_forgetting.policy import Action, ConventionSpec
+from robot_forgetting.policy import Action, ConventionSpec, Policy, Reference
 
 
 class CausalLM(OwnBase):
@@ -133,17 +133,29 @@ class CausalLM(OwnBase):
         return self._log_prob(self._prompts_of(obs, action), action)
 
     def compared(
-        self, obs: dict, action: Action, functions: dict[str, Callable[[Tensor, Tensor], Tensor]]
+        self,
+        obs: dict,
+        action: Action,
+        functions: dict[str, Callable[[Tensor, Tensor], Tensor]],
+        reference: Reference | None = None,
     ) -> dict[str, Tensor]:
-        if not torch.is_grad_enabled() and len(action) > self.batch_rows:
+        if reference is not None and not isinstance(reference.policy, CausalLM):
+            return super().compared(obs, action, functions, reference)
+        if not torch.is_grad_enabled() and len(action) > self.batch_rows and reference is None:
             parts = [self.compared(*part, functions) for part in self._parts(obs, action)]
             return {name: torch.cat([part[name] for part in parts]) for name in functions}
         prompts = self._prompts_of(obs, action)
-        with self.base():
-            base, _ = self._states(prompts, action)
-            base_head = tuple(None if part is None else part.detach() for part in self._head())
+        if reference is None:
+            with self.base():
+                base, base_head = self._frozen(prompts, action)
+        else:
+            base, base_head = reference.policy._frozen(reference.policy._prompts_of(reference.obs, action), action)
         hidden, places = self._states(prompts, action)
-        values = compare(base, hidden, (base_head, self._head()), list(functions.values()))
+        heads = base_head, self._head()
+        if len(heads[0][0]) != len(heads[1][0]):  # one tokenizer, but models of one family pad it to different sizes
+            words = min(len(weight) for weight, _ in heads)
+            heads = tuple((weight[:words], None if bias is None else bias[:words]) for weight, bias in heads)
+        values = compare(base, hidden, heads, list(functions.values()))
         shape = action.tokens.shape
         return {name: row.new_zeros(shape).index_put(places, row) for name, row in zip(functions, values, strict=True)}
 
@@ -163,6 +175,14 @@ class CausalLM(OwnBase):
 
     def convention(self) -> ConventionSpec:
         return ConventionSpec(action_dimensions=1, action_mode="text")
+
+    def check_tokens(self, other: Policy) -> None:
+        super().check_tokens(other)
+        if not isinstance(other, CausalLM) or self.tokenizer.get_vocab() != other.tokenizer.get_vocab():
+            raise UserError(
+                f"policies '{self.name}' and '{other.name}' have different tokenizers; what one writes cannot be "
+                "judged token by token by the other"
+            )
 
     @torch.no_grad()
     def hidden_states(self, obs: dict) -> Tensor:
@@ -277,6 +297,12 @@ class CausalLM(OwnBase):
                 self.body, prompts, action, self.pad, share=not (self.model.training and self.gradient_checkpointing)
             )
         return hidden if self._mixed is None else hidden.to(self._mixed), places
+
+    @torch.no_grad()
+    def _frozen(self, prompts, action: Action) -> tuple[Tensor, Head]:
+        """Hidden states and head as they are now, for a comparison."""
+        hidden, _ = self._states(prompts, action)
+        return hidden, tuple(None if part is None else part.detach() for part in self._head())
 
     def _parts(self, obs: dict, action: Action) -> Iterator[tuple[dict, Action]]:
         for start in range(0, len(action), self.batch_rows):

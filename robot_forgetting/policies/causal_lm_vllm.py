@@ -35,6 +35,9 @@ class Sampler(ABC):
 
     largest_difference: float = 0.1
 
+    def __deepcopy__(self, memo) -> Sampler:
+        return self  # an engine is not copied with its policy
+
     @abstractmethod
     def update(self, policy) -> None:
         """Takes over the policy's present weights (those of its base inside ``base()``)."""

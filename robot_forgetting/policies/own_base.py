@@ -48,6 +48,9 @@ class OwnBase(Policy):
     def _keep_base(self) -> None:
         self._base_weights = [parameter.detach().clone() for parameter in self.trainable_parameters()]
 
+    def _frozen_tensors(self) -> list[Tensor]:
+        return super()._frozen_tensors() + (self._base_weights or [])
+
     @contextmanager
     def base(self) -> Iterator[None]:
         if self._in_base:
