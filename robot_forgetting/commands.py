@@ -24,7 +24,7 @@ from robot_forgetting.records import RunFolder
 from robot_forgetting.scored import SCORED, ScoredTask
 from robot_forgetting.summary import summarise
 from robot_forgetting.task import Task
-from robot_forgetting.train import load_run
+from robot_forgetting.train import load_weights, trained_checkpoint
 from robot_forgetting.video import Recording, write_grid
 
 
@@ -36,7 +36,8 @@ def with_checkpoint(policy: Policy, run: str | None) -> dict:
     if run is None:
         return {"who": "base", "checkpoint": None, "stage": 0, "iteration": 0, "trained_on": []}
     folder = RunFolder(run)
-    checkpoint = load_run(policy, folder)
+    checkpoint = trained_checkpoint(folder)
+    load_weights(policy, checkpoint)
     iteration = read_json(checkpoint / "state.json")["iteration"]
     state = {"stage": FINAL_STAGE, "iteration": iteration, "trained_on": folder.run["roles"]["new"]}
     return {"who": folder.run["method"], "checkpoint": str(run), **state}

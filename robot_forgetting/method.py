@@ -72,6 +72,9 @@ class Method(ABC):
 
     iterations: int
 
+    def check(self, policy: Policy, task) -> None:  # noqa: B027
+        """``UserError``, before anything is measured, where the method cannot adapt this policy to this task."""
+
     def begin(self, policy: Policy, task, past: Sequence) -> None:  # noqa: B027
         """Called once before the first iteration (and again after a restart, before ``load_state_dict``)."""
 

@@ -113,6 +113,7 @@ def train(
         for network in networks
     ]
     # The first iteration after a restart must see the base policy the penalties and the method saw at the beginning.
+    method.check(policy, task)
     method.begin(policy, task, past)
     for penalty in penalties:
         penalty.begin(policy, task, past)
@@ -311,12 +312,11 @@ def load_weights(policy: Policy, folder: Path) -> None:
             parameter.copy_(tensors[name])
 
 
-def load_run(policy: Policy, run: RunFolder) -> Path:
-    """Gives a base policy the fine-tuned weights of a run that started from it; returns the checkpoint's folder."""
+def trained_checkpoint(run: RunFolder) -> Path:
+    """The folder of a run's fine-tuned weights, for ``load_weights``."""
     checkpoint = latest_checkpoint(run)
     if checkpoint is None:
         raise UserError(f"{run.path} holds no checkpoint; finish `robot-forgetting run` there first")
-    load_weights(policy, checkpoint)
     return checkpoint
 
 

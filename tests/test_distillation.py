@@ -192,7 +192,9 @@ class Stacked(ToyPolicy):
 
 
 def begin(method, policy=None, task=None) -> None:
-    method.begin(policy or tiny_lm(), task or LettersTask(), [])
+    policy, task = policy or tiny_lm(), task or LettersTask()
+    method.check(policy, task)
+    method.begin(policy, task, [])
 
 
 def distilled(**options) -> OnPolicyDistillation:
@@ -243,6 +245,14 @@ def test_placeholders_in_a_question_stay():
 def test_the_command_without_a_teacher(capsys):
     assert cli.main(["check", "method=on_policy_distillation"]) == 2
     assert "needs a teacher" in capsys.readouterr().err
+
+
+def test_a_question_method_on_a_robot_task_stops_before_anything_is_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for method, message in (("sdft", "asks no questions in words"), ("simpo", "is no one-step task")):
+        assert cli.main(["run", f"method={method}", "budget=tiny"]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
 
 
 def test_batches_carry_both_prompts():

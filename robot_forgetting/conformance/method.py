@@ -34,7 +34,7 @@ def check_method(table: Table, method: Method, task: Task | None = None) -> None
     if not table.check("constructor", lambda: _constructor(method)):
         return
     weights = _copy(policy)
-    if not table.check("begin", lambda: _unchanged(policy, weights, lambda: method.begin(policy, task, []))):
+    if not table.check("begin", lambda: _unchanged(policy, weights, lambda: _begin(method, policy, task))):
         return
     batches: list[Batch] = []
     collected = table.check("collect", lambda: _collect(policy, task, method, batches))
@@ -89,6 +89,11 @@ def _constructor(method: Method) -> str:
         "`optimiser: {_target_: robot_forgetting.train.Optimiser, learning_rate: 1.0e-4}`",
     )
     return f"{method.iterations} iterations, learning rate {method.optimiser.learning_rate:g}"
+
+
+def _begin(method: Method, policy: Policy, task: Task) -> None:
+    method.check(policy, task)
+    method.begin(policy, task, [])
 
 
 def _collect(policy: Policy, task: Task, method: Method, found: list[Batch]) -> str:

@@ -17,7 +17,7 @@ from robot_forgetting.metrics.divergence import forward_kl, reverse_kl
 from robot_forgetting.one_step import OneStepTask, answer
 from robot_forgetting.policy import Policy, Reference
 from robot_forgetting.records import RunFolder
-from robot_forgetting.train import load_run, trainable
+from robot_forgetting.train import load_weights, trainable, trained_checkpoint
 
 # Of the teacher and the policy, in this order.
 DIRECTIONS = {"forward": forward_kl, "reverse": reverse_kl}
@@ -77,13 +77,17 @@ class OnPolicyDistillation(_Distillation):
         self.plan, self.minibatch_size = RolloutPlan(groups, group_size, num_envs, seed), minibatch_size
         self.teacher, self.teacher_run = teacher, teacher_run
 
-    def begin(self, policy: Policy, task, past: Sequence) -> None:
+    def check(self, policy: Policy, task) -> None:
         _one_network(policy, "on_policy_distillation")
-        teacher = self.teacher or policy.copied()
-        policy.check_tokens(teacher)
+        if self.teacher is not None:
+            policy.check_tokens(self.teacher)
         if self.teacher_run is not None:
-            load_run(teacher, RunFolder(self.teacher_run))
-        self._teacher = teacher.eval()
+            trained_checkpoint(RunFolder(self.teacher_run))
+
+    def begin(self, policy: Policy, task, past: Sequence) -> None:
+        self._teacher = (self.teacher or policy.copied()).eval()
+        if self.teacher_run is not None:
+            load_weights(self._teacher, trained_checkpoint(RunFolder(self.teacher_run)))
 
     def collect(self, policy: Policy, task, iteration: int) -> Sequence[Batch]:
         rollouts = sample_rollouts(policy, task, self.plan, iteration)
@@ -128,7 +132,7 @@ class SDFT(_Distillation):
         self.iterations, self.batch_size, self.optimiser, self.seed = iterations, batch_size, optimiser, seed
         self.template, self.labels, self.teacher_rate = template, labels, teacher_rate
 
-    def begin(self, policy: Policy, task, past: Sequence) -> None:
+    def check(self, policy: Policy, task) -> None:
         _one_network(policy, "sdft")
         if not isinstance(task, OneStepTask) or "messages" not in task.observations(task.seeds("train")[:1]):
             raise UserError(
@@ -139,6 +143,8 @@ class SDFT(_Distillation):
                 "sdft: a moving average of weights in bfloat16 would stand still; use policy.dtype=mixed, policy.lora, "
                 "or method.teacher_rate=0"
             )
+
+    def begin(self, policy: Policy, task, past: Sequence) -> None:
         self._data = LabelledItems(policy, task, self.labels, self.seed)
         self._teacher = policy.copied().eval()
 

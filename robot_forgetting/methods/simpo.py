@@ -39,9 +39,11 @@ class SimPO(Method):
         self.optimiser, self.margin, self.seed = optimiser, margin, seed
         self.labels, self.negatives = labels, negatives or WrongLabels()
 
-    def begin(self, policy: Policy, task, past: Sequence) -> None:
+    def check(self, policy: Policy, task) -> None:
         if not isinstance(task, OneStepTask):
             raise UserError(f"simpo needs pairs of answers to one question; '{task.name}' is no one-step task")
+
+    def begin(self, policy: Policy, task, past: Sequence) -> None:
         self._chosen = LabelledItems(policy, task, self.labels, self.seed)
         # Another stream than the labels': a wrong answer must not depend on which right one was drawn.
         self._rejected = LabelledItems(policy, task, self.negatives, self.seed, stream=self.seed + 1_000_003)
