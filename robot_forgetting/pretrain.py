@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,8 @@ from robot_forgetting.evaluate import test_seeds
 from robot_forgetting.experiment import evaluate_into, open_run
 from robot_forgetting.files import disk, write_atomic
 from robot_forgetting.method import Method
+from robot_forgetting.methods.labels import GivenTargets, Labeler
+from robot_forgetting.one_step import OneStepTask
 from robot_forgetting.policy import ConventionSpec, Policy
 from robot_forgetting.progress import bar, say
 from robot_forgetting.summary import summarise
@@ -27,12 +29,8 @@ class Mixture(Task):
     """Demonstrations of several tasks; an environment it has not, so only offline methods can learn it."""
 
     def __init__(self, tasks: Sequence[Task], counts: dict[str, int]):
+        check_counts(tasks, counts)
         self.tasks, self.counts = list(tasks), dict(counts)
-        unknown = set(counts) - {task.name for task in tasks}
-        if unknown:
-            raise UserError(f"pretrain.demonstrations names {sorted(unknown)}; these tasks are not in this run")
-        if not sum(counts.values()):
-            raise UserError("pretrain.demonstrations asks for none; for example {pick_cube: 1500, push_cube: 700}")
         self.name, self.instruction = "+".join(counts), ""
         self.max_steps = max(task.max_steps for task in tasks)
         self.statistics = getattr(self.tasks[0], "statistics", None)
@@ -55,6 +53,57 @@ class Mixture(Task):
                         self._kept.append(episode)
                         progress.advance(1, task.name)
         yield from self._kept
+
+
+class Questions(OneStepTask):
+    """Training questions of several text tasks with their targets; more than a task has are its own over again."""
+
+    def __init__(self, tasks: Sequence[OneStepTask], counts: dict[str, int]):
+        check_counts(tasks, counts)
+        self.counts, self.name = dict(counts), "+".join(counts)
+        known = {task.name: task for task in tasks}
+        self._drawn = [
+            (known[name], int(known[name].seeds("train").start) + index)
+            for name, count in counts.items()
+            for index in range(count)
+        ]
+
+    def convention(self) -> ConventionSpec:
+        return self._drawn[0][0].convention()
+
+    def size(self, split: str) -> int:
+        return len(self._drawn)
+
+    def observations(self, seeds: np.ndarray) -> dict:
+        return {"messages": self._of_each(seeds, lambda task, own: task.observations(own)["messages"])}
+
+    def targets(self, seeds: np.ndarray) -> list[str | None]:
+        return self._of_each(seeds, lambda task, own: task.targets(own))
+
+    def labels(self) -> Labeler:
+        return GivenTargets()
+
+    def rewards(self, seeds: np.ndarray, answers: Sequence) -> np.ndarray:
+        raise UserError(f"the mixture {self.name} gives no rewards; its tasks do")
+
+    def _of_each(self, seeds: np.ndarray, column: Callable) -> list:
+        """A column of the seeds' questions, asked for once per task."""
+        rows, found = [self._drawn[index] for index in self.items(seeds)[1]], [None] * len(seeds)
+        for task in {id(task): task for task, _ in rows}.values():
+            places = [place for place, (owner, _) in enumerate(rows) if owner is task]
+            values = column(task, np.array([rows[place][1] for place in places]))
+            for place, value in zip(places, values, strict=True):
+                found[place] = value
+        return found
+
+
+def check_counts(tasks: Sequence[Task], counts: dict[str, int]) -> None:
+    """``UserError`` where `pretrain.demonstrations` names tasks that are not there, or none."""
+    unknown = set(counts) - {task.name for task in tasks}
+    if unknown:
+        raise UserError(f"pretrain.demonstrations names {sorted(unknown)}; these tasks are not in this run")
+    if not sum(counts.values()):
+        raise UserError("pretrain.demonstrations asks for none; for example {pick_cube: 1500, push_cube: 700}")
 
 
 def ranges(episodes: Sequence[Demonstration]) -> dict:
@@ -97,7 +146,8 @@ def pretrain(
     with disk(output):  # now, and not after the training
         output.mkdir(parents=True, exist_ok=True)
     everything = [task, *prior, *held_out]
-    mixture = Mixture([*prior, task], pretrain["demonstrations"])
+    text = isinstance(task, OneStepTask)
+    mixture = (Questions if text else Mixture)([*prior, task], pretrain["demonstrations"])
     header = {"verb": "pretrain", "policy": names.get("policy"), "task": mixture.name, "method": "sft", "seed": seed}
     header |= {"decode": {"temperature": temperature}}
     header |= {"roles": {"new": [task.name], "prior": [t.name for t in prior], "held_out": [t.name for t in held_out]}}
@@ -106,9 +156,10 @@ def pretrain(
             say(f"{folder.path} is finished already; delete it to train again")
             return 0
         started = time.perf_counter()
-        measured = {mixture.statistics: ranges(list(mixture.demonstrations(0)))}
-        if not getattr(policy, "lora", None):  # an adapter is saved alone: the ranges stay those of its checkpoint
-            policy.set_statistics(measured)
+        if not text:
+            measured = {mixture.statistics: ranges(list(mixture.demonstrations(0)))}
+            if not getattr(policy, "lora", None):  # an adapter is saved alone: the ranges stay those of its checkpoint
+                policy.set_statistics(measured)
         folder.add_seconds("demonstrations", time.perf_counter() - started)
         method: Method = SFT(
             iterations=pretrain["iterations"],
@@ -148,7 +199,7 @@ def pretrain(
                 evaluate_into(folder, policy, one, seeds, temperature=degree, num_envs=num_envs, **fields)
         folder.add_seconds("evaluate", time.perf_counter() - started)
         summary = summarise(folder)
-        write_atomic(output / "README.md", card(policy, summary, folder.run, pretrain, parent_facts(config)))
+        write_atomic(output / "README.md", card(policy, summary, folder.run, pretrain, parent_facts(config), text))
         folder.finish(summary)
     say(f"card: {output / 'README.md'}")
     return 0
@@ -170,7 +221,26 @@ def parent_facts(config: dict) -> list[str]:
     return [f"- started from: {parent}, whose card says:", *(f"  {line}" for line in facts)]
 
 
-def card(policy: Policy, summary: dict, run: dict, settings: dict, parent: list[str]) -> str:
+# What the card says of a policy on a robot, and of a language model.
+WORDS = {
+    False: {
+        "made": "An OpenVLA with {size:.2f} million parameters, trained by behaviour cloning from scripted\n"
+        "demonstrations in ManiSkill3.",
+        "data": "demonstrations",
+        "rows": "decisions",
+        "measured": "Success on test seeds that nothing else uses (SimplerEnv's tasks have 24 initial states whatever\n"
+        "the seed)",
+    },
+    True: {
+        "made": "A language model with {size:.2f} million parameters, trained from questions with their answers.",
+        "data": "questions",
+        "rows": "questions",
+        "measured": "Success on test questions",
+    },
+}
+
+
+def card(policy: Policy, summary: dict, run: dict, settings: dict, parent: list[str], text: bool) -> str:
     """What was trained, how, and how well it does: every number from the run folder."""
     parameters_m = sum(parameter.numel() for parameter in policy.parameters()) / 1e6
     parameters = ", ".join(f"{count} of {task}" for task, count in settings["demonstrations"].items())
@@ -180,27 +250,26 @@ def card(policy: Policy, summary: dict, run: dict, settings: dict, parent: list[
         f"| {r['rate']:.3f} | [{r['low']:.3f}, {r['high']:.3f}] |"
         for r in summary["success"]
     ]
-    hardware = run.get("hardware", {})
+    hardware, words = run.get("hardware", {}), WORDS[text]
+    render = [] if text else [f"- render option: {run.get('render', {}).get('option')}"]
     return "\n".join(
         [
             "# Base policy",
             "",
-            f"An OpenVLA with {parameters_m:.2f} million parameters, trained by behaviour cloning from scripted",
-            "demonstrations in ManiSkill3.",
+            words["made"].format(size=parameters_m),
             "",
             f"- command: `{shlex.join(['robot-forgetting', 'pretrain', *typed(sys.argv[1:])])}`",
             *parent,
-            f"- seed: {run['seed']}; demonstrations: {parameters}",
+            f"- seed: {run['seed']}; {words['data']}: {parameters}",
             f"- optimiser steps: {settings['iterations'] * settings['steps_per_iteration']} of "
-            f"{settings['batch_size']} decisions",
-            f"- duration: {seconds.get('demonstrations', 0):.0f} s demonstrations, "
+            f"{settings['batch_size']} {words['rows']}",
+            f"- duration: {seconds.get('demonstrations', 0):.0f} s {words['data']}, "
             f"{seconds.get('train', 0):.0f} s training, on {hardware.get('processor', 'CPU')} "
             f"({hardware.get('cores', '?')} cores)",
-            f"- render option: {run.get('render', {}).get('option')}",
+            *render,
             "",
-            "Success on test seeds that nothing else uses (SimplerEnv's tasks have 24 initial states whatever the",
-            "seed); Wilson 95% intervals. `sampled` is temperature 1, the decode of rollouts; `greedy` is",
-            "temperature 0.",
+            f"{words['measured']}; Wilson 95% intervals. `sampled` is temperature 1, the decode of",
+            "rollouts; `greedy` is temperature 0.",
             "",
             "| task | role | decode | successes | rate | interval |",
             "| --- | --- | --- | --- | --- | --- |",
