@@ -7,7 +7,7 @@ BRIDGE := task=widowx_carrot_on_plate 'prior=[widowx_spoon_on_towel,widowx_stack
 # One thread per process: environment workers and the policy share the cores, and threads fighting over them are slower.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup test demo base three-seeds bridge-base bridge benchmark wheel lint clean
+.PHONY: help setup test demo base three-seeds bridge-base bridge nano-base benchmark wheel lint clean
 
 help:
 	@echo "make setup        install into .venv, and a Vulkan driver where there is none"
@@ -16,6 +16,7 @@ help:
 	@echo "make base         train the base policy anew, in two phases, into runs/base/ (about 20 minutes)"
 	@echo "make bridge       SimplerEnv's WidowX tasks: SFT and GRPO, 3 seeds, two hours; first: robot-forgetting assets bridge"
 	@echo "make bridge-base  train their base policy anew into runs/bridge-base/ (about an hour)"
+	@echo "make nano-base    train the small language model anew into runs/nano-base/ (about 20 minutes)"
 	@echo "make test         the tests"
 	@echo "make benchmark    the speed ratios"
 	@echo "make wheel        dist/*.whl"
@@ -60,6 +61,19 @@ bridge-base: $(STAMP)
 		'pretrain.demonstrations={widowx_spoon_on_towel: 400, widowx_stack_cube: 400, widowx_carrot_on_plate: 50}' \
 		pretrain.optimiser.learning_rate=7e-4 pretrain.optimiser.warmup_steps=20 \
 		run_dir=runs/bridge-base/second output=runs/bridge-base/policy
+
+# Sums are the hardest of the skills: the second phase is mostly about them.
+nano-base: $(STAMP)
+	$(BIN)/robot-forgetting pretrain policy=qwen-nano-new task=skill_over task.annotator=any processes=1 \
+		'pretrain.demonstrations={skill_reverse: 15000, skill_sort: 15000, skill_add: 15000, skill_count: 4000, skill_over: 8000}' \
+		pretrain.iterations=60 pretrain.steps_per_iteration=50 \
+		run_dir=runs/nano-base/first output=runs/nano-base/first/policy
+	$(BIN)/robot-forgetting pretrain policy=qwen-nano policy.checkpoint=runs/nano-base/first/policy task=skill_over \
+		task.annotator=any processes=1 \
+		'pretrain.demonstrations={skill_reverse: 4000, skill_sort: 4000, skill_add: 30000, skill_count: 2000, skill_over: 4000}' \
+		pretrain.iterations=35 pretrain.steps_per_iteration=50 pretrain.episodes=400 \
+		pretrain.optimiser.learning_rate=1e-3 pretrain.optimiser.warmup_steps=50 \
+		run_dir=runs/nano-base/second output=runs/nano-base/policy
 
 # Seed 0 would clone the very demonstrations that the base policy has seen.
 bridge: $(STAMP)
