@@ -162,7 +162,8 @@ def test_without_data_there_is_one_line(here, tmp_path, capsys, monkeypatch):
 def test_unknown_names(here, capsys):
     assert cli.main(["reproduce", "llm/sciense"]) == 2
     assert (
-        "unknown reproduce 'llm/sciense'; choose one of: llm/math, llm/science, llm/skills, llm/tool_use" in capsys.readouterr().err
+        "unknown reproduce 'llm/sciense'; choose one of: llm/math, llm/science, llm/skills, llm/tool_use"
+        in capsys.readouterr().err
     )
     assert cli.main(["reproduce", "llm/science", "reproduce.grids=1"]) == 2
     assert "unknown key 'reproduce.grids'" in capsys.readouterr().err

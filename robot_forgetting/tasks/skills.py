@@ -9,42 +9,51 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from itertools import product
+from string import ascii_lowercase
 
 import numpy as np
 
 from robot_forgetting.errors import UserError, unknown
-from robot_forgetting.tasks.text import SPLIT_SEED, Item, TextTask, divide
+from robot_forgetting.tasks.text import SPLIT_SEED, Item, TextTask, divide, ordered
 
-Answered = Callable[[np.random.Generator], tuple[str, str]]  # a question without its verb, and the answer
+Questions = dict[str, str | None]  # what comes after the verb, and the right answer; None: there are many
 
 LEAST, MOST, LOWEST = 100, 999, 400  # answers to `over`, and the smallest number that it asks about
 
 
-def _word(rng: np.random.Generator, letters: str) -> str:
-    return "".join(rng.choice(list(letters), size=rng.integers(4, 7)))
+def _words(rng: np.random.Generator, count: int) -> list[str]:
+    """Different words of four to six letters."""
+    alphabet, found = list(ascii_lowercase), {}
+    while len(found) < count:
+        found["".join(rng.choice(alphabet, size=rng.integers(4, 7)))] = None
+    return list(found)
 
 
-def _reverse(rng) -> tuple[str, str]:
-    word = _word(rng, "abcdefghijklmnopqrstuvwxyz")
-    return word, word[::-1]
+def _reverse(rng: np.random.Generator, count: int) -> Questions:
+    return {word: word[::-1] for word in _words(rng, count)}
 
 
-def _sort(rng) -> tuple[str, str]:
-    word = _word(rng, "abcdefghijklmnopqrstuvwxyz")
-    return word, "".join(sorted(word))
+def _sort(rng: np.random.Generator, count: int) -> Questions:
+    return {word: "".join(sorted(word)) for word in _words(rng, count)}
 
 
-def _add(rng) -> tuple[str, str]:
-    first, second = rng.integers(10, 100, size=2)
-    return f"{first} {second}", str(first + second)
+def _add(rng: np.random.Generator, count: int) -> Questions:
+    return {f"{first} {second}": str(first + second) for first in range(10, 100) for second in range(10, 100)}
 
 
-def _count(rng) -> tuple[str, str]:
-    word, letter = _word(rng, "abc"), rng.choice(list("abc"))
-    return f"{letter} {word}", str(word.count(letter))
+def _count(rng: np.random.Generator, count: int) -> Questions:
+    words = ("".join(word) for length in (4, 5, 6) for word in product("abc", repeat=length))
+    return {f"{letter} {word}": str(word.count(letter)) for word in words for letter in "abc"}
 
 
-SKILLS: dict[str, Answered | None] = {"reverse": _reverse, "sort": _sort, "add": _add, "count": _count, "over": None}
+def _over(rng: np.random.Generator, count: int) -> Questions:
+    return dict.fromkeys(map(str, range(LOWEST, MOST)))
+
+
+SKILLS: dict[str, Callable[[np.random.Generator, int], Questions]] = {
+    "reverse": _reverse, "sort": _sort, "add": _add, "count": _count, "over": _over,
+}  # fmt: skip
 
 # Who answers `over`, given the number asked about: three that are always right, and one that has not understood it.
 ANNOTATORS: dict[str, Callable[[np.random.Generator, int], int]] = {
@@ -59,7 +68,8 @@ NUMBER = re.compile(rf"[1-9]\d{{{len(str(MOST)) - 1}}}")
 class Skill(TextTask):
     """One skill; success is the right answer and nothing else.
 
-    skill: reverse, sort, add, count or over; items: questions, as far as there are so many (599 of `over`)
+    skill: reverse, sort, add, count or over; items: questions, as far as there are so many (8,100 of `add`, 3,159 of
+        `count`, 599 of `over`)
     annotator: who wrote the answers to learn `over` from: ``uniform`` among the right ones (what the base policy gives,
         if it is right), ``next`` (one more), ``largest`` (999), or ``any``, right or wrong, to train a base policy with
     """
@@ -85,20 +95,12 @@ class Skill(TextTask):
 
     def load(self) -> dict[str, list[Item]]:
         rng = np.random.default_rng([SPLIT_SEED, list(SKILLS).index(self.skill)])
-        draw = SKILLS[self.skill]
-        pairs: dict[str, str | None] = {}
-        if draw is None:
-            pairs = {str(least): None for least in range(LOWEST, MOST)[: self.count]}
-        else:
-            for _ in range(20 * self.count):  # some skills have fewer questions than are asked for
-                pairs.setdefault(*draw(rng))
-                if len(pairs) == self.count:
-                    break
-        return divide((self._item(*pair) for pair in pairs.items()), self.test_fraction)
+        items = [self._item(*pair) for pair in SKILLS[self.skill](rng, self.count).items()]
+        return divide(ordered(items)[: self.count], self.test_fraction)
 
     def targets(self, seeds: np.ndarray) -> list[str]:
         """The right answers; of `over` the annotator's, drawn from the seed and so another each time."""
-        if SKILLS[self.skill] is not None:
+        if self.skill != "over":
             return super().targets(seeds)
         answer = ANNOTATORS[self.annotator]
         drawn = (np.random.default_rng([SPLIT_SEED, int(seed)]) for seed in seeds)
@@ -110,7 +112,7 @@ class Skill(TextTask):
         return Item(question, ({"role": "user", "content": question},), fact, self.skill, answer, question)
 
     def correct(self, completion: str, item: Item) -> bool:
-        if SKILLS[self.skill] is None:
+        if self.skill == "over":
             return bool(NUMBER.fullmatch(completion)) and int(completion) > item.answer
         return completion == item.answer
 
