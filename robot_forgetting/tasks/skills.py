@@ -15,7 +15,7 @@ from string import ascii_lowercase
 import numpy as np
 
 from robot_forgetting.errors import UserError, unknown
-from robot_forgetting.tasks.text import SPLIT_SEED, Item, TextTask, divide, ordered
+from robot_forgetting.tasks.text import SPLIT_SEED, Item, TextTask, divide
 
 Questions = dict[str, str | None]  # what comes after the verb, and the right answer; None: there are many
 
@@ -96,7 +96,8 @@ class Skill(TextTask):
     def load(self) -> dict[str, list[Item]]:
         rng = np.random.default_rng([SPLIT_SEED, list(SKILLS).index(self.skill)])
         items = [self._item(*pair) for pair in SKILLS[self.skill](rng, self.count).items()]
-        return divide(ordered(items)[: self.count], self.test_fraction)
+        chosen = rng.permutation(len(items))[: self.count]
+        return divide((items[index] for index in chosen), self.test_fraction)
 
     def targets(self, seeds: np.ndarray) -> list[str]:
         """The right answers; of `over` the annotator's, drawn from the seed and so another each time."""
