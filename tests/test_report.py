@@ -14,6 +14,8 @@ from robot_forgetting.errors import UserError
 from robot_forgetting.metrics.statistics import crossed_mean, paired_difference, wilson
 from robot_forgetting.records import RunFolder
 from robot_forgetting.report import write_report
+from robot_forgetting.report.runs import BASE
+from robot_forgetting.report.tables import PRIOR_MEAN
 from robot_forgetting.report.words import reading
 
 FEW = 20  # episodes per task
@@ -322,6 +324,28 @@ def test_quadratic_fit_is_put_into_words_only_over_enough(page):
     assert "R² = 0.50" in reading("p", "t", rows, [], [], row)[-1]
     for few in ({"n": 9}, {"runs": 2}):
         assert "R²" not in " ".join(reading("p", "t", rows, [], [], row | few))
+
+
+def test_a_large_sweep_is_put_into_words_by_method():
+    """Nine settings of one method and the base: ranges, by hand; with eight each setting has its sentence."""
+
+    def row(variant: str, task: str, **values) -> dict:
+        method, role = variant.partition(" ")[0], "prior" if task == PRIOR_MEAN else "new"
+        shared = {"decode": "sampled", "n": 10, "runs": 1, "low": 0.0, "high": 1.0}
+        return {**shared, "variant": variant, "method": method, "task": task, "role": role, **values}
+
+    settings = [f"sft (rate={index})" for index in range(9)]
+    success = [row(BASE, "t", rate=0.3), row(BASE, PRIOR_MEAN, rate=1.0)]
+    success += [row(name, "t", rate=0.5 + 0.05 * index) for index, name in enumerate(settings)]
+    forgetting = [row(name, PRIOR_MEAN, forgetting=0.1 * index) for index, name in enumerate(settings)]
+    text = " ".join(reading("p", "t", success, forgetting, [], None)).replace("\N{NO-BREAK SPACE}", " ")
+    assert text.endswith(
+        "After sft (9 settings) it solved the new task in 50 to 90 % and had forgotten 0 to 80 points of the prior "
+        "tasks' mean."
+    )
+    assert text.count("After") == 1 and text.count("Before fine-tuning") == 1
+    few = reading("p", "t", [one for one in success if "=8" not in one["variant"]], [], [], None)
+    assert sum(sentence.startswith("After sft (rate=") for sentence in few) == 8
 
 
 def test_matched_comparison_where_the_runs_bases_differ(tmp_path):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from robot_forgetting.metrics.resampling import LEAST_RUNS
 from robot_forgetting.metrics.statistics import minimum_detectable_difference
+from robot_forgetting.report.comparison import MOST_COMPARED
 from robot_forgetting.report.runs import BASE
 from robot_forgetting.report.tables import PRIOR_MEAN
 
@@ -80,7 +81,11 @@ def reading(
     """Sentences about one setting, from its rows (sampled decode)."""
     sampled = [row for row in success if row["decode"] == "sampled"]
     sentences = []
-    for variant in dict.fromkeys(row["variant"] for row in sampled):
+    variants = dict.fromkeys(row["variant"] for row in sampled)
+    many = len(variants) > MOST_COMPARED + 1  # and the base
+    for variant in variants:
+        if many and not variant.startswith(BASE):
+            continue
         mine = [row for row in sampled if row["variant"] == variant]
         is_base = mine[0]["method"] == BASE
         new = [row for row in mine if row["role"] == "new"]
@@ -106,6 +111,8 @@ def reading(
             for row in forgetting
             if (row["variant"], row["decode"]) == (variant, "sampled") and row["task"] in {one["task"] for one in prior}
         ]
+    if many:
+        sentences += _ranges(sampled, forgetting)
     if sentences:
         sentences.insert(0, "Brackets hold 95 % intervals.")
     for row in matched:
@@ -168,6 +175,29 @@ def no_signal(rows: Sequence[dict]) -> str:
         f"Greyed out: on {named} the base policy cannot be told from guessing. What such a benchmark shows is no "
         "forgetting and no retention; it is part of no mean."
     )
+
+
+def _ranges(sampled: Sequence[dict], forgetting: Sequence[dict]) -> list[str]:
+    """A sentence per method on a sweep whose settings are too many to be told one by one."""
+    sentences = []
+    for method in dict.fromkeys(row["method"] for row in sampled if row["method"] != BASE):
+        new = [row["rate"] for row in sampled if (row["method"], row["role"]) == (method, "new")]
+        lost = [
+            row["forgetting"] for row in forgetting
+            if (row["method"], row["decode"], row["task"]) == (method, "sampled", PRIOR_MEAN)
+        ]  # fmt: skip
+        if not new:
+            continue
+        text = f"After {method} ({plural(len(new), 'setting')}) it solved the new task in {_between(new)}{SPACE}%"
+        if lost:
+            text += f" and had forgotten {_between(lost)} points of the prior tasks' mean"
+        sentences.append(f"{text}.")
+    return sentences
+
+
+def _between(values: Sequence[float]) -> str:
+    """'29' or '29 to 93', in percent or points."""
+    return " to ".join(dict.fromkeys((number(min(values)), number(max(values)))))
 
 
 def _rate(row: dict) -> str:
