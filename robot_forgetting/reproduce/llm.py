@@ -25,6 +25,7 @@ AXES = {
     "batch_sizes": ("method.batch_size", "batch"),
     "updates": ("method.epochs", "updates"),
     "annotators": ("task.annotator", ""),
+    "iterations": ("method.iterations", "iterations"),
     "passes": (None, "passes"),
 }
 ITERATIONS = 10  # about, of a supervised run that is given in passes
@@ -43,7 +44,8 @@ class Study:
     """The sweep: for each method every combination of its axes, for each seed.
 
     common: {policy, task, budget, ...}: keys of every run, which the command line may replace
-    grid: {method: {axis of ``AXES``: values}}; quick: what `quick=true` changes of ``common``, ``grid`` and ``seeds``
+    grid: {method: {axis of ``AXES``: values}}; the value null leaves what the budget or the method's file says
+    quick: what `quick=true` changes of ``common``, ``grid`` and ``seeds``
     """
 
     composes = True  # its runs are configurations, see ``run``
@@ -99,8 +101,9 @@ class Study:
             for values in itertools.product(*axes.values()):
                 chosen = dict(zip(axes, values, strict=True))
                 overrides = [f"method={method}", f"seed={seed}"]
-                overrides += [f"{AXES[axis][0]}={value}" for axis, value in chosen.items() if AXES[axis][0]]
-                parts = [f"{AXES[axis][1]}{value}" for axis, value in chosen.items() if value is not None]
+                given = {axis: value for axis, value in chosen.items() if value is not None}
+                overrides += [f"{AXES[axis][0]}={value}" for axis, value in given.items() if AXES[axis][0]]
+                parts = [f"{AXES[axis][1]}{value}" for axis, value in given.items()]
                 name = "-".join([method, *parts, f"seed{seed}"])
                 found.append(Spec(name, tuple(overrides), chosen.get("passes")))
         return found
