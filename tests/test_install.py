@@ -41,11 +41,11 @@ def wheel(tmp_path_factory) -> Path:
 def test_everything_is_in_the_wheel(wheel):
     files = set(zipfile.ZipFile(wheel).namelist())
     for folder, inside in PACKAGED.items():
-        for suffix in (".py", ".yaml", ".safetensors", ".json", ".html"):
+        for suffix in (".py", ".yaml", ".safetensors", ".json", ".jinja", ".html"):
             for path in (ROOT / folder).rglob(f"*{suffix}"):
                 name = f"{inside}/{path.relative_to(ROOT / folder).as_posix()}"
                 assert name in files, f"{name} is not in the wheel; see [tool.setuptools] in pyproject.toml"
-    for policy in ("openvla-nano", "openvla-nano-bridge"):  # the base policies, whatever the folder holds
+    for policy in ("openvla-nano", "openvla-nano-bridge", "qwen-nano"):  # the base policies, whatever the folder holds
         for name in ("model.safetensors", "README.md", "config.json"):
             assert f"robot_forgetting/weights/{policy}/{name}" in files
     tops = {name.split("/")[0] for name in files}

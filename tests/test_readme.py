@@ -45,12 +45,15 @@ def test_snippets_are_as_short_as_promised():
 
 @pytest.mark.parametrize(
     "file, policy",
-    [("README.md", ""), ("docs/vision_towers.md", ""), ("robot_forgetting/weights/openvla-nano/README.md", ""),
-     ("configs/policy/openvla-nano.yaml", ""), ("configs/policy/openvla-nano-new.yaml", ""),
-     ("robot_forgetting/weights/openvla-nano-bridge/README.md", "-bridge")],
+    [("README.md", "openvla-nano"), ("docs/vision_towers.md", "openvla-nano"),
+     ("robot_forgetting/weights/openvla-nano/README.md", "openvla-nano"),
+     ("configs/policy/openvla-nano.yaml", "openvla-nano"), ("configs/policy/openvla-nano-new.yaml", "openvla-nano"),
+     ("robot_forgetting/weights/openvla-nano-bridge/README.md", "openvla-nano-bridge"),
+     ("README.md", "qwen-nano"), ("docs/language_models.md", "qwen-nano"), ("configs/policy/qwen-nano.yaml", "qwen-nano"),
+     ("configs/policy/qwen-nano-new.yaml", "qwen-nano"), ("robot_forgetting/weights/qwen-nano/README.md", "qwen-nano")],
 )  # fmt: skip
 def test_the_size_of_the_small_policy_is_the_measured_one(file, policy):
-    with safe_open(ROOT / f"robot_forgetting/weights/openvla-nano{policy}/model.safetensors", "pt") as tensors:
+    with safe_open(ROOT / f"robot_forgetting/weights/{policy}/model.safetensors", "pt") as tensors:
         count = sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())
     assert f"{count / 1e6:.2f} million parameters" in (ROOT / file).read_text(encoding="utf-8")
 
