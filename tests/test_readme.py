@@ -49,8 +49,9 @@ def test_snippets_are_as_short_as_promised():
      ("robot_forgetting/weights/openvla-nano/README.md", "openvla-nano"),
      ("configs/policy/openvla-nano.yaml", "openvla-nano"), ("configs/policy/openvla-nano-new.yaml", "openvla-nano"),
      ("robot_forgetting/weights/openvla-nano-bridge/README.md", "openvla-nano-bridge"),
-     ("README.md", "qwen-nano"), ("docs/language_models.md", "qwen-nano"), ("configs/policy/qwen-nano.yaml", "qwen-nano"),
-     ("configs/policy/qwen-nano-new.yaml", "qwen-nano"), ("robot_forgetting/weights/qwen-nano/README.md", "qwen-nano")],
+     ("README.md", "qwen-nano"), ("docs/language_models.md", "qwen-nano"),
+     ("configs/policy/qwen-nano.yaml", "qwen-nano"), ("configs/policy/qwen-nano-new.yaml", "qwen-nano"),
+     ("robot_forgetting/weights/qwen-nano/README.md", "qwen-nano")],
 )  # fmt: skip
 def test_the_size_of_the_small_policy_is_the_measured_one(file, policy):
     with safe_open(ROOT / f"robot_forgetting/weights/{policy}/model.safetensors", "pt") as tensors:
