@@ -33,9 +33,10 @@ def test_skills_cross_annotators_with_rates():
     with hydra.initialize_config_dir(configs.__path__[0], version_base="1.3"):
         study = hydra.utils.instantiate(hydra.compose("config", ["reproduce=llm/skills"]).reproduce, _convert_="all")
     specs = {spec.id: spec.overrides for spec in study.specs(study.grid, range(study.seeds))}
-    assert len(specs) == 3 * (3 * 3 + 2 * 3)
+    assert len(specs) == 3 * (3 * 3 + 3 + 2 * 3)
     assert specs["grpo-lr0.0001-seed0"] == ("method=grpo", "seed=0", "method.optimiser.learning_rate=0.0001")
     assert "method.iterations=72" in specs["grpo-iterations72-lr0.0001-seed0"]
+    assert "method.iterations=24" in specs["sft-next-iterations24-lr0.0001-seed2"]
     assert specs["sft-next-lr0.0003-seed1"] == (
         "method=sft", "seed=1", "task.annotator=next", "method.optimiser.learning_rate=0.0003",
     )  # fmt: skip

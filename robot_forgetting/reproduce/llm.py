@@ -44,7 +44,7 @@ class Study:
     """The sweep: for each method every combination of its axes, for each seed.
 
     common: {policy, task, budget, ...}: keys of every run, which the command line may replace
-    grid: {method: {axis of ``AXES``: values}}; the value null leaves what the budget or the method's file says
+    grid: {method: {axis of ``AXES``: values}}, or a list of such axes for a method
     quick: what `quick=true` changes of ``common``, ``grid`` and ``seeds``
     """
 
@@ -97,14 +97,14 @@ class Study:
     def specs(self, grid: dict, seeds: Sequence[int]) -> list[Spec]:
         """Every run of the sweep, a seed's together."""
         found = []
-        for seed, (method, axes) in itertools.product(seeds, grid.items()):
+        parts = [(method, axes) for method, several in grid.items() for axes in _several(several)]
+        for seed, (method, axes) in itertools.product(seeds, parts):
             for values in itertools.product(*axes.values()):
                 chosen = dict(zip(axes, values, strict=True))
                 overrides = [f"method={method}", f"seed={seed}"]
-                given = {axis: value for axis, value in chosen.items() if value is not None}
-                overrides += [f"{AXES[axis][0]}={value}" for axis, value in given.items() if AXES[axis][0]]
-                parts = [f"{AXES[axis][1]}{value}" for axis, value in given.items()]
-                name = "-".join([method, *parts, f"seed{seed}"])
+                overrides += [f"{AXES[axis][0]}={value}" for axis, value in chosen.items() if AXES[axis][0]]
+                settings = [f"{AXES[axis][1]}{value}" for axis, value in chosen.items() if value is not None]
+                name = "-".join([method, *settings, f"seed{seed}"])
                 found.append(Spec(name, tuple(overrides), chosen.get("passes")))
         return found
 
@@ -135,9 +135,13 @@ def _text(value) -> str:
     )
 
 
+def _several(axes: dict | list[dict]) -> list[dict]:
+    return axes if isinstance(axes, list) else [axes]
+
+
 def _check(grid: dict) -> None:
-    for method, axes in grid.items():
-        for axis, values in axes.items():
+    for method, several in grid.items():
+        for axis, values in (pair for axes in _several(several) for pair in axes.items()):
             if axis not in AXES:
                 raise unknown(f"axis of reproduce.grid.{method}", axis, AXES)
             if not isinstance(values, list) or not values:
