@@ -144,7 +144,7 @@ def test_flags_of_a_can(players, blind, monkeypatch, steps, expected):
     body = env.can._bodies[0]
     other = sapien.Entity()
     for held, risen, touching in steps:
-        monkeypatch.setattr(env, "_pressed", lambda touches, held=held: held)
+        monkeypatch.setattr(env, "pressed", lambda touches, held=held: held)
         monkeypatch.setattr(env, "contacts", lambda entity, on=touching: [(other, np.array([0, 0, 1e-3]))] * on)
         body.entity.set_pose(sapien.Pose([-0.2, 0.2, 0.9 + risen]))
         flags = env.evaluate()
