@@ -88,7 +88,7 @@ class MoveNear(Tabletop):
             body = thing._bodies[0].entity.find_component_by_type(sapien.render.RenderBodyComponent)
             for shape in body.render_shapes:
                 for part in shape.parts if hasattr(shape, "parts") else [shape]:
-                    part.material.roughness, part.material.metallic, part.material.specular = 1.0, 0.0, 0.0
+                    _dull(part.material)
 
     def _initialize_episode(self, env_idx: torch.Tensor, options: dict):
         number, rng = self.draw(options)
@@ -149,6 +149,14 @@ class MoveNear(Tabletop):
 
 def _frame(thing) -> np.ndarray:
     return thing._bodies[0].entity_pose.to_transformation_matrix()[:3, :3]
+
+
+def _dull(material) -> None:
+    """The original's look: nothing shines, and a baked texture glows as it is (SAPIEN 3 multiplies it by the file's
+    emission, which is black; SAPIEN 2 puts the texture in its place)."""
+    material.roughness, material.metallic, material.specular = 1.0, 0.0, 0.0
+    if material.emission_texture is not None:
+        material.emission = [1.0, 1.0, 1.0, 1.0]
 
 
 def _put_away(body, index: int) -> None:
