@@ -16,8 +16,13 @@ PALM, FLOOR = 0.05, 0.012  # metres of the tool centre point under an object's t
 CARRY = 0.04  # metres over the table
 BESIDE = 0.16  # metres between the middles of two objects that then are near each other
 FLAT = ("baked_sponge_v2",)
+NECKS = {"blue_plastic_bottle": 0.013}  # metres deeper, where there is a neck to slip from
 BEFORE, PUSH = 0.12, 0.10  # metres of the tool centre point before a drawer's front, and beyond it while it pushes
 REACH = 0.5  # radians by which the hand points away from the robot then, to get farther
+EDGE = np.array([-0.0075, 0.0, 0.07])  # metres from the middle of a drawer's front to that of its upper edge
+WIDE = 0.2  # metres to either side of the cabinet's middle, at most, where the hand pulls
+OVER, UNDER = 0.04, 0.016  # metres over the edge at which the hand goes in, and under which it rests on the edge
+FAR, ENOUGH = 1.1, 0.18  # radians by which the hand then leans; metres to which a drawer is pulled open
 WRIST = 1.70  # radians; the joint ends at 1.79, where inverse kinematics goes astray
 
 
@@ -52,7 +57,7 @@ def move_near(env) -> np.ndarray:
     frame = hand.to_transformation_matrix()[:3, :3]
     turned = thing.entity_pose.to_transformation_matrix()[:3, :3]
     top = _top(env, env.source_obj_name) - at[2]
-    grip = np.array([*at[:2], at[2] + max(top - PALM, FLOOR - top)])
+    grip = np.array([*at[:2], at[2] + max(top - PALM - NECKS.get(env.source_obj_name, 0.0), FLOOR - top)])
     narrow = turned[:, 0]  # across this axis of its own a sponge is narrow; the others are round
     across = np.array([*(narrow if env.source_obj_name in FLAT else frame[:, 1])[:2], 0.0])
     turn = _turn_to(frame, across, _lean(env, frame))
@@ -92,6 +97,28 @@ def close_drawer(env) -> np.ndarray:
     if env.opening() < 0.01:
         return command(env, np.zeros(3), np.zeros(3), CLOSE)
     return command(env, way - [PUSH, 0.0, 0.0], turn, CLOSE)
+
+
+def open_drawer(env) -> np.ndarray:
+    """The fist, leaning far, through the gap over the drawer's front; down onto the front's upper edge, and back.
+
+    The handles have no collision shape; what pulls is friction on the edge.
+    """
+    frame = env.agent.tcp._objs[0].entity_pose.to_transformation_matrix()
+    lean = max(_lean(env, frame[:3, :3]), FAR)
+    turn = _turn_to(frame[:3, :3], np.array([1.0, 0.0, 0.0]), lean)
+    base = env.agent.robot._objs[0].root_pose.p
+    edge = env.front() + EDGE + [0.0, np.clip(base[1], -WIDE, WIDE), 0.0]
+    x, y, z = frame[:3, 3] - edge
+    if env.opening() > ENOUGH:
+        return command(env, np.zeros(3), np.zeros(3), CLOSE)
+    if x < -0.012 and z < UNDER:  # on it
+        return command(env, np.array([0.1, -y, -0.04]), turn, CLOSE)
+    if x < -0.03 and z < OVER + 0.02:
+        return command(env, np.array([0.0, -y, -0.04]), turn, CLOSE)
+    if abs(y) < 0.05 and 0.014 < z < OVER + 0.02 and x < BEFORE and np.linalg.norm(turn) < 0.2:
+        return command(env, np.array([-0.06 - x, -y, 2 * (OVER - z)]), turn, CLOSE)  # it sags on its way
+    return command(env, np.array([BEFORE - 0.02 - x, -y, OVER - z]), turn, CLOSE)
 
 
 def _top(env, name: str) -> float:
