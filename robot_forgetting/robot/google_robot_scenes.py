@@ -226,7 +226,13 @@ class Tabletop(GoogleScene):
 
         starts: (object, place [2], quaternion)
         """
+        # It stands still there: fingers still driven by the last episode's targets changed how a bottle came to rest.
         self.agent.robot.set_pose(sapien.Pose([-10, 0, 0]))
+        start = self.agent.initial_qpos()
+        self.agent.reset(init_qpos=start)
+        for joint, position in zip(self.agent.robot._objs[0].active_joints, start, strict=True):
+            joint.set_drive_target(float(position))
+            joint.set_drive_velocity_target(0.0)
         bodies = [thing._bodies[0] for thing, _, _ in starts]
 
         def still(body, pose) -> None:
