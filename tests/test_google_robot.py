@@ -316,6 +316,18 @@ def test_test_seeds_are_the_evaluation_configurations(players, blind):
     assert len(shown) == 1
 
 
+def test_a_start_does_not_depend_on_the_episode_before(players, blind):
+    """Fingers that were still driven while the objects settled made a bottle rest elsewhere."""
+    simulation = players(NEAR).simulation
+    env, starts = simulation.env, []
+    for _ in range(3):
+        simulation.reset(300_000)
+        starts.append(np.concatenate([env.objs[name]._bodies[0].entity_pose.q for name in env.shown]))
+        for _ in range(2 * len(starts)):
+            simulation.step([0.05, 0.05, -0.03, 0, 0, 0, 1])
+    assert np.array_equal(starts[0], starts[1]) and np.array_equal(starts[0], starts[2])
+
+
 def test_each_station_has_its_photo(players, bundle):
     from robot_forgetting.robot.pictures import read_photo
 
