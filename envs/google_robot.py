@@ -1,10 +1,12 @@
-"""SimplerEnv's Google-robot tasks: pick up a can, open or close a drawer of a cabinet."""
+"""SimplerEnv's Google-robot tasks: pick up a can, move one thing near another, open or close a drawer."""
 
 from __future__ import annotations
 
 from mani_skill.utils.registration import register_env
 
+from robot_forgetting.robot.google_robot_move_near import MoveNear
 from robot_forgetting.robot.google_robot_scenes import Drawer, PickCan
 
 register_env("RobotForgetting-GoogleRobotPickCan-v1", max_episode_steps=80)(PickCan)
+register_env("RobotForgetting-GoogleRobotMoveNear-v1", max_episode_steps=80)(MoveNear)
 register_env("RobotForgetting-GoogleRobotDrawer-v1", max_episode_steps=113)(Drawer)

@@ -453,6 +453,7 @@ def record(
             say(f"  {task.name}, seed {episode.key.seed}: no video, {episode.error}")
             continue
         name = video_name(task.name, episode.key.seed, who, episode.success)
-        write_episode(folder / name, episode.frames, task.instruction, np.stack(episode.commands), episode.success)
+        said = episode.observations[0].get("instruction", task.instruction)
+        write_episode(folder / name, episode.frames, said, np.stack(episode.commands), episode.success)
         episodes.append(episode)
     return sorted(episodes, key=lambda episode: episode.key.seed)

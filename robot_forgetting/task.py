@@ -71,6 +71,7 @@ class Task(ABC):
 
     name: str
     instruction: str
+    instructions: tuple[str, ...] = ()  # where an episode gives one of several; ``instruction`` then is their summary
     max_steps: int
 
     @abstractmethod

@@ -153,12 +153,16 @@ def _check_environment(table: Table, task: Task, output: Path | None) -> None:
             env.close()
 
 
+def _instructions(task: Task) -> tuple[str, ...]:
+    return task.instructions or (task.instruction,)
+
+
 def _picture(task: Task, player: Player, seed: int) -> str:
     row = player.reset(0, seed).observation
     for key in ("image", "instruction"):
         expect(key in row, f"the observation has no '{key}', only {sorted(row)}; robot policies read it")
     expect(
-        row["instruction"] == task.instruction,
+        row["instruction"] in _instructions(task),
         f"the observation's instruction is {row['instruction']!r}, the task's {task.instruction!r}; use one",
     )
     image, size = row["image"], task.convention().image_size
@@ -308,7 +312,7 @@ def _expert_episodes(task, seeds: Sequence[int]) -> tuple[list[int], float]:
 
     noise = {"small": 0.0, "kick": 0.0, "kick_probability": 0.0}
     lost, steps = [], []
-    for seed, success, images, commands in demonstrate(task.spec, list(seeds), noise, task.processes):
+    for seed, success, images, commands, _ in demonstrate(task.spec, list(seeds), noise, task.processes):
         _commands(task, images, commands, seed)
         steps.append(len(commands))
         if not success:
@@ -368,7 +372,7 @@ def _demonstrations(task: Task, count: int) -> str:
     expect(len(episodes) == count, f"demonstrations({count}) gave {len(episodes)}; give as many as are asked for")
     for episode in episodes:
         _commands(task, episode.images, episode.commands, episode.seed)
-        expect(episode.instruction == task.instruction, "a demonstration carries another instruction than its task")
+        expect(episode.instruction in _instructions(task), "a demonstration carries another instruction than its task")
         expect(episode.seed in task.seeds("train"), f"seed {episode.seed} is not of the training split asked for")
     seeds = [episode.seed for episode in episodes]
     expect(seeds == sorted(set(seeds)), f"seeds {seeds} are not in order or repeat; one episode per seed, in order")

@@ -12,8 +12,17 @@ GAIN = 0.5  # of the way per step
 STEP, TURN = 0.08, 0.3  # at most so many metres and radians per step
 HOVER = 0.08  # metres over the place of the grasp
 LIFT = 0.12  # metres
+PALM, FLOOR = 0.05, 0.012  # metres of the tool centre point under an object's top, at most, and over the table
+CARRY = 0.04  # metres over the table
+BESIDE = 0.16  # metres between the middles of two objects that then are near each other
+FLAT = ("baked_sponge_v2",)
+NECKS = {"blue_plastic_bottle": 0.013}  # metres deeper, where there is a neck to slip from
 BEFORE, PUSH = 0.12, 0.10  # metres of the tool centre point before a drawer's front, and beyond it while it pushes
 REACH = 0.5  # radians by which the hand points away from the robot then, to get farther
+EDGE = np.array([-0.0075, 0.0, 0.07])  # metres from the middle of a drawer's front to that of its upper edge
+WIDE = 0.2  # metres to either side of the cabinet's middle, at most, where the hand pulls
+OVER, UNDER = 0.04, 0.016  # metres over the edge at which the hand goes in, and under which it rests on the edge
+FAR, ENOUGH = 1.1, 0.18  # radians by which the hand then leans; metres to which a drawer is pulled open
 WRIST = 1.70  # radians; the joint ends at 1.79, where inverse kinematics goes astray
 
 
@@ -28,16 +37,52 @@ def pick_can(env) -> np.ndarray:
     across = np.array([-axis[1], axis[0], 0.0]) if lying else np.array([*frame[:2, 1], 0.0])
     turn = _turn_to(frame, across, _lean(env, frame))
     away = grip - hand.p
-    held = env._pressed(list(env.contacts(env.can._bodies[0].entity)))
+    held = env.pressed(list(env.contacts(env.can._bodies[0].entity)))
     risen = can.p[2] - env._height
     if held and (env._held >= 2 or risen > 0.005):  # the fingers have come to rest on it
         return command(env, np.array([0.0, 0.0, max(0.0, LIFT - risen)]), turn, KEEP)
     beside = np.linalg.norm(away[:2])
     if held or (beside < 0.02 and abs(away[2]) < 0.01):
         return command(env, np.zeros(3), np.zeros(3), CLOSE)
-    gripper = OPEN if env.agent.robot.qpos[0, env.fingers].mean() > 0.05 else KEEP
+    gripper = _open(env)
     if away[2] < -HOVER / 2 and (beside > 0.015 or np.linalg.norm(turn) > 0.12):
         return command(env, away + [0.0, 0.0, HOVER], turn, gripper)
+    return command(env, away, turn, gripper)
+
+
+def move_near(env) -> np.ndarray:
+    """Over the source, down, close; lift, carry it straight towards the target, down, open, up."""
+    thing, target = env.objs[env.source_obj_name]._bodies[0], env.objs[env.target_obj_name]._bodies[0]
+    hand, at = env.agent.tcp._objs[0].entity_pose, np.asarray(thing.entity_pose.p, dtype=np.float64)
+    frame = hand.to_transformation_matrix()[:3, :3]
+    turned = thing.entity_pose.to_transformation_matrix()[:3, :3]
+    top = _top(env, env.source_obj_name) - at[2]
+    grip = np.array([*at[:2], at[2] + max(top - PALM - NECKS.get(env.source_obj_name, 0.0), FLOOR - top)])
+    narrow = turned[:, 0]  # across this axis of its own a sponge is narrow; the others are round
+    across = np.array([*(narrow if env.source_obj_name in FLAT else frame[:, 1])[:2], 0.0])
+    turn = _turn_to(frame, across, _lean(env, frame))
+    held = env.pressed(list(env.contacts(thing.entity)))
+    risen = at[2] - env._starts[env.source_obj_name][2]
+    way = np.asarray(target.entity_pose.p, dtype=np.float64)[:2] - at[:2]
+    left = float(np.linalg.norm(way)) - BESIDE  # metres still to carry it
+    clear = max(_top(env, name) for name in env.shown) + HOVER - PALM  # here the hand passes over all of them
+    if not held and left < 0.02:  # it stands there
+        up = max(0.0, clear + HOVER - hand.p[2])
+        return command(env, np.array([0.0, 0.0, up]), np.zeros(3), _open(env))
+    if held and (env._held >= 2 or risen > 0.005):
+        if left < 0.01 and risen < 0.004:
+            return command(env, np.zeros(3), np.zeros(3), OPEN)
+        high = float(np.clip(2 * left - 0.02, 0.0, CARRY))
+        along = way / np.linalg.norm(way) * left * (risen > min(0.6 * CARRY, high) - 0.005)
+        return command(env, np.array([*along, high - risen]), turn, KEEP)
+    away = grip - hand.p
+    beside = np.linalg.norm(away[:2])
+    if held or (beside < 0.02 and abs(away[2]) < 0.01):
+        return command(env, np.zeros(3), np.zeros(3), CLOSE)
+    gripper = _open(env)
+    over = away[2] < -HOVER / 2 and (beside > 0.015 or np.linalg.norm(turn) > 0.12)
+    if over or beside > 0.05:
+        return command(env, np.array([*away[:2], clear - hand.p[2]]), turn, gripper)
     return command(env, away, turn, gripper)
 
 
@@ -52,6 +97,38 @@ def close_drawer(env) -> np.ndarray:
     if env.opening() < 0.01:
         return command(env, np.zeros(3), np.zeros(3), CLOSE)
     return command(env, way - [PUSH, 0.0, 0.0], turn, CLOSE)
+
+
+def open_drawer(env) -> np.ndarray:
+    """The fist, leaning far, through the gap over the drawer's front; down onto the front's upper edge, and back.
+
+    The handles have no collision shape; what pulls is friction on the edge.
+    """
+    frame = env.agent.tcp._objs[0].entity_pose.to_transformation_matrix()
+    lean = max(_lean(env, frame[:3, :3]), FAR)
+    turn = _turn_to(frame[:3, :3], np.array([1.0, 0.0, 0.0]), lean)
+    base = env.agent.robot._objs[0].root_pose.p
+    edge = env.front() + EDGE + [0.0, np.clip(base[1], -WIDE, WIDE), 0.0]
+    x, y, z = frame[:3, 3] - edge
+    if env.opening() > ENOUGH:
+        return command(env, np.zeros(3), np.zeros(3), CLOSE)
+    if x < -0.012 and z < UNDER:  # on it
+        return command(env, np.array([0.1, -y, -0.04]), turn, CLOSE)
+    if x < -0.03 and z < OVER + 0.02:
+        return command(env, np.array([0.0, -y, -0.04]), turn, CLOSE)
+    if abs(y) < 0.05 and 0.014 < z < OVER + 0.02 and x < BEFORE and np.linalg.norm(turn) < 0.2:
+        return command(env, np.array([-0.06 - x, -y, 2 * (OVER - z)]), turn, CLOSE)  # it sags on its way
+    return command(env, np.array([BEFORE - 0.02 - x, -y, OVER - z]), turn, CLOSE)
+
+
+def _top(env, name: str) -> float:
+    """World height of an object's top."""
+    pose = env.objs[name]._bodies[0].entity_pose
+    return float(pose.p[2] + np.abs(pose.to_transformation_matrix()[2, :3]) @ env.sizes[name] / 2)
+
+
+def _open(env) -> float:
+    return OPEN if env.agent.robot.qpos[0, env.fingers].mean() > 0.05 else KEEP
 
 
 def _lean(env, frame: np.ndarray) -> float:

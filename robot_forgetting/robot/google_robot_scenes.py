@@ -23,9 +23,9 @@ BASE_HEIGHT = 0.06205 + 0.017  # of the robot's base over the floor, metres
 TABLE_HEIGHT = 0.87
 STAGE = "stages/google_pick_coke_can_1_v4.glb"
 CAN = "opened_coke_can"
-# N / m, of the can's contacts (a negative restitution is PhysX 5's sign for a spring). With the rigid contacts of the
-# original, PhysX 5 loses the 20 g between two fingers that press with 100 N; see docs/google_robot.md.
-CAN_STIFFNESS = 2e5
+# N / m, of an object's contacts (a negative restitution is PhysX 5's sign for a spring). With the rigid contacts of the
+# original, PhysX 5 loses a can of 20 g between two fingers that press with 100 N; see docs/google_robot.md.
+STIFFNESS = 2e5
 
 
 def folder():
@@ -122,6 +122,25 @@ class GoogleScene(BaseDigitalTwinEnv):
         for _ in range(int(self.sim_freq * seconds)):
             self.scene.step()
 
+    def pressed(self, touching: list, *, least: float = 1e-6, max_angle: float = 80) -> bool:
+        """Whether both fingers press an object (newton seconds), within ``max_angle`` degrees of their own y axes.
+
+        touching: what ``contacts`` gives for it
+        """
+        return all(self._finger_presses(side, touching, least, max_angle) for side in ("left", "right"))
+
+    def _finger_presses(self, side: str, touching: list, least: float, max_angle: float) -> bool:
+        largest, angle = 0.0, np.inf
+        for name in (f"link_finger_tip_{side}", f"link_finger_{side}"):
+            entity = self.agent.robot.links_map[name]._objs[0].entity
+            push = np.sum([impulse for other, impulse in touching if other == entity] or [np.zeros(3)], axis=0)
+            size = float(np.linalg.norm(push))
+            largest = max(largest, size)
+            if size >= least:
+                opening = entity.pose.to_transformation_matrix()[:3, 1]
+                angle = min(angle, np.degrees(np.arccos(np.clip(opening @ push / size, -1, 1))))
+        return largest >= least and angle <= max_angle
+
     def contacts(self, entity):
         """(the other's entity, impulse on it [3] in newton seconds) of what touches ``entity`` in the last step."""
         for contact in self.scene.px.get_contacts():
@@ -152,23 +171,17 @@ def can_state(number: int | None, rng: np.random.Generator) -> tuple[int, np.nda
     return -1, place, colours
 
 
-class PickCan(GoogleScene):
-    """Lift an empty can. 25 places times 4 colourings; configuration k has place k // 4 and colouring k % 4.
+class Tabletop(GoogleScene):
+    """Objects on a table, which a photo hides.
 
-    orientation: one of ``ORIENTATIONS``, or "any": drawn anew for every episode
     table: "flat" (a slab that ends before the robot) or "stage" (the collision mesh of the assets)
     """
 
-    def __init__(self, orientation: str = "upright", table: str = "flat", **kwargs):
-        for kind, name, names in (
-            ("orientation", orientation, (*ORIENTATIONS, "any")),
-            ("table", table, ("flat", "stage")),
-        ):
-            if name not in names:
-                raise unknown(kind, name, names)
-        self.orientation, self.table = orientation, table
-        self.recorded_choices = {"orientation": ORIENTATIONS, "colours": COLOURS}
-        super().__init__("google_coke_can_real_eval_1.png", (STAGE,) * (table == "stage"), **kwargs)
+    def __init__(self, photo: str, needs: tuple[str, ...] = (), table: str = "flat", **kwargs):
+        if table not in ("flat", "stage"):
+            raise unknown("table", table, ("flat", "stage"))
+        self.table = table
+        super().__init__(photo, (*needs, *(STAGE,) * (table == "stage")), **kwargs)
 
     def _load_lighting(self, options: dict):
         self.scene.set_ambient_light([0.3, 0.3, 0.3])
@@ -178,7 +191,7 @@ class PickCan(GoogleScene):
 
     def _load_scene(self, options: dict):
         self._polish()
-        builder = self.scene.create_actor_builder()  # never seen: the photo is in its place
+        builder = self.scene.create_actor_builder()
         if self.table == "stage":
             builder.add_nonconvex_collision_from_file(str(folder() / STAGE), sapien.Pose(q=[0.707, 0.707, 0, 0]))
             builder.initial_pose = sapien.Pose([1.6616, 3.0337, 0])
@@ -186,19 +199,78 @@ class PickCan(GoogleScene):
             builder.add_box_collision(half_size=[0.5, 1.0, 0.02])
             builder.initial_pose = sapien.Pose([-0.55, 0.2, TABLE_HEIGHT - 0.02])
         builder.build_static(name="table")
-        model = folder() / "custom" / "models" / CAN
+        self._load_objects()
+        for thing in self.objs.values():
+            body = thing._bodies[0]
+            body.linear_damping = body.angular_damping = 0.1
+            self.remove_object_from_greenscreen(thing)
+        self.remove_object_from_greenscreen(self.agent.robot)
+
+    def _load_objects(self) -> None:
+        """Fills ``self.objs``: name -> actor."""
+        raise NotImplementedError
+
+    def _object(self, name: str, visual: str, density: float):
+        """One of the assets' models; contacts yield, see ``STIFFNESS``."""
+        model = folder() / "custom" / "models" / name
         builder = self.scene.create_actor_builder()
         builder.add_multiple_convex_collisions_from_file(
-            str(model / "collision.obj"), material=sapien.physx.PhysxMaterial(0.5, 0.5, -CAN_STIFFNESS), density=50
+            str(model / "collision.obj"), material=sapien.physx.PhysxMaterial(0.5, 0.5, -STIFFNESS), density=density
         )
-        builder.add_visual_from_file(str(model / "textured.dae"))
+        builder.add_visual_from_file(str(model / visual))
         builder.initial_pose = sapien.Pose([0, 0, 2])
-        self.can = builder.build(name=CAN)
+        return builder.build(name=name)
+
+    def _drop(self, starts: list[tuple]) -> None:
+        """Objects fall from half a metre with their tilt locked, then settle; the robot is out of the way.
+
+        starts: (object, place [2], quaternion)
+        """
+        # It stands still there: fingers still driven by the last episode's targets changed how a bottle came to rest.
+        self.agent.robot.set_pose(sapien.Pose([-10, 0, 0]))
+        start = self.agent.initial_qpos()
+        self.agent.reset(init_qpos=start)
+        for joint, position in zip(self.agent.robot._objs[0].active_joints, start, strict=True):
+            joint.set_drive_target(float(position))
+            joint.set_drive_velocity_target(0.0)
+        bodies = [thing._bodies[0] for thing, _, _ in starts]
+
+        def still(body, pose) -> None:
+            body.entity.set_pose(pose)
+            body.set_linear_velocity(np.zeros(3))
+            body.set_angular_velocity(np.zeros(3))
+
+        for body, (_, place, turn) in zip(bodies, starts, strict=True):
+            still(body, sapien.Pose([*place, TABLE_HEIGHT + 0.5], turn))
+            body.set_locked_motion_axes([False, False, False, True, True, False])
+        self._settle(0.5)
+        for body in bodies:
+            body.set_locked_motion_axes([False] * 6)
+            still(body, body.entity_pose)
+        self._settle(0.5)
+        moving = sum(np.linalg.norm(body.linear_velocity) for body in bodies)
+        turning = sum(np.linalg.norm(body.angular_velocity) for body in bodies)
+        if moving > 1e-3 or turning > 1e-2:
+            self._settle(1.5)
+
+
+class PickCan(Tabletop):
+    """Lift an empty can. 25 places times 4 colourings; configuration k has place k // 4 and colouring k % 4.
+
+    orientation: one of ``ORIENTATIONS``, or "any": drawn anew for every episode
+    table: as ``Tabletop`` has it
+    """
+
+    def __init__(self, orientation: str = "upright", table: str = "flat", **kwargs):
+        if orientation not in (*ORIENTATIONS, "any"):
+            raise unknown("orientation", orientation, (*ORIENTATIONS, "any"))
+        self.orientation = orientation
+        self.recorded_choices = {"orientation": ORIENTATIONS, "colours": COLOURS}
+        super().__init__("google_coke_can_real_eval_1.png", table=table, **kwargs)
+
+    def _load_objects(self) -> None:
+        self.can = self._object(CAN, "textured.dae", 50)
         self.objs, self.source_obj_name = {CAN: self.can}, CAN
-        body = self.can._bodies[0]
-        body.linear_damping = body.angular_damping = 0.1
-        self.remove_object_from_greenscreen(self.can)
-        self.remove_object_from_greenscreen(self.agent.robot)
 
     def _initialize_episode(self, env_idx: torch.Tensor, options: dict):
         number, rng = self.draw(options)
@@ -206,36 +278,17 @@ class PickCan(GoogleScene):
         orientation = options.get("orientation", orientation)
         self.configuration, place, colours = can_state(number, rng)
         self._show(options.get("colours", colours))
-        self._drop(options.get("place", place), ORIENTATIONS[orientation])
+        self._drop([(self.can, options.get("place", place), ORIENTATIONS[orientation])])
         self._place_robot(0.35, 0.20, 0.0)
         self._held, self._lifted, self._high = 0, False, 0  # steps held, lifted since, steps higher than 2 cm
         self._height = float(self.can._bodies[0].entity_pose.p[2])
-
-    def _drop(self, place: np.ndarray, turn: list[float]) -> None:
-        """The can falls from half a metre with its tilt locked, then settles; the robot is out of the way."""
-        self.agent.robot.set_pose(sapien.Pose([-10, 0, 0]))
-        body = self.can._bodies[0]
-
-        def still(pose) -> None:
-            body.entity.set_pose(pose)
-            body.set_linear_velocity(np.zeros(3))
-            body.set_angular_velocity(np.zeros(3))
-
-        still(sapien.Pose([*place, TABLE_HEIGHT + 0.5], turn))
-        body.set_locked_motion_axes([False, False, False, True, True, False])
-        self._settle(0.5)
-        body.set_locked_motion_axes([False] * 6)
-        still(body.entity_pose)
-        self._settle(0.5)
-        if np.linalg.norm(body.linear_velocity) > 1e-3 or np.linalg.norm(body.angular_velocity) > 1e-2:
-            self._settle(1.5)
 
     def evaluate(self) -> dict:
         """The original's flags after a control step; success is a can lifted by 1 cm with nothing but the robot
         touching it while it is held, or one that was 2 cm up in five steps of the episode."""
         body = self.can._bodies[0]
         touching = list(self.contacts(body.entity))
-        held = self._pressed(touching)
+        held = self.pressed(touching)
         self._held = self._held + 1 if held else 0
         robot = {link.entity for link in self.agent.robot._objs[0].links}
         free = all(other in robot or np.linalg.norm(impulse) <= 1e-6 for other, impulse in touching)
@@ -252,22 +305,6 @@ class PickCan(GoogleScene):
         }
         flags = {name: torch.tensor([bool(value)]) for name, value in flags.items()}
         return {**flags, "configuration": torch.tensor([self.configuration])}
-
-    def _pressed(self, touching: list, *, least: float = 1e-6, max_angle: float = 80) -> bool:
-        """Whether both fingers press the can (newton seconds), within ``max_angle`` degrees of their own y axes."""
-        return all(self._finger_presses(side, touching, least, max_angle) for side in ("left", "right"))
-
-    def _finger_presses(self, side: str, touching: list, least: float, max_angle: float) -> bool:
-        largest, angle = 0.0, np.inf
-        for name in (f"link_finger_tip_{side}", f"link_finger_{side}"):
-            entity = self.agent.robot.links_map[name]._objs[0].entity
-            push = np.sum([impulse for other, impulse in touching if other == entity] or [np.zeros(3)], axis=0)
-            size = float(np.linalg.norm(push))
-            largest = max(largest, size)
-            if size >= least:
-                opening = entity.pose.to_transformation_matrix()[:3, 1]
-                angle = min(angle, np.degrees(np.arccos(np.clip(opening @ push / size, -1, 1))))
-        return largest >= least and angle <= max_angle
 
 
 # name: x, y, yaw of the robot's base; each has its photo

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import permutations
+
 from robot_forgetting.robot.conventions import declared
 from robot_forgetting.robot.robots import Robot
 from robot_forgetting.robot.task import ManiSkillTask
@@ -17,6 +19,23 @@ GOOGLE_ROBOT = Robot(
 # The robot's camera: [fx, fy, cx, cy] in pixels of its 640 x 512.
 GOOGLE_CAMERA = {"size": [640, 512], "intrinsic": [425.0, 425.0, 320.0, 256.0]}
 GOOGLE_NOISE = {"small": 0.004, "kick": 0.02, "kick_probability": 0.1}  # metres
+
+# Model names of the assets; configuration k of "move near" shows triplet k // 48.
+MOVE_NEAR_TRIPLETS = (
+    ("blue_plastic_bottle", "baked_opened_pepsi_can_v2", "orange"),
+    ("baked_opened_7up_can_v2", "baked_apple_v2", "baked_sponge_v2"),
+    ("baked_opened_coke_can_v2", "baked_opened_redbull_can_v2", "baked_apple_v2"),
+    ("baked_sponge_v2", "blue_plastic_bottle", "baked_opened_7up_can_v2"),
+    ("orange", "baked_opened_pepsi_can_v2", "baked_opened_redbull_can_v2"),
+)
+MOVE_NEAR_OBJECTS = tuple(dict.fromkeys(name for names in MOVE_NEAR_TRIPLETS for name in names))
+
+
+def move_near_sentence(source: str, target: str) -> str:
+    """What an episode says: the models' names without what is not said of a thing."""
+    silent = ("opened", "baked", "v2")
+    source, target = (" ".join(word for word in name.split("_") if word not in silent) for name in (source, target))
+    return f"move {source} near {target}"
 
 
 def google_robot_task(
@@ -38,7 +57,8 @@ def google_robot_task(
 ) -> ManiSkillTask:
     """A task at 3 Hz with a photo for the background; success as it stands when the time is up.
 
-    scene: "PickCan", "Drawer": an environment of ``robot_forgetting.envs.google_robot``; env_arguments: its own
+    scene: "PickCan", "MoveNear", "Drawer": an environment of ``robot_forgetting.envs.google_robot``
+    env_arguments: its own
     rotation, gripper: what the policy's commands mean; "euler_xyz" and "1 opens, 0 closes" are the published OpenVLA's
     full_pictures: draw 640 x 512 and average down to the square, as SimplerEnv does; false draws the small square
     """
@@ -62,6 +82,9 @@ def google_robot_task(
         ends_on_success=False,
         **declared(name, rotation, gripper),
     )
+    if scene == "MoveNear":
+        pairs = [pair for names in MOVE_NEAR_TRIPLETS for pair in permutations(names, 2)]
+        task.instructions = tuple(dict.fromkeys(move_near_sentence(*pair) for pair in pairs))
     if scene == "PickCan":
         # Recordings stand on the assets' mesh, and the hand stands 8 mm aside while it closes: docs/google_robot.md.
         task.recorded_with, task.recorded_pictures = {"table": "stage"}, 1.5

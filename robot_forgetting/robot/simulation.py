@@ -195,7 +195,12 @@ class Simulation:
     def observe(self) -> dict:
         """Pictures (uint8 [H, W, 3]) and the instruction; ``frame`` is the larger one for videos, where asked for."""
         self.env.scene.update_render()
-        return {key: camera.take() for key, camera in self._cameras.items()} | {"instruction": self.spec.instruction}
+        return {key: camera.take() for key, camera in self._cameras.items()} | {"instruction": self.instruction}
+
+    @property
+    def instruction(self) -> str:
+        """The episode's, where the environment gives each its own; else the task's."""
+        return getattr(self.env, "instruction", None) or self.spec.instruction
 
     def step(self, command: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
         """Executes one command; returns observation, reward (1 on success), success, done, ManiSkill's flags."""

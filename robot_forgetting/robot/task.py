@@ -112,10 +112,10 @@ class ManiSkillTask(Task):
         seeds, found, tried = self.seeds(split), 0, 0
         while found < count:
             block = [seeds[start + tried + i] for i in range(max(8, count - found))]
-            for seed, success, images, commands in demonstrate(self.spec, block, self.disturbance, self.processes):
+            for seed, success, *episode in demonstrate(self.spec, block, self.disturbance, self.processes):
                 if success and found < count:
                     found += 1
-                    yield Demonstration(images, commands, self.instruction, seed)
+                    yield Demonstration(*episode, seed)
             tried += len(block)
             if tried >= 40 and found < tried / 20:
                 raise UserError(

@@ -205,7 +205,8 @@ class ManiSkillVectorEnv(VectorEnv):
 
 
 def demonstrate(spec: SimulationSpec, seeds: list[int], noise: dict, processes: int):
-    """Runs the expert on ``seeds`` over the workers; yields (seed, success, images, commands [L, 7]) in order."""
+    """Runs the expert on ``seeds`` over the workers; yields (seed, success, images, commands [L, 7], instruction) in
+    order."""
     workers = [POOL.prepare(group, spec, 1) for group in range(processes)]
     for worker in workers:
         worker.receive()
@@ -293,7 +294,7 @@ def _guarded(simulations: list[Simulation], spec: SimulationSpec, slot: int, act
         return {"observation": _blank(spec), "done": True, "error": f"{type(error).__name__}: {error}".splitlines()[0]}
 
 
-def _demonstrate(simulation: Simulation, seed: int, noise: dict) -> tuple[bool, np.ndarray, np.ndarray]:
+def _demonstrate(simulation: Simulation, seed: int, noise: dict) -> tuple[bool, np.ndarray, np.ndarray, str]:
     """One expert episode. The executed command is disturbed, the recorded one is the expert's (Laskey et al. 2017).
 
     noise: {"small": sigma of every step, "kick": sigma of rare large ones, "kick_probability"} in command units
@@ -313,4 +314,4 @@ def _demonstrate(simulation: Simulation, seed: int, noise: dict) -> tuple[bool, 
         disturbed[:3] += rng.normal(0, noise["kick"], 3) * (rng.random() < noise["kick_probability"])
         observation, _, success, done, _ = simulation.step(disturbed)
         lasting = lasting + 1 if success and disturbed[6] > 0 else 0
-    return success, np.stack(images), np.stack(commands)
+    return success, np.stack(images), np.stack(commands), simulation.instruction
