@@ -285,9 +285,7 @@ def test_the_command_line(data, tmp_path, monkeypatch, capsys):
     assert main(["reproduce"]) == 2
     assert main(["reproduce", "parity_mnist", "reproduce.rate=3"]) == 2
     errors = capsys.readouterr().err
-    assert (
-        "unknown reproduce 'parity_mnits'; choose one of: llm/math, llm/science, llm/tool_use, parity_mnist" in errors
-    )
+    assert "unknown reproduce 'parity_mnits'; choose one of: llm/math, llm/science, llm/skills, " in errors
     assert "which study?" in errors and "unknown key 'reproduce.rate'" in errors
 
 
