@@ -27,11 +27,13 @@ SETTINGS = {
 
 
 def main() -> None:
+    from datasets.utils.logging import disable_progress_bar
     from lm_eval import evaluator
 
     from robot_forgetting.policies.causal_lm import CausalLM
     from robot_forgetting.tasks.lm_eval import LmEval
 
+    disable_progress_bar()
     checkpoint = sys.argv[1] if len(sys.argv) > 1 else CHECKPOINT
     rounds = int(sys.argv[2]) if len(sys.argv) > 2 else 2
     policy = CausalLM(checkpoint, device="cpu", keep_base=False, threads=os.cpu_count())
