@@ -16,7 +16,7 @@ help:
 	@echo "make base         train the base policy anew, in two phases, into runs/base/ (about 20 minutes)"
 	@echo "make bridge       SimplerEnv's WidowX tasks: SFT and GRPO, 3 seeds, two hours; first: robot-forgetting assets bridge"
 	@echo "make bridge-base  train their base policy anew into runs/bridge-base/ (about an hour)"
-	@echo "make nano-base    train the small language model anew into runs/nano-base/ (about 20 minutes)"
+	@echo "make nano-base    train the small language model anew into runs/nano-base/ (about half an hour)"
 	@echo "make test         the tests"
 	@echo "make benchmark    the speed ratios"
 	@echo "make wheel        dist/*.whl"
