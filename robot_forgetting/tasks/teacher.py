@@ -18,7 +18,7 @@ import urllib.error
 import urllib.request
 from itertools import islice
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 
 from robot_forgetting.errors import UserError
 from robot_forgetting.files import disk, release_lock, take_lock
@@ -186,7 +186,11 @@ class _Work:
             waiting += 1
         try:
             while waiting:
-                index, reply = replies.get()
+                try:
+                    # Not without a limit: a Ctrl-C that comes just before the wait is seen only when the wait ends.
+                    index, reply = replies.get(timeout=1)
+                except Empty:
+                    continue
                 waiting -= 1
                 if isinstance(reply, Exception):
                     failure = failure or reply
