@@ -101,7 +101,7 @@ def record_command(
     made = record(policy, task, test_seeds(task, episodes or 4, seed_start), folder, who, temperature, num_envs)
     if not made:
         raise UserError("no episode could be recorded; see the lines above")
-    said = [episode.observations[0].get("instruction", task.instruction) for episode in made]
+    said = [episode.instruction(task.instruction) for episode in made]
     tiles = [Recording(e.frames, s, np.stack(e.commands), e.success) for e, s in zip(made, said, strict=True)]
     grid = write_grid(folder / f"{task.name}-{who}-grid.mp4", tiles, title=f"{task.name}: {task.instruction}")
     say(f"{sum(e.success for e in made)} of {len(made)} succeeded; videos in {folder}, all at once in {grid}")

@@ -48,6 +48,10 @@ class Episode:
     def steps(self) -> int:
         return len(self.actions)
 
+    def instruction(self, otherwise: str) -> str:
+        """What the policy was told at the start; ``otherwise`` (the task's) where its observations do not say."""
+        return self.observations[0].get("instruction", otherwise)
+
     def action(self) -> Action:
         """All decisions of the episode, [L, T]."""
         return Action.cat(self.actions)

@@ -148,7 +148,10 @@ def test_flags_of_a_can(players, blind, monkeypatch, steps, expected):
     other = sapien.Entity()
     for held, risen, touching in steps:
         monkeypatch.setattr(env, "pressed", lambda touches, held=held: held)
-        monkeypatch.setattr(env, "contacts", lambda entity, on=touching: [(other, np.array([0, 0, 1e-3]))] * on)
+        contacts = [(other, np.array([0, 0, 1e-3]))] * touching
+        monkeypatch.setattr(
+            "robot_forgetting.robot.google_robot_scenes.contacts", lambda scene, entity, found=contacts: found
+        )
         body.entity.set_pose(sapien.Pose([-0.2, 0.2, 0.9 + risen]))
         flags = env.evaluate()
     assert (bool(flags["lifted_object"]), bool(flags["consecutive_grasp"]), bool(flags["success"])) == expected
@@ -412,7 +415,7 @@ def test_missing_assets(renderer, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "gone, words",
     [
-        ("custom/models/orange/textured.dae", "models/orange has no textured.dae"),
+        ("custom/models/orange/textured.dae", "models/orange has no textured.obj"),
         ("custom/models/orange/collision.obj", "the google_robot assets lack .*orange/collision.obj"),
     ],
 )

@@ -139,8 +139,6 @@ class CausalLM(OwnBase):
         functions: dict[str, Callable[[Tensor, Tensor], Tensor]],
         reference: Reference | None = None,
     ) -> dict[str, Tensor]:
-        if reference is not None and not isinstance(reference.policy, CausalLM):
-            return super().compared(obs, action, functions, reference)
         if not torch.is_grad_enabled() and len(action) > self.batch_rows and reference is None:
             parts = [self.compared(*part, functions) for part in self._parts(obs, action)]
             return {name: torch.cat([part[name] for part in parts]) for name in functions}

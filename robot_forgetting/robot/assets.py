@@ -114,6 +114,17 @@ def bridge_folder() -> Path:
     return data_folder() / BRIDGE
 
 
+def visual(model: Path) -> Path:
+    """What an object of SimplerEnv's looks like: the first file in the order in which the original looks for them."""
+    for kind in ("obj", "dae", "glb"):
+        if (model / f"textured.{kind}").is_file():
+            return model / f"textured.{kind}"
+    raise UserError(
+        f"{model} has no textured.obj, .dae or .glb: what the object looks like is missing; type: robot-forgetting "
+        "assets bridge (or google_robot), or copy ManiSkill2_real2sim's data/custom/models there"
+    )
+
+
 def missing(name: str) -> list[str]:
     """Which of a bundle's files are not there, relative to ``data_folder()``."""
     return [file for file in BUNDLES[name].files if not (data_folder() / file).is_file()]

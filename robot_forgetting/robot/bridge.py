@@ -19,11 +19,11 @@ from mani_skill.utils.structs.types import DefaultMaterialsConfig, SceneConfig, 
 from robot_forgetting.robot import assets, spoon
 from robot_forgetting.robot.grasp import pressing_fingers
 from robot_forgetting.robot.grid import Grid
+from robot_forgetting.robot.settling import drop
 from robot_forgetting.robot.widowx import WidowXFlatTable, WidowXSink
 
 DROP_HEIGHT = 0.87 + 0.5  # of the table, and how far above it objects are let go
 CAMERA = "3rd_view_camera"
-VISUALS = ("obj", "dae", "glb")  # in the original's order
 SPOON = "bridge_spoon_generated_modified"
 
 
@@ -77,8 +77,7 @@ class BridgeScene(BaseBridgeEnv):
             material=friction,
             density=self.model_db[model_id].get("density", 1000),
         )
-        visual = next(folder / f"textured.{kind}" for kind in VISUALS if (folder / f"textured.{kind}").is_file())
-        builder.add_visual_from_file(filename=str(visual), scale=[scale] * 3)
+        builder.add_visual_from_file(filename=str(assets.visual(folder)), scale=[scale] * 3)
         builder.initial_pose = sapien.Pose() if initial_pose is None else initial_pose
         if kinematic:
             return builder.build_kinematic(name=model_id)
@@ -91,7 +90,8 @@ class BridgeScene(BaseBridgeEnv):
 
     def _initialize_episode(self, env_idx: torch.Tensor, options: dict):
         self.configuration, places, turns = self.grid.state(int(self._episode_seed[0]), options.get("episode_id"))
-        self._drop(places, turns)
+        self.agent.robot.set_pose(sapien.Pose([-10, 0, 0]))
+        drop(self, list(zip(map(self._body, self.obj_names), places, turns, strict=True)), DROP_HEIGHT)
         qpos, base = INITIAL[self.scene_setting]
         self.agent.robot.set_pose(sapien.Pose(base, [0, 0, 0, 1]))
         self.agent.reset(init_qpos=np.array(qpos))
@@ -105,33 +105,6 @@ class BridgeScene(BaseBridgeEnv):
 
     def _body(self, name: str):
         return self.objs[name]._bodies[0]
-
-    def _drop(self, places: np.ndarray, turns: np.ndarray) -> None:
-        """Objects fall from half a metre with their tilt locked, then settle; the robot is out of the way."""
-        self.agent.robot.set_pose(sapien.Pose([-10, 0, 0]))
-        bodies = [self._body(name) for name in self.obj_names]
-
-        def still(body, pose) -> None:
-            body.entity.set_pose(pose)
-            body.set_linear_velocity(np.zeros(3))
-            body.set_angular_velocity(np.zeros(3))
-
-        for body, place, turn in zip(bodies, places, turns, strict=True):
-            still(body, sapien.Pose([*place, DROP_HEIGHT], turn))
-            body.set_locked_motion_axes([False, False, False, True, True, False])
-        self._settle(0.5)
-        for body in bodies:
-            body.set_locked_motion_axes([False] * 6)
-            still(body, body.entity_pose)
-        self._settle(0.5)
-        linear = sum(np.linalg.norm(body.linear_velocity) for body in bodies)
-        angular = sum(np.linalg.norm(body.angular_velocity) for body in bodies)
-        if linear > 1e-3 or angular > 1e-2:
-            self._settle(1.5)
-
-    def _settle(self, seconds: float) -> None:
-        for _ in range(int(self.sim_freq * seconds)):
-            self.scene.step()
 
     # ---- success
 

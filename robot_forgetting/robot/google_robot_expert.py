@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from robot_forgetting.robot.grasp import contacts
+
 CLOSE, OPEN, KEEP = 1.0, -1.0, 0.0
 GAIN = 0.5  # of the way per step
 STEP, TURN = 0.08, 0.3  # at most so many metres and radians per step
@@ -37,7 +39,7 @@ def pick_can(env) -> np.ndarray:
     across = np.array([-axis[1], axis[0], 0.0]) if lying else np.array([*frame[:2, 1], 0.0])
     turn = _turn_to(frame, across, _lean(env, frame))
     away = grip - hand.p
-    held = env.pressed(list(env.contacts(env.can._bodies[0].entity)))
+    held = env.pressed(contacts(env.scene, env.can._bodies[0].entity))
     risen = can.p[2] - env._height
     if held and (env._held >= 2 or risen > 0.005):  # the fingers have come to rest on it
         return command(env, np.array([0.0, 0.0, max(0.0, LIFT - risen)]), turn, KEEP)
@@ -61,7 +63,7 @@ def move_near(env) -> np.ndarray:
     narrow = turned[:, 0]  # across this axis of its own a sponge is narrow; the others are round
     across = np.array([*(narrow if env.source_obj_name in FLAT else frame[:, 1])[:2], 0.0])
     turn = _turn_to(frame, across, _lean(env, frame))
-    held = env.pressed(list(env.contacts(thing.entity)))
+    held = env.pressed(contacts(env.scene, thing.entity))
     risen = at[2] - env._starts[env.source_obj_name][2]
     way = np.asarray(target.entity_pose.p, dtype=np.float64)[:2] - at[:2]
     left = float(np.linalg.norm(way)) - BESIDE  # metres still to carry it

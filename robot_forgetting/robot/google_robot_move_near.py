@@ -9,16 +9,15 @@ import numpy as np
 import sapien
 import torch
 
-from robot_forgetting.errors import UserError
 from robot_forgetting.robot.assets import COLOURS
 from robot_forgetting.robot.google_robot_scenes import HELD_OUT, Tabletop, folder
 from robot_forgetting.robot.google_robot_tasks import MOVE_NEAR_OBJECTS as OBJECTS
 from robot_forgetting.robot.google_robot_tasks import MOVE_NEAR_TRIPLETS as TRIPLETS
 from robot_forgetting.robot.google_robot_tasks import move_near_sentence
+from robot_forgetting.robot.grasp import contacts
 
 INFO = "custom/info_pick_custom_baked_tex_v1.json"
 PHOTO = "google_move_near_real_eval_1.png"
-VISUALS = ("obj", "dae", "glb")  # in the order in which the original looks for them
 HALF = float(np.sqrt(0.5))
 UPRIGHT, SIDEWAYS = [HALF, HALF, 0.0, 0.0], [HALF, 0.0, 0.0, HALF]  # quaternions (w, x, y, z)
 # Of an object at the start; those not named here stand upright.
@@ -82,8 +81,7 @@ class MoveNear(Tabletop):
         about = json.loads((folder() / INFO).read_text())
         self.objs, self.sizes = {}, {}
         for name in OBJECTS:
-            visual, density = _visual(name), DENSITIES.get(name, about[name].get("density", 1000))
-            self.objs[name] = thing = self._object(name, visual, density)
+            self.objs[name] = thing = self._object(name, DENSITIES.get(name, about[name].get("density", 1000)))
             self.sizes[name] = np.subtract(about[name]["bbox"]["max"], about[name]["bbox"]["min"])
             body = thing._bodies[0].entity.find_component_by_type(sapien.render.RenderBodyComponent)
             for shape in body.render_shapes:
@@ -132,7 +130,7 @@ class MoveNear(Tabletop):
         near = distance < self._radii[source] + self._radii[target] + 0.10
         to_others = (np.linalg.norm((self._centre(source) - self._place(name))[:2]) for name in (target, third))
         closest = all(distance < other + 0.01 for other in to_others)
-        held = self.pressed(list(self.contacts(self.objs[source]._bodies[0].entity)))
+        held = self.pressed(contacts(self.scene, self.objs[source]._bodies[0].entity))
         self._held = self._held + 1 if held else 0
         flags = {
             "is_grasped": held,
@@ -165,14 +163,3 @@ def _put_away(body, index: int) -> None:
     body.set_locked_motion_axes([True] * 6)
     body.set_linear_velocity(np.zeros(3))
     body.set_angular_velocity(np.zeros(3))
-
-
-def _visual(name: str) -> str:
-    model = folder() / "custom" / "models" / name
-    for kind in VISUALS:
-        if (model / f"textured.{kind}").is_file():
-            return f"textured.{kind}"
-    raise UserError(
-        f"{model} has no textured.dae (nor .obj, .glb): what the object looks like is missing; "
-        "type: robot-forgetting assets google_robot, or copy ManiSkill2_real2sim's data/custom/models there"
-    )

@@ -17,7 +17,9 @@ from robot_forgetting.errors import unknown
 from robot_forgetting.robot import assets
 from robot_forgetting.robot.assets import COLOURS
 from robot_forgetting.robot.google_robot import CAMERA, FINGERS, GoogleRobot, urdf
+from robot_forgetting.robot.grasp import contacts, presses
 from robot_forgetting.robot.grid import STREAM, TEST_START
+from robot_forgetting.robot.settling import drop
 
 BASE_HEIGHT = 0.06205 + 0.017  # of the robot's base over the floor, metres
 TABLE_HEIGHT = 0.87
@@ -118,36 +120,13 @@ class GoogleScene(BaseDigitalTwinEnv):
             number = seed - TEST_START
         return None if number is None else int(number), np.random.default_rng([seed, STREAM])
 
-    def _settle(self, seconds: float) -> None:
-        for _ in range(int(self.sim_freq * seconds)):
-            self.scene.step()
-
-    def pressed(self, touching: list, *, least: float = 1e-6, max_angle: float = 80) -> bool:
-        """Whether both fingers press an object (newton seconds), within ``max_angle`` degrees of their own y axes.
-
-        touching: what ``contacts`` gives for it
-        """
-        return all(self._finger_presses(side, touching, least, max_angle) for side in ("left", "right"))
-
-    def _finger_presses(self, side: str, touching: list, least: float, max_angle: float) -> bool:
-        largest, angle = 0.0, np.inf
-        for name in (f"link_finger_tip_{side}", f"link_finger_{side}"):
-            entity = self.agent.robot.links_map[name]._objs[0].entity
-            push = np.sum([impulse for other, impulse in touching if other == entity] or [np.zeros(3)], axis=0)
-            size = float(np.linalg.norm(push))
-            largest = max(largest, size)
-            if size >= least:
-                opening = entity.pose.to_transformation_matrix()[:3, 1]
-                angle = min(angle, np.degrees(np.arccos(np.clip(opening @ push / size, -1, 1))))
-        return largest >= least and angle <= max_angle
-
-    def contacts(self, entity):
-        """(the other's entity, impulse on it [3] in newton seconds) of what touches ``entity`` in the last step."""
-        for contact in self.scene.px.get_contacts():
-            first, second = (body.entity for body in contact.bodies)
-            if entity in (first, second):
-                impulse = np.sum([point.impulse for point in contact.points], axis=0)
-                yield (second, -impulse) if first == entity else (first, impulse)
+    def pressed(self, touching: list) -> bool:
+        """Whether both fingers press what ``touching`` (see ``grasp.contacts``) is about, as the original asks it."""
+        links = self.agent.robot.links_map
+        return all(
+            presses([links[f"link_finger_tip_{side}"], links[f"link_finger_{side}"]], 1.0, touching, 1e-6, 80)
+            for side in ("left", "right")
+        )
 
 
 PLACES = np.array([[x, y] for x in np.linspace(-0.35, -0.12, 5) for y in np.linspace(-0.02, 0.42, 5)])
@@ -207,22 +186,22 @@ class Tabletop(GoogleScene):
         self.remove_object_from_greenscreen(self.agent.robot)
 
     def _load_objects(self) -> None:
-        """Fills ``self.objs``: name -> actor."""
+        """Fills ``self.objs``, name -> actor: each subclass has its own."""
         raise NotImplementedError
 
-    def _object(self, name: str, visual: str, density: float):
+    def _object(self, name: str, density: float):
         """One of the assets' models; contacts yield, see ``STIFFNESS``."""
         model = folder() / "custom" / "models" / name
         builder = self.scene.create_actor_builder()
         builder.add_multiple_convex_collisions_from_file(
             str(model / "collision.obj"), material=sapien.physx.PhysxMaterial(0.5, 0.5, -STIFFNESS), density=density
         )
-        builder.add_visual_from_file(str(model / visual))
+        builder.add_visual_from_file(str(assets.visual(model)))
         builder.initial_pose = sapien.Pose([0, 0, 2])
         return builder.build(name=name)
 
     def _drop(self, starts: list[tuple]) -> None:
-        """Objects fall from half a metre with their tilt locked, then settle; the robot is out of the way.
+        """Objects fall from half a metre and settle; the robot is out of the way.
 
         starts: (object, place [2], quaternion)
         """
@@ -233,25 +212,7 @@ class Tabletop(GoogleScene):
         for joint, position in zip(self.agent.robot._objs[0].active_joints, start, strict=True):
             joint.set_drive_target(float(position))
             joint.set_drive_velocity_target(0.0)
-        bodies = [thing._bodies[0] for thing, _, _ in starts]
-
-        def still(body, pose) -> None:
-            body.entity.set_pose(pose)
-            body.set_linear_velocity(np.zeros(3))
-            body.set_angular_velocity(np.zeros(3))
-
-        for body, (_, place, turn) in zip(bodies, starts, strict=True):
-            still(body, sapien.Pose([*place, TABLE_HEIGHT + 0.5], turn))
-            body.set_locked_motion_axes([False, False, False, True, True, False])
-        self._settle(0.5)
-        for body in bodies:
-            body.set_locked_motion_axes([False] * 6)
-            still(body, body.entity_pose)
-        self._settle(0.5)
-        moving = sum(np.linalg.norm(body.linear_velocity) for body in bodies)
-        turning = sum(np.linalg.norm(body.angular_velocity) for body in bodies)
-        if moving > 1e-3 or turning > 1e-2:
-            self._settle(1.5)
+        drop(self, [(thing._bodies[0], *start) for thing, *start in starts], TABLE_HEIGHT + 0.5)
 
 
 class PickCan(Tabletop):
@@ -269,7 +230,7 @@ class PickCan(Tabletop):
         super().__init__("google_coke_can_real_eval_1.png", table=table, **kwargs)
 
     def _load_objects(self) -> None:
-        self.can = self._object(CAN, "textured.dae", 50)
+        self.can = self._object(CAN, 50)
         self.objs, self.source_obj_name = {CAN: self.can}, CAN
 
     def _initialize_episode(self, env_idx: torch.Tensor, options: dict):
@@ -287,7 +248,7 @@ class PickCan(Tabletop):
         """The original's flags after a control step; success is a can lifted by 1 cm with nothing but the robot
         touching it while it is held, or one that was 2 cm up in five steps of the episode."""
         body = self.can._bodies[0]
-        touching = list(self.contacts(body.entity))
+        touching = contacts(self.scene, body.entity)
         held = self.pressed(touching)
         self._held = self._held + 1 if held else 0
         robot = {link.entity for link in self.agent.robot._objs[0].links}

@@ -1,29 +1,39 @@
-"""Whether a gripper of two fingers holds an object, from the contacts of the last physics step; in numpy."""
+"""What touches an object, and whether the fingers hold it, from the contacts of the last physics step; in numpy."""
 
 from __future__ import annotations
 
 import numpy as np
 
 
-def pressing_fingers(agent, actor, *, least_impulse: float = 1e-6, max_angle: float = 60) -> bool:
-    """Both fingers press the object by at least ``least_impulse`` (newton seconds of the last physics step), within
-    ``max_angle`` degrees of their opening directions; the defaults are those of SimplerEnv's WidowX."""
-    entity = actor._bodies[0].entity
-    pushes: dict[str, np.ndarray] = {}
-    for contact in agent.scene.px.get_contacts():
-        first, second = contact.bodies[0].entity, contact.bodies[1].entity
-        if entity not in (first, second):
-            continue
-        finger, sign = (first, 1.0) if second == entity else (second, -1.0)
-        impulse = np.sum([point.impulse for point in contact.points], axis=0) * sign
-        pushes[finger.name] = pushes.get(finger.name, 0.0) + impulse
-    for link, side in ((agent.finger1_link, 1.0), (agent.finger2_link, -1.0)):
+def contacts(scene, entity) -> list[tuple]:
+    """(the other's entity, its impulse on ``entity`` [3] in newton seconds) of all that touches it."""
+    found = []
+    for contact in scene.px.get_contacts():
+        first, second = (body.entity for body in contact.bodies)
+        if entity in (first, second):
+            impulse = np.sum([point.impulse for point in contact.points], axis=0)
+            found.append((second, -impulse) if first == entity else (first, impulse))
+    return found
+
+
+def presses(links, side: float, touching: list[tuple], least_impulse: float, max_angle: float) -> bool:
+    """Whether one of a finger's links presses what ``touching`` (see ``contacts``) is about: by at least
+    ``least_impulse``, within ``max_angle`` degrees of the link's y axis times ``side``."""
+    for link in links:
         finger = link._objs[0].entity
-        push = pushes.get(finger.name)
-        if push is None:
-            return False
+        pushes = [impulse for other, impulse in touching if other == finger]
+        push = np.sum(pushes, axis=0) if pushes else np.zeros(3)
         size = float(np.linalg.norm(push))
         opening = finger.pose.to_transformation_matrix()[:3, 1] * side
-        if size < least_impulse or opening @ push < np.cos(np.deg2rad(max_angle)) * size:
-            return False
-    return True
+        if size >= least_impulse and opening @ push >= np.cos(np.deg2rad(max_angle)) * size:
+            return True
+    return False
+
+
+def pressing_fingers(agent, actor, *, least_impulse: float = 1e-6, max_angle: float = 60) -> bool:
+    """Whether both fingers of a Panda or a WidowX press the object; the defaults are those of SimplerEnv's WidowX."""
+    touching = contacts(agent.scene, actor._bodies[0].entity)
+    return all(
+        presses([link], side, touching, least_impulse, max_angle)
+        for link, side in ((agent.finger1_link, 1.0), (agent.finger2_link, -1.0))
+    )
