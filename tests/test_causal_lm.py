@@ -512,7 +512,7 @@ def test_vllm_says_what_is_missing():
 
     if importlib.util.find_spec("vllm"):
         pytest.skip("vllm is installed")
-    with pytest.raises(UserError, match="pip install vllm"):
+    with pytest.raises(UserError, match=r"pip install \'robot-forgetting\[vllm\]\'"):
         VLLMSampler()
 
 

@@ -72,6 +72,7 @@ class CausalLM(OwnBase):
         loaded = load(checkpoint, dtype=DTYPES[dtype], chat_template=chat_template)
         self.source, self.tokenizer = loaded.source, loaded.tokenizer
         self.model = loaded.model.to(place).eval()
+        self.dtype = dtype
         self._mixed = torch.bfloat16 if dtype == "mixed" else None
         longest = self.model.config.max_position_embeddings
         self.max_new_tokens, self.batch_rows = max_new_tokens, batch_rows

