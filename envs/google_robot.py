@@ -1,12 +1,14 @@
-"""SimplerEnv's Google-robot tasks: pick up a can, move one thing near another, open or close a drawer."""
+"""SimplerEnv's Google-robot tasks: pick up a can, move a thing near another, open or close a drawer, fill one."""
 
 from __future__ import annotations
 
 from mani_skill.utils.registration import register_env
 
+from robot_forgetting.robot.google_robot_cabinet import Drawer, PlaceInDrawer
 from robot_forgetting.robot.google_robot_move_near import MoveNear
-from robot_forgetting.robot.google_robot_scenes import Drawer, PickCan
+from robot_forgetting.robot.google_robot_scenes import PickCan
 
 register_env("RobotForgetting-GoogleRobotPickCan-v1", max_episode_steps=80)(PickCan)
 register_env("RobotForgetting-GoogleRobotMoveNear-v1", max_episode_steps=80)(MoveNear)
 register_env("RobotForgetting-GoogleRobotDrawer-v1", max_episode_steps=113)(Drawer)
+register_env("RobotForgetting-GoogleRobotPlaceInDrawer-v1", max_episode_steps=200)(PlaceInDrawer)

@@ -252,7 +252,7 @@ def test_configurations_of_a_can():
 
 def test_configurations_of_a_drawer():
     pytest.importorskip("mani_skill")
-    from robot_forgetting.robot.google_robot_scenes import STATIONS, drawer_state
+    from robot_forgetting.robot.google_robot_cabinet import STATIONS, drawer_state
 
     rng = np.random.default_rng(0)
     states = [drawer_state(number, rng, tuple(STATIONS)) for number in range(27)]

@@ -25,6 +25,10 @@ EDGE = np.array([-0.0075, 0.0, 0.07])  # metres from the middle of a drawer's fr
 WIDE = 0.2  # metres to either side of the cabinet's middle, at most, where the hand pulls
 OVER, UNDER = 0.04, 0.016  # metres over the edge at which the hand goes in, and under which it rests on the edge
 FAR, ENOUGH = 1.1, 0.18  # radians by which the hand then leans; metres to which a drawer is pulled open
+BOARD = np.array([0.02, 0.882])  # x of the cabinet's front edge in the world, z of its top
+APPLE = 0.036  # metres of its middle over what it lies on
+REST = 0.17  # metres over the cabinet's top where the hand waits
+RAISED, LOWERED = 0.05, 0.08  # metres by which the apple is lifted, and under the cabinet's top where it is let go
 WRIST = 1.70  # radians; the joint ends at 1.79, where inverse kinematics goes astray
 
 
@@ -121,6 +125,41 @@ def open_drawer(env) -> np.ndarray:
     if abs(y) < 0.05 and 0.014 < z < OVER + 0.02 and x < BEFORE and np.linalg.norm(turn) < 0.2:
         return command(env, np.array([-0.06 - x, -y, 2 * (OVER - z)]), turn, CLOSE)  # it sags on its way
     return command(env, np.array([BEFORE - 0.02 - x, -y, OVER - z]), turn, CLOSE)
+
+
+def place_in_drawer(env) -> np.ndarray:
+    """Opens the drawer as ``open_drawer`` does and waits over it; once told to place the apple, over that, down, close;
+    lift it, carry it over the open drawer, down a little, open, up."""
+    apple, hand = env.apple._bodies[0], env.agent.tcp._objs[0].entity_pose
+    at, frame = np.asarray(apple.entity_pose.p, dtype=np.float64), hand.to_transformation_matrix()[:3, :3]
+    held = env.pressed(contacts(env.scene, apple.entity))
+    fallen = at[2] < BOARD[1] and not held
+    if not (held or fallen) and env.opening() < (0.1 if env.placing else ENOUGH):
+        return open_drawer(env)
+    mouth = (BOARD[0] + env.front()[0] - 0.0375) / 2  # x of its middle: the drawer's front wall is as thick
+    rest = np.array([mouth, at[1], BOARD[1] + REST])
+    turn = _turn_to(frame, np.array([0.0, 1.0, 0.0]), _lean(env, frame))
+    if fallen or not env.placing:
+        if rest[2] - hand.p[2] > 0.05:  # out of the drawer first
+            return command(env, np.array([0.0, 0.0, rest[2] - hand.p[2]]), np.zeros(3), KEEP if held else _open(env))
+        return command(env, rest - hand.p, turn, _open(env))
+    top = at[2] + APPLE
+    if held and (env._held >= 2 or at[2] > BOARD[1] + APPLE + 0.005):
+        left, risen = mouth - at[0], at[2] - APPLE - BOARD[1]
+        if abs(left) > 0.02:
+            return command(env, np.array([left * (risen > RAISED - 0.03), 0.0, RAISED - risen]), turn, KEEP)
+        if risen < 0.02 - LOWERED:
+            return command(env, np.zeros(3), np.zeros(3), OPEN)
+        return command(env, np.array([left, 0.0, -LOWERED - risen]), turn, KEEP)
+    away = at + [0.0, 0.0, APPLE - PALM] - hand.p
+    beside = np.linalg.norm(away[:2])
+    if held or (beside < 0.02 and abs(away[2]) < 0.01):
+        return command(env, np.zeros(3), np.zeros(3), CLOSE)
+    over = away[2] < -HOVER / 2 and (beside > 0.015 or np.linalg.norm(turn) > 0.12)
+    if over or beside > 0.05:
+        up = top + HOVER - PALM - hand.p[2]
+        return command(env, np.array([*away[:2] * (up < 0.05), up]), turn, _open(env))
+    return command(env, away, turn, _open(env))
 
 
 def _top(env, name: str) -> float:

@@ -10,13 +10,12 @@ import sapien
 import torch
 
 from robot_forgetting.robot.assets import COLOURS
-from robot_forgetting.robot.google_robot_scenes import HELD_OUT, Tabletop, folder
+from robot_forgetting.robot.google_robot_scenes import HELD_OUT, INFO, Tabletop, folder, glow, materials
 from robot_forgetting.robot.google_robot_tasks import MOVE_NEAR_OBJECTS as OBJECTS
 from robot_forgetting.robot.google_robot_tasks import MOVE_NEAR_TRIPLETS as TRIPLETS
 from robot_forgetting.robot.google_robot_tasks import move_near_sentence
 from robot_forgetting.robot.grasp import contacts
 
-INFO = "custom/info_pick_custom_baked_tex_v1.json"
 PHOTO = "google_move_near_real_eval_1.png"
 HALF = float(np.sqrt(0.5))
 UPRIGHT, SIDEWAYS = [HALF, HALF, 0.0, 0.0], [HALF, 0.0, 0.0, HALF]  # quaternions (w, x, y, z)
@@ -83,10 +82,9 @@ class MoveNear(Tabletop):
         for name in OBJECTS:
             self.objs[name] = thing = self._object(name, DENSITIES.get(name, about[name].get("density", 1000)))
             self.sizes[name] = np.subtract(about[name]["bbox"]["max"], about[name]["bbox"]["min"])
-            body = thing._bodies[0].entity.find_component_by_type(sapien.render.RenderBodyComponent)
-            for shape in body.render_shapes:
-                for part in shape.parts if hasattr(shape, "parts") else [shape]:
-                    _dull(part.material)
+            glow(thing)
+            for material in materials(thing):  # nothing shines in the original
+                material.roughness, material.metallic, material.specular = 1.0, 0.0, 0.0
 
     def _initialize_episode(self, env_idx: torch.Tensor, options: dict):
         number, rng = self.draw(options)
@@ -147,14 +145,6 @@ class MoveNear(Tabletop):
 
 def _frame(thing) -> np.ndarray:
     return thing._bodies[0].entity_pose.to_transformation_matrix()[:3, :3]
-
-
-def _dull(material) -> None:
-    """The original's look: nothing shines, and a baked texture glows as it is (SAPIEN 3 multiplies it by the file's
-    emission, which is black; SAPIEN 2 puts the texture in its place)."""
-    material.roughness, material.metallic, material.specular = 1.0, 0.0, 0.0
-    if material.emission_texture is not None:
-        material.emission = [1.0, 1.0, 1.0, 1.0]
 
 
 def _put_away(body, index: int) -> None:

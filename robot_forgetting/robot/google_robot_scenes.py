@@ -1,4 +1,4 @@
-"""SimplerEnv's Google-robot scenes on SAPIEN 3: a can on a table, a cabinet with three drawers.
+"""SimplerEnv's Google-robot scenes on SAPIEN 3: what all share, tables, and a can on a table.
 
 Physics, initial states, cameras, lights and success tests of ManiSkill2_real2sim (Li et al. 2024, arXiv:2405.05941).
 ManiSkill3 has none of these tasks. CPU simulation only.
@@ -24,6 +24,7 @@ from robot_forgetting.robot.settling import drop
 BASE_HEIGHT = 0.06205 + 0.017  # of the robot's base over the floor, metres
 TABLE_HEIGHT = 0.87
 STAGE = "stages/google_pick_coke_can_1_v4.glb"
+INFO = "custom/info_pick_custom_baked_tex_v1.json"  # sizes and densities of what is not the can
 CAN = "opened_coke_can"
 # N / m, of an object's contacts (a negative restitution is PhysX 5's sign for a spring). With the rigid contacts of the
 # original, PhysX 5 loses a can of 20 g between two fingers that press with 100 N; see docs/google_robot.md.
@@ -32,6 +33,22 @@ STIFFNESS = 2e5
 
 def folder():
     return assets.data_folder() / assets.GOOGLE
+
+
+def materials(thing):
+    """Those of an actor's pictures."""
+    body = thing._bodies[0].entity.find_component_by_type(sapien.render.RenderBodyComponent)
+    for shape in body.render_shapes:
+        for part in shape.parts if hasattr(shape, "parts") else [shape]:
+            yield part.material
+
+
+def glow(thing) -> None:
+    """A baked texture glows as it is: SAPIEN 3 multiplies it by the file's emission, which is black; SAPIEN 2 puts the
+    texture in its place."""
+    for material in materials(thing):
+        if material.emission_texture is not None:
+            material.emission = [1.0, 1.0, 1.0, 1.0]
 
 
 class GoogleScene(BaseDigitalTwinEnv):
@@ -128,6 +145,34 @@ class GoogleScene(BaseDigitalTwinEnv):
             for side in ("left", "right")
         )
 
+    def _object(self, name: str, density: float):
+        """One of the assets' models; contacts yield, see ``STIFFNESS``."""
+        model = folder() / "custom" / "models" / name
+        builder = self.scene.create_actor_builder()
+        builder.add_multiple_convex_collisions_from_file(
+            str(model / "collision.obj"), material=sapien.physx.PhysxMaterial(0.5, 0.5, -STIFFNESS), density=density
+        )
+        builder.add_visual_from_file(str(assets.visual(model)))
+        builder.initial_pose = sapien.Pose([0, 0, 2])
+        thing = builder.build(name=name)
+        thing._bodies[0].linear_damping = thing._bodies[0].angular_damping = 0.1
+        self.remove_object_from_greenscreen(thing)
+        return thing
+
+    def _drop(self, starts: list[tuple]) -> None:
+        """Objects fall from half a metre and settle; the robot is out of the way.
+
+        starts: (object, place [2], quaternion)
+        """
+        # It stands still there: fingers still driven by the last episode's targets changed how a bottle came to rest.
+        self.agent.robot.set_pose(sapien.Pose([-10, 0, 0]))
+        start = self.agent.initial_qpos()
+        self.agent.reset(init_qpos=start)
+        for joint, position in zip(self.agent.robot._objs[0].active_joints, start, strict=True):
+            joint.set_drive_target(float(position))
+            joint.set_drive_velocity_target(0.0)
+        drop(self, [(thing._bodies[0], *start) for thing, *start in starts], TABLE_HEIGHT + 0.5)
+
 
 PLACES = np.array([[x, y] for x in np.linspace(-0.35, -0.12, 5) for y in np.linspace(-0.02, 0.42, 5)])
 ORIENTATIONS = {  # quaternions (w, x, y, z)
@@ -179,40 +224,11 @@ class Tabletop(GoogleScene):
             builder.initial_pose = sapien.Pose([-0.55, 0.2, TABLE_HEIGHT - 0.02])
         builder.build_static(name="table")
         self._load_objects()
-        for thing in self.objs.values():
-            body = thing._bodies[0]
-            body.linear_damping = body.angular_damping = 0.1
-            self.remove_object_from_greenscreen(thing)
         self.remove_object_from_greenscreen(self.agent.robot)
 
     def _load_objects(self) -> None:
         """Fills ``self.objs``, name -> actor: each subclass has its own."""
         raise NotImplementedError
-
-    def _object(self, name: str, density: float):
-        """One of the assets' models; contacts yield, see ``STIFFNESS``."""
-        model = folder() / "custom" / "models" / name
-        builder = self.scene.create_actor_builder()
-        builder.add_multiple_convex_collisions_from_file(
-            str(model / "collision.obj"), material=sapien.physx.PhysxMaterial(0.5, 0.5, -STIFFNESS), density=density
-        )
-        builder.add_visual_from_file(str(assets.visual(model)))
-        builder.initial_pose = sapien.Pose([0, 0, 2])
-        return builder.build(name=name)
-
-    def _drop(self, starts: list[tuple]) -> None:
-        """Objects fall from half a metre and settle; the robot is out of the way.
-
-        starts: (object, place [2], quaternion)
-        """
-        # It stands still there: fingers still driven by the last episode's targets changed how a bottle came to rest.
-        self.agent.robot.set_pose(sapien.Pose([-10, 0, 0]))
-        start = self.agent.initial_qpos()
-        self.agent.reset(init_qpos=start)
-        for joint, position in zip(self.agent.robot._objs[0].active_joints, start, strict=True):
-            joint.set_drive_target(float(position))
-            joint.set_drive_velocity_target(0.0)
-        drop(self, [(thing._bodies[0], *start) for thing, *start in starts], TABLE_HEIGHT + 0.5)
 
 
 class PickCan(Tabletop):
@@ -266,96 +282,3 @@ class PickCan(Tabletop):
         }
         flags = {name: torch.tensor([bool(value)]) for name, value in flags.items()}
         return {**flags, "configuration": torch.tensor([self.configuration])}
-
-
-# name: x, y, yaw of the robot's base; each has its photo
-STATIONS = {
-    "a0": (0.644, -0.179, -0.03),
-    "a1": (0.765, -0.182, -0.02),
-    "a2": (0.889, -0.203, -0.06),
-    "b0": (0.652, 0.009, 0.0),
-    "b1": (0.752, 0.009, 0.0),
-    "b2": (0.851, 0.035, 0.0),
-    "c0": (0.665, 0.224, 0.0),
-    "c1": (0.765, 0.222, -0.025),
-    "c2": (0.865, 0.222, -0.025),
-}
-DRAWERS = ("top", "middle", "bottom")
-
-
-def drawer_state(number: int | None, rng: np.random.Generator, stations: tuple) -> tuple[int, str, str]:
-    """Configuration (-1: in training), station and colouring of an episode; ``number`` None draws them."""
-    station, colours = str(rng.choice(stations)), str(rng.choice(COLOURS[1:]))
-    if number is None:
-        return -1, station, colours
-    configuration = number % (len(stations) * len(COLOURS[1:]))
-    station, colours = divmod(configuration, len(COLOURS[1:]))
-    return configuration, stations[station], COLOURS[1:][colours]
-
-
-class Drawer(GoogleScene):
-    """Open a drawer of a cabinet (15 cm), or close one that is 20 cm open (to 5 cm).
-
-    station: the robot's place and the photo that belongs to it, one of ``STATIONS``, or "any": configuration k has
-        station k // 3 and colouring k % 3, training draws
-    drawer: one of ``DRAWERS``; closing: the opposite task
-    """
-
-    def __init__(self, station: str = "any", drawer: str = "top", closing: bool = False, **kwargs):
-        for kind, name, names in (("station", station, (*STATIONS, "any")), ("drawer", drawer, DRAWERS)):
-            if name not in names:
-                raise unknown(kind, name, names)
-        self.stations = tuple(STATIONS) if station == "any" else (station,)
-        self.drawer, self.closing = drawer, closing
-        self.recorded_choices = {"station": STATIONS, "colours": COLOURS}
-        super().__init__(f"open_drawer_{self.stations[0]}.png", **kwargs)
-
-    def _load_lighting(self, options: dict):
-        self.scene.set_ambient_light([1.0, 1.0, 1.0])
-        angle = np.radians(75)
-        self.scene.add_directional_light([-np.cos(angle), 0, -np.sin(angle)], [1.0, 1.0, 1.0])
-
-    def _load_scene(self, options: dict):
-        loader = self.scene.create_urdf_loader()
-        loader.fix_root_link, loader.name = True, "cabinet"
-        builder = loader.parse(str(folder() / "custom" / "mk_station_recolor.urdf"))["articulation_builders"][0]
-        builder.initial_pose = sapien.Pose([-0.295, 0, 0.017])
-        self.cabinet = builder.build(name="cabinet")
-        joints = self.cabinet._objs[0].active_joints
-        for joint in joints:
-            joint.set_friction(0.05)
-            joint.set_drive_property(0, 1)
-        self.index = [joint.name for joint in self.cabinet.active_joints].index(f"{self.drawer}_drawer_joint")
-        self.remove_object_from_greenscreen(self.cabinet)
-        self.remove_object_from_greenscreen(self.agent.robot)
-
-    def _initialize_episode(self, env_idx: torch.Tensor, options: dict):
-        number, rng = self.draw(options)
-        self.configuration, station, colours = drawer_state(number, rng, self.stations)
-        station = options.get("station", station)
-        self._show(options.get("colours", colours))
-        self.rgb_overlay_paths[CAMERA] = str(folder() / "real_inpainting" / f"open_drawer_{station}.png")
-        cabinet = self.cabinet._objs[0]
-        qpos = np.zeros(len(cabinet.active_joints))
-        qpos[self.index] = 0.2 if self.closing else 0.0
-        cabinet.set_qpos(qpos)
-        cabinet.set_qvel(np.zeros_like(qpos))
-        x, y, yaw = STATIONS[station]
-        if (
-            number is None and "station" not in options
-        ):  # training: the photo stays, so the robot may be only a little off its place
-            x, y, yaw = np.array([x, y, yaw]) + rng.uniform(-1, 1, 3) * [0.02, 0.02, 0.02]
-        self._place_robot(x, y, yaw)
-
-    def front(self) -> np.ndarray:
-        """World position [3] of the middle of the drawer's front."""
-        pose = self.cabinet.links_map[f"{self.drawer}_drawer"]._objs[0].entity_pose
-        return np.asarray((pose * sapien.Pose([0.3125, 0.0, 0.0])).p)
-
-    def opening(self) -> float:
-        """Metres by which the drawer is open."""
-        return float(self.cabinet._objs[0].qpos[self.index])
-
-    def evaluate(self) -> dict:
-        success = self.opening() <= 0.05 if self.closing else self.opening() >= 0.15
-        return {"success": torch.tensor([success]), "configuration": torch.tensor([self.configuration])}

@@ -31,11 +31,22 @@ MOVE_NEAR_TRIPLETS = (
 MOVE_NEAR_OBJECTS = tuple(dict.fromkeys(name for names in MOVE_NEAR_TRIPLETS for name in names))
 
 
+APPLE = "baked_apple_v2"
+
+
+def _said(name: str) -> str:
+    """A model's name without what is not said of a thing."""
+    return " ".join(word for word in name.split("_") if word not in ("opened", "baked", "v2"))
+
+
+def place_sentences(drawer: str) -> tuple[str, str]:
+    """What is said first, and what after ``PlaceInDrawer.told`` steps."""
+    return f"open {drawer} drawer", f"place {_said(APPLE)} into {drawer} drawer"
+
+
 def move_near_sentence(source: str, target: str) -> str:
-    """What an episode says: the models' names without what is not said of a thing."""
-    silent = ("opened", "baked", "v2")
-    source, target = (" ".join(word for word in name.split("_") if word not in silent) for name in (source, target))
-    return f"move {source} near {target}"
+    """What an episode says."""
+    return f"move {_said(source)} near {_said(target)}"
 
 
 def google_robot_task(
@@ -57,7 +68,7 @@ def google_robot_task(
 ) -> ManiSkillTask:
     """A task at 3 Hz with a photo for the background; success as it stands when the time is up.
 
-    scene: "PickCan", "MoveNear", "Drawer": an environment of ``robot_forgetting.envs.google_robot``
+    scene: "PickCan", "MoveNear", "Drawer", "PlaceInDrawer": an environment of ``robot_forgetting.envs.google_robot``
     env_arguments: its own
     rotation, gripper: what the policy's commands mean; "euler_xyz" and "1 opens, 0 closes" are the published OpenVLA's
     full_pictures: draw 640 x 512 and average down to the square, as SimplerEnv does; false draws the small square
@@ -85,6 +96,8 @@ def google_robot_task(
     if scene == "MoveNear":
         pairs = [pair for names in MOVE_NEAR_TRIPLETS for pair in permutations(names, 2)]
         task.instructions = tuple(dict.fromkeys(move_near_sentence(*pair) for pair in pairs))
+    if scene == "PlaceInDrawer":
+        task.instructions = place_sentences(task.spec.env_arguments.get("drawer", "top"))
     if scene == "PickCan":
         # Recordings stand on the assets' mesh, and the hand stands 8 mm aside while it closes: docs/google_robot.md.
         task.recorded_with, task.recorded_pictures = {"table": "stage"}, 1.5
