@@ -453,7 +453,7 @@ def record(
             say(f"  {task.name}, seed {episode.key.seed}: no video, {episode.error}")
             continue
         name = video_name(task.name, episode.key.seed, who, episode.success)
-        said = episode.instruction(task.instruction)
+        said = episode.instructions(task.instruction)
         write_episode(folder / name, episode.frames, said, np.stack(episode.commands), episode.success)
         episodes.append(episode)
     return sorted(episodes, key=lambda episode: episode.key.seed)

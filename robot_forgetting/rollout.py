@@ -50,7 +50,11 @@ class Episode:
 
     def instruction(self, otherwise: str) -> str:
         """What the policy was told at the start; ``otherwise`` (the task's) where its observations do not say."""
-        return self.observations[0].get("instruction", otherwise)
+        return self.instructions(otherwise)[0]
+
+    def instructions(self, otherwise: str) -> list[str]:
+        """What the policy was told at each of the L + 1 observations: it may change within an episode."""
+        return [row.get("instruction", otherwise) for row in self.observations]
 
     def action(self) -> Action:
         """All decisions of the episode, [L, T]."""

@@ -58,12 +58,21 @@ class VectorEnv(ABC):
 
 @dataclass(frozen=True)
 class Demonstration:
-    """One successful expert episode: L observations (uint8 [L, H, W, 3]) and the expert's L commands [L, A]."""
+    """One successful expert episode: L observations (uint8 [L, H, W, 3]) and the expert's L commands [L, A].
+
+    instruction: one for all of them, or L where it changes within an episode
+    """
 
     images: np.ndarray
     commands: np.ndarray
-    instruction: str
+    instruction: str | Sequence[str]
     seed: int
+
+    @property
+    def instructions(self) -> list[str]:
+        """One per command."""
+        said = self.instruction
+        return [said] * len(self.commands) if isinstance(said, str) else list(said)
 
 
 class Task(ABC):
@@ -71,8 +80,13 @@ class Task(ABC):
 
     name: str
     instruction: str
-    instructions: tuple[str, ...] = ()  # where an episode gives one of several; ``instruction`` then is their summary
+    instructions: tuple[str, ...] = ()  # where episodes give one or several of these; ``instruction`` is their summary
     max_steps: int
+
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """All that a policy may be told here."""
+        return self.instructions or (self.instruction,)
 
     @abstractmethod
     def convention(self) -> ConventionSpec:

@@ -86,7 +86,7 @@ def draw(
 def write_episode(
     path: str | Path,
     frames: Sequence[np.ndarray],
-    instruction: str,
+    instruction: str | Sequence[str],
     actions: np.ndarray,
     success: bool,
     *,
@@ -94,6 +94,8 @@ def write_episode(
     pixels: int = PIXELS,
 ) -> Path:
     """Writes one mp4 of L + 1 frames for L actions, reads it back, and returns its path.
+
+    instruction: one for all frames, or one for each
 
     Raises ``UserError`` where a frame is blank (the renderer does not work), frames and actions do not belong together,
     or the file could not be written.
@@ -103,10 +105,11 @@ def write_episode(
         raise UserError(f"{path}: {len(frames)} frames for {len(actions)} actions; an episode has one frame more")
     check_frames(frames, path)
     last = len(actions)
+    said = [instruction] * len(frames) if isinstance(instruction, str) else instruction
     pictures = (
         draw(
             frame,
-            instruction,
+            said[step],
             step,
             actions[step] if step < last else None,
             bool(success) if step == last else None,

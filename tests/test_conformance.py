@@ -156,6 +156,10 @@ class Wrong(ToyTask):
                 commands = commands * np.nan
             elif self.mistake == "six numbers":
                 commands = commands[:, :6]
+            elif self.mistake in ("another sentence", "one sentence"):
+                said = ["jump"] * len(commands) if self.mistake == "another sentence" else [episode.instruction]
+                yield replace(episode, instruction=said)
+                continue
             elif self.mistake == "one picture more":
                 yield replace(episode, images=np.concatenate([episode.images, episode.images[:1]]))
                 continue
@@ -186,6 +190,8 @@ class Wrong(ToyTask):
         ("not finite", "demonstrations", "not finite"),
         ("six numbers", "demonstrations", "needs 7 numbers"),
         ("one picture more", "demonstrations", "3 pictures but 2 commands"),
+        ("another sentence", "demonstrations", "another instruction than its task"),
+        ("one sentence", "demonstrations", "1 instructions for 2 commands"),
     ],
 )
 def test_wrong_tasks(mistake, name, words):

@@ -124,6 +124,14 @@ def an_episode(seed: int, steps: int, won: bool) -> Episode:
     return Episode(EpisodeKey(seed), success=won, observations=[row] * (steps + 1), actions=[one] * steps)
 
 
+def test_an_instruction_may_change_within_an_episode():
+    episode = an_episode(0, 2, True)
+    episode.observations[2:] = [{**episode.observations[2], "instruction": "put"}]
+    assert episode.instructions("move") == ["reach", "reach", "put"] and episode.instruction("move") == "reach"
+    episode.observations[:2] = [{"image": row["image"]} for row in episode.observations[:2]]
+    assert episode.instructions("move") == ["move", "move", "put"]
+
+
 def test_episodes_without_signal_are_dropped():
     rollouts = Rollouts(
         [an_episode(seed, steps, won) for seed, steps, won in ((0, 2, True), (1, 3, False), (2, 1, True))]

@@ -83,6 +83,21 @@ def test_instruction_step_and_action_change_the_picture():
         assert (other != reference).any()
 
 
+def test_each_frame_has_its_own_instruction(tmp_path, monkeypatch):
+    drawn = []
+
+    def noting(frame, instruction, *rest, **named):
+        drawn.append(instruction)
+        return draw(frame, instruction, *rest, **named)
+
+    monkeypatch.setattr("robot_forgetting.video.draw", noting)
+    frames, actions = episode(2)
+    for said, expected in (("x", ["x"] * 3), (["open", "open", "place"], ["open", "open", "place"])):
+        write_episode(tmp_path / "a.mp4", frames, said, actions, True)
+        assert drawn == expected
+        drawn.clear()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -272,7 +272,7 @@ def perturb(policy: Policy, scale: float = 0.05, seed: int = 0) -> None:
 def _toy_batch(policy: Policy, task: Task) -> Batch:
     from robot_forgetting.conformance.policy import observations
 
-    obs = observations(task.convention().image_size, [task.instruction])
+    obs = observations(task.convention().image_size, list(task.sentences))
     action = policy.act(obs, temperature=1.0, noise=torch.rand(len(obs["image"]), 16, generator=_generator()))
     return Batch(obs, action, torch.ones(len(action)))
 

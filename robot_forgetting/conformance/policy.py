@@ -66,7 +66,7 @@ def _observations(policy: Policy, task: Task | None) -> dict:
         if isinstance(task, OneStepTask):
             return task.observations(np.array(task.seeds("test")[:3]))
         return {"messages": [[{"role": "user", "content": question}] for question in QUESTIONS]}
-    return observations(policy.convention().image_size or 64, [task.instruction] if task is not None else INSTRUCTIONS)
+    return observations(policy.convention().image_size or 64, INSTRUCTIONS if task is None else list(task.sentences))
 
 
 def _count(obs: dict) -> int:

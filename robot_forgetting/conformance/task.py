@@ -153,16 +153,12 @@ def _check_environment(table: Table, task: Task, output: Path | None) -> None:
             env.close()
 
 
-def _instructions(task: Task) -> tuple[str, ...]:
-    return task.instructions or (task.instruction,)
-
-
 def _picture(task: Task, player: Player, seed: int) -> str:
     row = player.reset(0, seed).observation
     for key in ("image", "instruction"):
         expect(key in row, f"the observation has no '{key}', only {sorted(row)}; robot policies read it")
     expect(
-        row["instruction"] in _instructions(task),
+        row["instruction"] in task.sentences,
         f"the observation's instruction is {row['instruction']!r}, the task's {task.instruction!r}; use one",
     )
     image, size = row["image"], task.convention().image_size
@@ -372,7 +368,9 @@ def _demonstrations(task: Task, count: int) -> str:
     expect(len(episodes) == count, f"demonstrations({count}) gave {len(episodes)}; give as many as are asked for")
     for episode in episodes:
         _commands(task, episode.images, episode.commands, episode.seed)
-        expect(episode.instruction in _instructions(task), "a demonstration carries another instruction than its task")
+        said = episode.instructions
+        expect(set(said) <= set(task.sentences), "a demonstration carries another instruction than its task")
+        expect(len(said) == len(episode.commands), f"{len(said)} instructions for {len(episode.commands)} commands")
         expect(episode.seed in task.seeds("train"), f"seed {episode.seed} is not of the training split asked for")
     seeds = [episode.seed for episode in episodes]
     expect(seeds == sorted(set(seeds)), f"seeds {seeds} are not in order or repeat; one episode per seed, in order")

@@ -26,7 +26,7 @@ def tiny_policy(task: Task, seed: int = 0) -> Policy:
         torch.manual_seed(seed)
         return new_nano(
             image_size=-(-size // 16) * 16,
-            instructions=[task.instruction],
+            instructions=list(task.sentences),
             norm_stats={task.convention().statistics or "toy": {"action": ranges}},
             device="cpu",
             **TINY,

@@ -100,7 +100,7 @@ def demonstration_columns(episodes: Sequence) -> dict:
     """The observation columns of expert episodes, one row per command."""
     return {
         "image": np.concatenate([episode.images for episode in episodes]),
-        "instruction": [episode.instruction for episode in episodes for _ in episode.commands],
+        "instruction": [said for episode in episodes for said in episode.instructions],
     }
 
 

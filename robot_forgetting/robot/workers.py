@@ -205,8 +205,8 @@ class ManiSkillVectorEnv(VectorEnv):
 
 
 def demonstrate(spec: SimulationSpec, seeds: list[int], noise: dict, processes: int):
-    """Runs the expert on ``seeds`` over the workers; yields (seed, success, images, commands [L, 7], instruction) in
-    order."""
+    """Runs the expert on ``seeds`` over the workers; yields (seed, success, images, commands [L, 7], instructions [L])
+    in order."""
     workers = [POOL.prepare(group, spec, 1) for group in range(processes)]
     for worker in workers:
         worker.receive()
@@ -294,7 +294,7 @@ def _guarded(simulations: list[Simulation], spec: SimulationSpec, slot: int, act
         return {"observation": _blank(spec), "done": True, "error": f"{type(error).__name__}: {error}".splitlines()[0]}
 
 
-def _demonstrate(simulation: Simulation, seed: int, noise: dict) -> tuple[bool, np.ndarray, np.ndarray, str]:
+def _demonstrate(simulation: Simulation, seed: int, noise: dict) -> tuple[bool, np.ndarray, np.ndarray, list]:
     """One expert episode. The executed command is disturbed, the recorded one is the expert's (Laskey et al. 2017).
 
     noise: {"small": sigma of every step, "kick": sigma of rare large ones, "kick_probability"} in command units
@@ -304,14 +304,15 @@ def _demonstrate(simulation: Simulation, seed: int, noise: dict) -> tuple[bool, 
     """
     rng = np.random.default_rng([seed, 0xDA27])
     observation, success, done, lasting = simulation.reset(seed), False, False, 0
-    images, commands = [], []
+    images, commands, said = [], [], []
     while not done and lasting < SETTLED:
         command = simulation.expert_command()
         images.append(observation["image"])
         commands.append(command)
+        said.append(observation["instruction"])
         disturbed = command.astype(np.float64)
         disturbed[:3] += rng.normal(0, noise["small"], 3)
         disturbed[:3] += rng.normal(0, noise["kick"], 3) * (rng.random() < noise["kick_probability"])
         observation, _, success, done, _ = simulation.step(disturbed)
         lasting = lasting + 1 if success and disturbed[6] > 0 else 0
-    return success, np.stack(images), np.stack(commands), simulation.instruction
+    return success, np.stack(images), np.stack(commands), said
