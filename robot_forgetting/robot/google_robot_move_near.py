@@ -10,7 +10,7 @@ import sapien
 import torch
 
 from robot_forgetting.robot.assets import COLOURS
-from robot_forgetting.robot.google_robot_scenes import HELD_OUT, INFO, Tabletop, folder, glow, materials
+from robot_forgetting.robot.google_robot_scenes import HELD_OUT, INFO, Tabletop, folder, glow, looks, materials
 from robot_forgetting.robot.google_robot_tasks import MOVE_NEAR_OBJECTS as OBJECTS
 from robot_forgetting.robot.google_robot_tasks import MOVE_NEAR_TRIPLETS as TRIPLETS
 from robot_forgetting.robot.google_robot_tasks import move_near_sentence
@@ -83,7 +83,7 @@ class MoveNear(Tabletop):
             self.objs[name] = thing = self._object(name, DENSITIES.get(name, about[name].get("density", 1000)))
             self.sizes[name] = np.subtract(about[name]["bbox"]["max"], about[name]["bbox"]["min"])
             glow(thing)
-            for material in materials(thing):  # nothing shines in the original
+            for material in materials(looks(thing)):  # nothing shines in the original
                 material.roughness, material.metallic, material.specular = 1.0, 0.0, 0.0
 
     def _initialize_episode(self, env_idx: torch.Tensor, options: dict):

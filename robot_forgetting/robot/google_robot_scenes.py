@@ -35,18 +35,22 @@ def folder():
     return assets.data_folder() / assets.GOOGLE
 
 
-def materials(thing):
-    """Those of an actor's pictures."""
-    body = thing._bodies[0].entity.find_component_by_type(sapien.render.RenderBodyComponent)
+def materials(body):
+    """Of a render body's shapes."""
     for shape in body.render_shapes:
         for part in shape.parts if hasattr(shape, "parts") else [shape]:
             yield part.material
 
 
+def looks(thing):
+    """An actor's render body."""
+    return thing._bodies[0].entity.find_component_by_type(sapien.render.RenderBodyComponent)
+
+
 def glow(thing) -> None:
     """A baked texture glows as it is: SAPIEN 3 multiplies it by the file's emission, which is black; SAPIEN 2 puts the
     texture in its place."""
-    for material in materials(thing):
+    for material in materials(looks(thing)):
         if material.emission_texture is not None:
             material.emission = [1.0, 1.0, 1.0, 1.0]
 
@@ -120,9 +124,8 @@ class GoogleScene(BaseDigitalTwinEnv):
         """The robot's surfaces as the original has them over tables."""
         for bodies in self._shapes.values():
             for body in bodies:
-                for shape in body.render_shapes:
-                    for part in shape.parts if hasattr(shape, "parts") else [shape]:
-                        part.material.specular, part.material.roughness = 0.9, 0.3
+                for material in materials(body):
+                    material.specular, material.roughness = 0.9, 0.3
 
     def _place_robot(self, x: float, y: float, yaw: float) -> None:
         half = yaw / 2
