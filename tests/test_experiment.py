@@ -20,6 +20,7 @@ from robot_forgetting.evaluate import evaluate
 from robot_forgetting.methods.kl import KL
 from robot_forgetting.metrics.statistics import wilson
 from robot_forgetting.records import RunFolder
+from robot_forgetting.rollout import Episode, EpisodeKey
 from robot_forgetting.task import Task
 from robot_forgetting.train import latest_checkpoint, load_weights
 
@@ -241,6 +242,15 @@ def test_videos_before_and_after(tmp_path):
     run(tmp_path / "run", budget={"videos": 2})
     assert {path.name for path in folder.videos.iterdir()} == set(expected)
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items() if path != some)
+
+
+def test_a_video_says_what_the_policy_was_told_at_each_step(tmp_path, monkeypatch):
+    told, captions = ["open the drawer", "open the drawer", "put the apple in"], []
+    episode = Episode(EpisodeKey(3), observations=[{"instruction": said} for said in told], commands=[np.zeros(7)] * 2)
+    monkeypatch.setattr(experiment, "evaluate", lambda *rest, **named: [episode])
+    monkeypatch.setattr(experiment, "write_episode", lambda path, frames, said, *rest: captions.append(said))
+    assert experiment.record(None, ToyTask(), [3], tmp_path, "base", 1.0, 1) == [episode]
+    assert captions == [told]
 
 
 def test_progress_bars_within_each_other(tmp_path, monkeypatch, undisturbed):
