@@ -199,7 +199,7 @@ class Simulation:
 
     @property
     def instruction(self) -> str:
-        """The episode's, where the environment gives each its own; else the task's."""
+        """The environment's, where it has one for the episode, or for this step of it; else the task's."""
         return getattr(self.env, "instruction", None) or self.spec.instruction
 
     def step(self, command: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
