@@ -157,18 +157,6 @@ def test_flags_of_a_can(players, blind, monkeypatch, steps, expected):
     assert (bool(flags["lifted_object"]), bool(flags["consecutive_grasp"]), bool(flags["success"])) == expected
 
 
-@pytest.mark.parametrize(
-    "closing, opening, success", [(False, 0.149, 0), (False, 0.151, 1), (True, 0.051, 0), (True, 0.049, 1)]
-)
-def test_success_of_a_drawer(players, blind, monkeypatch, closing, opening, success):
-    env = players(DRAWER).simulation.env
-    monkeypatch.setattr(env, "closing", closing)
-    qpos = np.full(3, 0.1 if closing else 0.3)  # the others do not count
-    qpos[env.index] = opening
-    env.cabinet._objs[0].set_qpos(qpos)
-    assert bool(env.evaluate()["success"]) == bool(success) and env.opening() == pytest.approx(opening)
-
-
 SOURCE, TARGET, THIRD = [-0.33, 0.04], [-0.33, 0.34], [-0.13, 0.19]
 MOVES = {  # coke can's, redbull can's and apple's places [3] -> keep height, moved correct, moved wrong, near, closest
     "as it began": ([], (True, False, False, False, False)),
@@ -226,60 +214,6 @@ def test_objects_weigh_what_they_weighed(players):
     assert grams == pytest.approx(expected, rel=2e-3)
 
 
-# An apple on the drawer's floor, pressed in by 0.7 mm, and one on the cabinet's top.
-FLOOR, TOP = [0.09, 0.0, 0.6705], [-0.05, 0.03, 0.918]
-STEPS = {  # (control steps so far, metres the drawer is open, the apple's place) ... -> open once, there once, success
-    "as it began": ([(1, 0.0, TOP)], (False, False, False)),
-    "opened": ([(101, 0.151, TOP)], (True, False, False)),
-    "not far enough": ([(101, 0.149, TOP)], (False, False, False)),
-    "in it, before the second instruction": ([(100, 0.2, FLOOR)], (True, True, False)),
-    "in it": ([(101, 0.2, FLOOR)], (True, True, True)),
-    "in it before, and the drawer still open": ([(60, 0.2, FLOOR), (101, 0.2, TOP)], (True, True, True)),
-    "and 5 cm open": ([(60, 0.2, FLOOR), (101, 0.051, TOP)], (True, True, True)),
-    "and closed": ([(60, 0.2, FLOOR), (101, 0.049, TOP)], (True, True, False)),
-    "over it": ([(101, 0.2, [0.09, 0.0, 0.70])], (True, False, False)),
-    "on the front wall": ([(101, 0.2, [0.21, 0.0, 0.7905])], (True, False, False)),
-}
-
-
-@pytest.mark.parametrize("steps, expected", STEPS.values(), ids=STEPS)
-def test_flags_of_an_apple(players, blind, steps, expected):
-    import sapien
-
-    simulation = players(PLACE).simulation
-    simulation.reset(1_000_040)
-    env, body = simulation.env, simulation.env.apple._bodies[0]
-    for count, opening, place in steps:
-        env._elapsed_steps[:] = count
-        env._set_opening(opening)
-        body.entity.set_pose(sapien.Pose(place))
-        body.set_linear_velocity(np.zeros(3))
-        env.scene.step()
-        flags = env.evaluate()
-        assert env.opening() == pytest.approx(opening, abs=2e-4)
-    assert tuple(bool(flags[name]) for name in ("is_drawer_open", "has_contact", "success")) == expected
-
-
-def test_the_instruction_changes_within_an_episode(players, monkeypatch):
-    """The original moves on before its step 101 and says so after it; with told=2, before and after the third."""
-    from robot_forgetting.methods.sft import demonstration_columns
-    from robot_forgetting.robot.workers import _demonstrate
-    from robot_forgetting.task import Demonstration
-
-    simulation, (first, then) = players(PLACE).simulation, ("open top drawer", "place apple into top drawer")
-    assert simulation.env.told == 100 and configured(PLACE).sentences == (first, then)
-    monkeypatch.setattr(simulation.env, "told", 2)
-    monkeypatch.setattr(simulation, "spec", dataclasses.replace(simulation.spec, max_steps=5))
-    monkeypatch.setattr(simulation, "expert", lambda env: np.zeros(7))
-    said = [simulation.reset(1_000_000)["instruction"]]
-    said += [simulation.step(np.zeros(7))[0]["instruction"] for _ in range(5)]
-    assert said == [first] * 3 + [then] * 3
-    _, images, commands, told = _demonstrate(simulation, 0, {"small": 0, "kick": 0, "kick_probability": 0})
-    assert told == [first] * 3 + [then] * 2
-    two = [Demonstration(images, commands, told, 0), Demonstration(images[:2], commands[:2], "wait", 1)]
-    assert demonstration_columns(two)["instruction"] == [*told, "wait", "wait"]
-
-
 # ---- initial states
 
 
@@ -304,18 +238,6 @@ def test_configurations_of_a_can():
     assert {colours for _, _, colours in drawn} == set(assets.COLOURS)
 
 
-def test_configurations_of_a_drawer():
-    pytest.importorskip("mani_skill")
-    from robot_forgetting.robot.google_robot_cabinet import STATIONS, drawer_state
-
-    rng = np.random.default_rng(0)
-    states = [drawer_state(number, rng, tuple(STATIONS)) for number in range(27)]
-    assert [state[0] for state in states] == list(range(27)) and len({state[1:] for state in states}) == 27
-    assert states[5][1:] == ("a1", "recolor_cabinet_visual_matching_1")
-    assert drawer_state(28, rng, tuple(STATIONS)) == states[1]
-    assert drawer_state(4, rng, ("b0",)) == (1, "b0", states[1][2])
-
-
 def test_configurations_of_move_near():
     """60 episodes times 4 colourings; of an episode the pair changes first, then the pattern, then the triplet."""
     pytest.importorskip("mani_skill")
@@ -337,40 +259,6 @@ def test_configurations_of_move_near():
     assert 0.02 <= away.min() and away.max() <= 0.04 * np.sqrt(2)
     assert {state[0] for state in drawn} == {-1} and {state[1] for state in drawn} == set(range(5))
     assert {state[2] for state in drawn} == set(pairs) and {state[4] for state in drawn} == set(assets.COLOURS)
-
-
-def test_configurations_of_an_apple():
-    """3 stations times 9 places times 4 colourings; of the places x is slowest."""
-    pytest.importorskip("mani_skill")
-    from robot_forgetting.robot.google_robot_cabinet import place_state
-
-    rng = np.random.default_rng(0)
-    states = [place_state(number, rng) for number in range(108)]
-    assert [state[0] for state in states] == list(range(108))
-    assert [state[1] for state in states] == [station for station in ("a0", "b0", "c0") for _ in range(36)]
-    places = [[x, y] for x in (-0.08, -0.05, -0.02) for y in (-0.02, 0.03, 0.08)]
-    assert np.allclose([state[2] for state in states[::4]], places * 3)
-    assert [state[3] for state in states] == list(assets.COLOURS) * 27
-    assert place_state(111, rng)[0] == 3 and place_state(40, rng, ("b0",))[:2] == (4, "b0")
-    drawn = [place_state(None, rng) for _ in range(400)]
-    found = np.stack([state[2] for state in drawn])
-    assert np.linalg.norm(found[:, None] - np.array(places), axis=2).min() >= 0.01
-    assert np.ptp(found, axis=0) == pytest.approx([0.08, 0.14], abs=0.01)
-    assert {state[0] for state in drawn} == {-1} and {state[1] for state in drawn} == {"a0", "b0", "c0"}
-    assert {state[3] for state in drawn} == set(assets.COLOURS)
-
-
-def test_an_apple_starts_on_the_cabinet(players, blind):
-    simulation = players(PLACE).simulation
-    env, body, starts = simulation.env, simulation.env.apple._bodies[0], []
-    for seed in (1_000_040, 1_000_107, 1_000_148, 7):
-        simulation.reset(seed)
-        starts.append(np.array(body.entity_pose.p))
-        assert env.opening() == 0 and np.linalg.norm(body.linear_velocity) < 1e-3
-    assert np.allclose([start[2] for start in starts], 0.882 + 0.036, atol=1e-3)
-    assert np.linalg.norm(starts[0][:2] - [-0.08, 0.03]) < 2e-3 and np.array_equal(starts[0], starts[2])
-    assert np.linalg.norm(starts[1][:2] - [-0.02, 0.08]) < 2e-3 and env.configuration == -1
-    assert body.mass == pytest.approx(0.053611 * 4, rel=2e-3)  # 800 kg / m3, where move near's has 200
 
 
 def test_move_near_shows_what_it_names(players, bundle):
@@ -419,18 +307,6 @@ def test_a_start_does_not_depend_on_the_episode_before(players, blind):
     assert np.array_equal(starts[0], starts[1]) and np.array_equal(starts[0], starts[2])
 
 
-def test_each_station_has_its_photo(players, bundle):
-    from robot_forgetting.robot.pictures import read_photo
-
-    simulation = players(DRAWER).simulation
-    folder = bundle / "data" / assets.GOOGLE / "real_inpainting"
-    for number, station in ((0, "a0"), (26, "c2"), (1, "a0")):
-        image = simulation.reset(1_000_000 + number)["image"]
-        photo = read_photo(folder / f"open_drawer_{station}.png", (320, 256))
-        assert (np.abs(image.astype(int) - photo).max(-1) < 25).mean() > 0.4  # the cabinet hides the rest
-        assert np.abs(image[:30, :30].astype(int) - photo[:30, :30]).mean() < 3
-
-
 # ---- what the tasks say
 
 
@@ -474,18 +350,6 @@ def test_the_gripper_of_openvla_is_sticky():
     assert boundary.to_robot(np.zeros(7))[6] == 0
     states = [boundary.to_policy(np.array([0, 0, 0, 0, 0, 0, value]))[6] for value in (0.0, 1.0, 0.0, -1.0, 0.0)]
     assert states == [1, 0, 0, 1, 1]
-
-
-@pytest.mark.parametrize(
-    "override, words",
-    [
-        ("station=d4", "unknown station 'd4'; choose one of: a0, a1, .*c2"),
-        ("drawer=upper", "unknown drawer 'upper'; choose one of: bottom, middle, top"),
-    ],
-)
-def test_unknown_names_of_a_drawer(renderer, bundle, override, words):
-    with pytest.raises(UserError, match=words):
-        Simulation(configured(DRAWER, f"task.env_arguments.{override}").spec)
 
 
 def test_unknown_orientation(renderer, bundle):
@@ -539,44 +403,6 @@ def test_expert_picks_up_a_can(players, blind, monkeypatch):
         assert np.linalg.norm(command[:3]) <= 0.0801 and np.linalg.norm(command[3:6]) <= 0.301
         flags = simulation.step(command)[4]
     assert flags["success"] and flags["consecutive_grasp"] and flags["lifted_object_significantly"]
-
-
-def test_expert_closes_a_drawer(players, blind, monkeypatch):
-    from robot_forgetting.robot.robots import load_object
-
-    simulation = players(DRAWER).simulation
-    monkeypatch.setattr(simulation.env, "closing", True)
-    monkeypatch.setattr(simulation, "expert", load_object(configured("google_robot_close_top_drawer").spec.expert))
-    simulation.reset(1_000_009)  # station b0
-    assert simulation.env.opening() == pytest.approx(0.2)
-    flags = [simulation.step(simulation.expert_command())[4]["success"] for _ in range(45)]
-    assert flags[-1] and not any(flags[:20]) and simulation.env.opening() < 0.04
-
-
-def test_expert_opens_a_drawer(players, blind, monkeypatch):
-    from robot_forgetting.robot.robots import load_object
-
-    simulation = players(DRAWER).simulation
-    monkeypatch.setattr(simulation, "expert", load_object(configured(DRAWER).spec.expert))
-    simulation.reset(1_000_009)  # station b0
-    flags = [simulation.step(simulation.expert_command())[4]["success"] for _ in range(55)]
-    assert flags[-1] and not any(flags[:30]) and 0.17 < simulation.env.opening() < 0.25
-
-
-def test_expert_places_an_apple(players, blind, monkeypatch):
-    """Into a drawer that is open already: the rest is the test above."""
-    from robot_forgetting.robot.robots import load_object
-
-    simulation = players(PLACE).simulation
-    monkeypatch.setattr(simulation, "expert", load_object(configured(PLACE).spec.expert))
-    monkeypatch.setattr(simulation.env, "told", 0)
-    simulation.reset(1_000_052)  # station b0, the middle place
-    simulation.env._set_opening(0.2)
-    flags = []
-    while len(flags) < 90 and not (flags and flags[-1]["success"]):
-        flags.append(simulation.step(simulation.expert_command())[4])
-    assert flags[-1]["success"] and 10 < sum(flag["is_grasped"] for flag in flags) < len(flags) - 10
-    assert simulation.env.opening() == pytest.approx(0.2, abs=0.01)
 
 
 def test_expert_moves_an_apple(players, blind, monkeypatch):
