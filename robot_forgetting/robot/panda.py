@@ -23,13 +23,8 @@ class EndEffectorController(Controller):
         import sapien
 
         self._pose = sapien.Pose
-        arm, gripper = (env.agent.controller.controllers[key] for key in ("arm", "gripper"))
+        arm, gripper = _arm_and_gripper(env)
         config = arm.config
-        if config.use_target or config.frame != "root_translation:root_aligned_body_rotation" or config.interpolate:
-            raise UserError(
-                f"environment '{env.spec.id}' uses an end-effector controller that is not supported; "
-                "use a robot whose pd_ee_delta_pose moves relative to the measured pose in the root frame"
-            )
         self._position_scale = float(config.pos_upper)
         self._rotation_scale = float(config.rot_lower)  # ManiSkill scales rotations by the *lower* limit: a sign flip
         self._gripper_low, self._gripper_high = float(gripper.config.lower), float(gripper.config.upper)
@@ -66,6 +61,50 @@ class EndEffectorController(Controller):
         width = self._gripper_low + (np.clip(command[6], -1, 1) + 1) / 2 * (self._gripper_high - self._gripper_low)
         for joint in self._gripper_joints:
             joint.set_drive_target(width)
+
+
+class BatchedEndEffectorController:
+    """The same commands for N environments at once, in torch, on the CPU or the GPU.
+
+    ManiSkill's own batched controller takes one Newton step of inverse kinematics, which at a command of 3 cm misses
+    the joint positions that it finds on a CPU by up to 0.01 rad; three steps come within 0.0014 rad, which is the
+    precision to which the CPU solves.
+    """
+
+    ITERATIONS = 3
+    UNSOLVED = 0.01  # metres off the target: ManiSkill holds the arm where it is
+
+    def __init__(self, env):
+        self._arm, self._gripper = _arm_and_gripper(env)
+        self._kinematics = self._arm.kinematics
+        if not self._kinematics.use_gpu_ik:  # a CPU environment
+            self._kinematics._setup_gpu()
+
+    def apply(self, commands: torch.Tensor) -> None:
+        """Sets the drive targets for commands [N, 7] float32."""
+        arm, kinematics = self._arm, self._kinematics
+        start = arm.articulation.get_qpos()
+        target = arm.compute_target_pose(arm.ee_pose_at_base, arm._preprocess_action(commands[:, :6]))
+        joints = start.clone()
+        for _ in range(self.ITERATIONS):
+            joints[:, arm.active_joint_indices] = kinematics.compute_ik(target, joints)
+        chain = joints[:, kinematics.active_ancestor_joint_idxs]
+        reached = kinematics.pk_chain.forward_kinematics(chain).get_matrix()[:, :3, 3]
+        solved = (reached - target.p).norm(dim=1, keepdim=True) < self.UNSOLVED
+        arm.set_drive_targets(torch.where(solved, joints, start)[:, arm.active_joint_indices])
+        self._gripper.set_action(commands[:, 6:])
+
+
+def _arm_and_gripper(env):
+    """ManiSkill's two controllers; ``UserError`` unless the arm's is the one whose arithmetic is here."""
+    arm, gripper = (env.agent.controller.controllers[key] for key in ("arm", "gripper"))
+    config = arm.config
+    if config.use_target or config.frame != "root_translation:root_aligned_body_rotation" or config.interpolate:
+        raise UserError(
+            f"environment '{env.spec.id}' uses an end-effector controller that is not supported; "
+            "use a robot whose pd_ee_delta_pose moves relative to the measured pose in the root frame"
+        )
+    return arm, gripper
 
 
 def is_grasping(agent, object, min_force: float = 0.5, max_angle: float = 85) -> torch.Tensor:

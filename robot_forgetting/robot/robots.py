@@ -33,6 +33,7 @@ class Robot:
     """A robot under one controller; plain values only, so that naming one imports no simulator.
 
     controller: dotted name of a ``Controller``
+    batched: dotted name of what does the same for N environments in torch; None: there is nothing (see ``batched.py``)
     control_mode: ManiSkill's name of the joint drives it uses; None: the robot's only one
     rotation: what numbers 4 to 6 are, "euler_xyz" or "axis_angle" (both in radians times ``radians_per_unit``)
     metres_per_unit: of the first three numbers; scales the commands that checks and experts give
@@ -45,6 +46,7 @@ class Robot:
     control_hz: float
     statistics: str
     metres_per_unit: float = 1.0
+    batched: str | None = None
 
 
 ROBOTS = {
@@ -56,6 +58,7 @@ ROBOTS = {
         control_hz=20.0,
         statistics="maniskill_panda",
         metres_per_unit=0.1,
+        batched="robot_forgetting.robot.panda.BatchedEndEffectorController",
     ),
     "widowx": Robot(
         controller="robot_forgetting.robot.widowx.EndEffectorController",

@@ -81,54 +81,11 @@ class Simulation:
     """
 
     def __init__(self, spec: SimulationSpec):
-        if spec.render not in ("low_poly", "stock"):
-            raise UserError(f"unknown render option '{spec.render}'; choose one of: low_poly, stock")
-        import gymnasium
-        import mani_skill.envs  # noqa: F401  (registers the stock environments)
-
-        mani_skill.logger.setLevel(logging.ERROR)  # its warnings (no CUDA renderer, default poses) need no action
-
-        from robot_forgetting.robot import low_poly, shaders
-
-        shaders.install()
-        if spec.render == "low_poly":
-            low_poly.install()
-        elif low_poly.installed() and spec.robot == "panda":
-            raise UserError("this process already draws low_poly and cannot draw stock too; start another one for it")
-        for module in spec.modules:
-            try:
-                importlib.import_module(module)
-            except Exception as error:  # a user's module may fail in any way while it is imported
-                raise UserError(
-                    f"cannot import '{module}' ({type(error).__name__}: {error}); modules are found in the current "
-                    "folder and in those of hydra.searchpath"
-                ) from error
-        robot = find_robot(spec.robot)
-        shader = "minimal" if spec.render == "low_poly" else "default"
-        video = {**camera_settings(spec.camera, (VIDEO_PIXELS, VIDEO_PIXELS)), "shader_pack": shader}
-        try:
-            self.env = gymnasium.make(
-                spec.env_id,
-                obs_mode="rgb+segmentation" if spec.overlay else "rgb",
-                control_mode=robot.control_mode,
-                num_envs=1,
-                sim_backend="physx_cpu",
-                reward_mode="none",
-                render_mode="rgb_array" if spec.video else None,
-                sensor_configs={**camera_settings(spec.camera, self._drawn_size(spec)), "shader_pack": shader},
-                human_render_camera_configs=video,
-                **spec.env_arguments,
-            ).unwrapped
-        except gymnasium.error.Error as error:  # unknown name, namespace or version; malformed id
-            raise UserError(f"unknown ManiSkill environment '{spec.env_id}'; {error}") from error
-        except TypeError as error:
-            if "unexpected keyword argument" not in str(error):
-                raise
-            given = ", ".join(sorted(spec.env_arguments))
-            raise UserError(f"environment '{spec.env_id}' does not take all of: {given} ({error})") from error
+        self.env = make_environment(spec)
         self.spec = spec
         self.expert = None if spec.expert is None else load_object(spec.expert)
         self.steps = 0
+        robot = find_robot(spec.robot)
         self.env.reset(seed=0)
         self._controller = load_object(robot.controller)(self.env)
         self._boundary = Boundary(robot, spec.rotation, spec.gripper)
@@ -137,10 +94,6 @@ class Simulation:
             self._cameras["frame"] = self._camera(self.env._human_render_cameras, VIDEO_PIXELS)
         for actor in self.env._hidden_objects:
             actor.hide_visual()
-
-    @staticmethod
-    def _drawn_size(spec: SimulationSpec) -> tuple[int, int]:
-        return tuple(spec.camera["size"]) if spec.full_pictures else (spec.image_size, spec.image_size)
 
     def _camera(self, sensors: dict, pixels: int) -> Camera:
         """The first of the environment's cameras, with the photo that ManiSkill would lay under it."""
@@ -159,7 +112,11 @@ class Simulation:
 
     def reset(self, seed: int, options: dict | None = None) -> dict:
         """Starts the episode that ``seed`` (and ``options``, ManiSkill's) fixes and returns its first observation."""
-        self._renew_physics()
+        self._start(seed, options)
+        return self.observe()
+
+    def _start(self, seed: int, options: dict | None = None) -> None:
+        renew_physics(self.env)
         self.env.reset(seed=seed, options=options or {})
         for actor in self.env._hidden_objects:
             actor.hide_visual()
@@ -170,27 +127,20 @@ class Simulation:
         self._controller.reset()
         self._boundary.reset()
         self.steps = 0
-        return self.observe()
 
-    def _renew_physics(self) -> None:
-        """Moves everything into a new, empty PhysX scene (0.3 ms).
+    def initial_state(self, seed: int) -> dict:
+        """What another environment of the same id needs to start the episode of ``seed``; arrays have a row for it.
 
-        A PhysX scene remembers earlier contacts in the order in which it solves new ones: without this, an episode
-        would depend on those before it, by as much as contacts are chaotic.
+        state: ManiSkill's state dictionary
+        buffers: the tensors that the task itself keeps of an episode (a goal that is no object, say)
         """
-        import sapien
-
-        scene = self.env.scene
-        self.env._set_scene_config()  # SAPIEN's settings are the process's, and another environment's may stand there
-        old, physics = scene.sub_scenes[0], sapien.physx.PhysxCpuSystem()
-        physics.timestep = scene.px.timestep
-        new = sapien.Scene([physics, old.render_system])
-        entities = old.entities
-        for entity in entities:
-            old.remove_entity(entity)
-        for entity in entities:
-            new.add_entity(entity)
-        scene.px, scene.sub_scenes[0] = physics, new
+        self._start(seed)
+        kept = {
+            key: value for key, value in vars(self.env).items() if isinstance(value, torch.Tensor) and key[0] != "_"
+        }
+        buffers = {key: value.numpy().copy() for key, value in kept.items() if value.shape[:1] == (1,)}
+        state = {kind: {key: row.numpy() for key, row in rows.items()} for kind, rows in state_of(self.env).items()}
+        return {"state": state, "buffers": buffers, "instruction": self.instruction}
 
     def observe(self) -> dict:
         """Pictures (uint8 [H, W, 3]) and the instruction; ``frame`` is the larger one for videos, where asked for."""
@@ -218,11 +168,8 @@ class Simulation:
         env._after_control_step()
         env._elapsed_steps += 1
         self.steps += 1
-        flags = {key: _plain(value) for key, value in env.evaluate().items() if getattr(value, "numel", int)() == 1}
-        success = flags.get("success", False)
-        over = self.steps >= self.spec.max_steps
-        done = flags.get("fail", False) or over or (success and self.spec.ends_on_success)
-        return self.observe(), float(success and done), success, done, flags
+        (flags,) = flags_of(env.evaluate(), 1)
+        return self.observe(), *outcome(self.spec, self.steps, flags), flags
 
     def expert_command(self) -> np.ndarray:
         """The scripted expert's command for the current state, [7] float32 in [-1, 1]."""
@@ -231,6 +178,84 @@ class Simulation:
 
     def close(self) -> None:
         self.env.close()
+
+
+def make_environment(spec: SimulationSpec, num_envs: int = 1, backend: str = "physx_cpu", obs_mode: str | None = None):
+    """ManiSkill's environment, without gymnasium's wrappers."""
+    if spec.render not in ("low_poly", "stock"):
+        raise UserError(f"unknown render option '{spec.render}'; choose one of: low_poly, stock")
+    import gymnasium
+    import mani_skill.envs  # noqa: F401  (registers the stock environments)
+
+    mani_skill.logger.setLevel(logging.ERROR)  # its warnings (no CUDA renderer, default poses) need no action
+
+    from robot_forgetting.robot import low_poly, shaders
+
+    shaders.install()
+    if spec.render == "low_poly":
+        low_poly.install()
+    elif low_poly.installed() and spec.robot == "panda":
+        raise UserError("this process already draws low_poly and cannot draw stock too; start another one for it")
+    for module in spec.modules:
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # a user's module may fail in any way while it is imported
+            raise UserError(
+                f"cannot import '{module}' ({type(error).__name__}: {error}); modules are found in the current "
+                "folder and in those of hydra.searchpath"
+            ) from error
+    robot = find_robot(spec.robot)
+    if obs_mode is None:
+        obs_mode = "rgb+segmentation" if spec.overlay else "rgb"
+    shader = "minimal" if spec.render == "low_poly" else "default"
+    drawn = tuple(spec.camera["size"]) if spec.full_pictures else (spec.image_size, spec.image_size)
+    video = {**camera_settings(spec.camera, (VIDEO_PIXELS, VIDEO_PIXELS)), "shader_pack": shader}
+    try:
+        return gymnasium.make(
+            spec.env_id,
+            obs_mode=obs_mode,
+            control_mode=robot.control_mode,
+            num_envs=num_envs,
+            sim_backend=backend,
+            reward_mode="none",
+            render_mode="rgb_array" if spec.video else None,
+            sensor_configs={**camera_settings(spec.camera, drawn), "shader_pack": shader},
+            human_render_camera_configs=video,
+            **spec.env_arguments,
+        ).unwrapped
+    except gymnasium.error.Error as error:  # unknown name, namespace or version; malformed id
+        raise UserError(f"unknown ManiSkill environment '{spec.env_id}'; {error}") from error
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        given = ", ".join(sorted(spec.env_arguments))
+        raise UserError(f"environment '{spec.env_id}' does not take all of: {given} ({error})") from error
+
+
+def state_of(env) -> dict[str, dict[str, torch.Tensor]]:
+    """ManiSkill's state of actors and articulations, name -> [N, D]; controllers start anew with every episode."""
+    return {kind: rows for kind, rows in env.get_state_dict().items() if kind != "controller"}
+
+
+def renew_physics(env) -> None:
+    """Moves everything into a new, empty PhysX scene (0.3 ms).
+
+    A PhysX scene remembers earlier contacts in the order in which it solves new ones: without this, an episode
+    would depend on those before it, by as much as contacts are chaotic.
+    """
+    import sapien
+
+    scene = env.scene
+    env._set_scene_config()  # SAPIEN's settings are the process's, and another environment's may stand there
+    old, physics = scene.sub_scenes[0], sapien.physx.PhysxCpuSystem()
+    physics.timestep = scene.px.timestep
+    new = sapien.Scene([physics, old.render_system])
+    entities = old.entities
+    for entity in entities:
+        old.remove_entity(entity)
+    for entity in entities:
+        new.add_entity(entity)
+    scene.px, scene.sub_scenes[0] = physics, new
 
 
 def camera_settings(camera: dict, size: tuple[int, int]) -> dict:
@@ -244,6 +269,19 @@ def camera_settings(camera: dict, size: tuple[int, int]) -> dict:
     fx, fy, cx, cy = camera["intrinsic"]
     matrix = [[fx * across, 0, cx * across], [0, fy * down, cy * down], [0, 0, 1]]
     return {**settings, "intrinsic": np.array(matrix)}
+
+
+def flags_of(found: dict, count: int) -> list[dict]:
+    """What ``evaluate`` says of each of ``count`` environments, where it says one thing of each."""
+    columns = {key: value.reshape(-1).cpu() for key, value in found.items() if getattr(value, "numel", int)() == count}
+    return [{key: _plain(column[index]) for key, column in columns.items()} for index in range(count)]
+
+
+def outcome(spec: SimulationSpec, steps: int, flags: dict) -> tuple[float, bool, bool]:
+    """Reward (1 on success), success and whether the episode is over, after ``steps`` steps."""
+    success = flags.get("success", False)
+    done = flags.get("fail", False) or steps >= spec.max_steps or (success and spec.ends_on_success)
+    return float(success and done), success, done
 
 
 def _plain(flag) -> bool | int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from robot_forgetting.errors import UserError
+from robot_forgetting.errors import UserError, unknown
 from robot_forgetting.policy import ConventionSpec
 from robot_forgetting.robot.conventions import Boundary
 from robot_forgetting.robot.robots import find_robot
@@ -25,6 +25,7 @@ class ManiSkillTask(Task):
     noise: disturbance of demonstrations, see ``workers._demonstrate``
     statistics: the policy's key for the ranges of commands; null: the robot's
     processes: worker processes (default: one per core, at most 2 per 16 environments)
+    simulation: "cpu", or "gpu": all environments in one batch on an NVIDIA GPU, see ``batched.py``
     robot, overlay, full_pictures, ends_on_success, rotation, gripper: see ``SimulationSpec``
     """
 
@@ -45,6 +46,7 @@ class ManiSkillTask(Task):
         noise: dict | None = None,
         statistics: str | None = None,
         processes: int | None = None,
+        simulation: str = "cpu",
         robot: str = "panda",
         overlay: bool = False,
         full_pictures: bool = False,
@@ -59,7 +61,8 @@ class ManiSkillTask(Task):
         Boundary(self.robot, rotation, gripper)  # refuses what cannot be converted
         self.statistics = statistics or self.robot.statistics
         self.disturbance = dict(noise or {"small": 0.05, "kick": 0.3, "kick_probability": 0.15})
-        self.processes = processes or max(1, min(2, os.cpu_count() or 1))
+        self.workers = processes or max(1, min(2, os.cpu_count() or 1))
+        self.processes = self.workers if simulation == "cpu" else 1  # groups of environments, see ``rollout``
         arguments = dict(env_arguments or {})
         if spawn != "stock" or "spawn" in arguments:
             arguments["spawn"] = spawn
@@ -81,6 +84,13 @@ class ManiSkillTask(Task):
             rotation=rotation,
             gripper=gripper,
         )
+        if simulation not in ("cpu", "gpu"):
+            raise unknown("simulation", simulation, ("cpu", "gpu"))
+        if simulation == "gpu":
+            from robot_forgetting.robot import batched
+
+            batched.require(name, self.spec)
+        self.simulation = simulation
 
     def convention(self) -> ConventionSpec:
         return ConventionSpec(
@@ -96,8 +106,11 @@ class ManiSkillTask(Task):
     def make_env(self, num_envs: int, *, render: bool = False) -> VectorEnv:
         from dataclasses import replace
 
+        from robot_forgetting.robot.batched import BatchedVectorEnv
         from robot_forgetting.robot.workers import ManiSkillVectorEnv
 
+        if self.simulation == "gpu":
+            return BatchedVectorEnv(replace(self.spec, video=render), num_envs, self.workers)
         return ManiSkillVectorEnv(replace(self.spec, video=render), num_envs, self.processes)
 
     @property
@@ -112,7 +125,7 @@ class ManiSkillTask(Task):
         seeds, found, tried = self.seeds(split), 0, 0
         while found < count:
             block = [seeds[start + tried + i] for i in range(max(8, count - found))]
-            for seed, success, *episode in demonstrate(self.spec, block, self.disturbance, self.processes):
+            for seed, success, *episode in demonstrate(self.spec, block, self.disturbance, self.workers):
                 if success and found < count:
                     found += 1
                     yield Demonstration(*episode, seed)

@@ -28,7 +28,7 @@ SETTLED = 6  # steps of success, with the gripper open, after which a demonstrat
 class Worker:
     """One process. ``call`` sends a request; ``receive`` returns its answer or raises what went wrong there."""
 
-    def __init__(self, index: int):
+    def __init__(self, index: int | str):
         self.index = index
         self.connection, child = SPAWN.Pipe()
         # One thread each: several processes share the cores, and two torch threads on a busy core are slower than one.
@@ -91,16 +91,19 @@ class WorkerPool:
     """
 
     def __init__(self):
-        self._workers: dict[int, Worker] = {}
+        self._workers: dict[int | str, Worker] = {}
 
-    def __getitem__(self, index: int) -> Worker:
+    def __getitem__(self, index: int | str) -> Worker:
         worker = self._workers.get(index)
         if worker is None or not worker.process.is_alive():
             worker = self._workers[index] = Worker(index)
         return worker
 
-    def prepare(self, index: int, spec: SimulationSpec, count: int) -> Worker:
-        """A living worker that has been asked to hold ``count`` simulations; its answer is the caller's to receive."""
+    def prepare(self, index: int | str, spec: SimulationSpec, count: int, backend: str | None = None) -> Worker:
+        """A living worker that has been asked to hold ``count`` simulations; its answer is the caller's to receive.
+
+        backend: ManiSkill's, for a worker that holds them as one ``batched.BatchedSimulation``
+        """
         worker = self[index]
         try:
             worker.drain()
@@ -110,7 +113,7 @@ class WorkerPool:
             worker.close()
             worker = self[index]
         worker.render = spec.render
-        worker.call("make", spec, count)
+        worker.call("make", spec, count, backend)
         return worker
 
     def close(self) -> None:
@@ -191,10 +194,8 @@ class ManiSkillVectorEnv(VectorEnv):
     def _replace(self, group: int, slots: list[int]) -> list[Transition]:
         self._workers[group] = POOL.prepare(group, self.spec, len(self.groups[group]))
         self._workers[group].receive()
-        blank = _blank(self.spec)
-        return [
-            Transition(slot, blank, done=True, error="the simulator process died during this episode") for slot in slots
-        ]
+        died = "the simulator process died during this episode"
+        return [Transition(slot, blank(self.spec), done=True, error=died) for slot in slots]
 
     def close(self) -> None:
         """Waits for answers still under way; the workers live on for the next task."""
@@ -229,6 +230,8 @@ def _serve(connection: Connection) -> None:
 
     import torch
 
+    from robot_forgetting.robot import batched
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business; it closes the pipe
     torch.set_num_threads(1)
     # Lavapipe's threads. Workers are what fills the cores; two of two threads each on two cores took 1.8 times as long
@@ -242,17 +245,24 @@ def _serve(connection: Connection) -> None:
             os._exit(0)  # SAPIEN's teardown at interpreter exit can hang; there is nothing left to save
         try:
             if verb == "make":
-                new_spec, count = arguments
-                if new_spec != spec:
+                new_spec, count, backend = arguments
+                if new_spec != spec or (backend and simulations and simulations[0].count < count):
                     for simulation in simulations:
                         simulation.close()
                     simulations = []
-                simulations += [Simulation(new_spec) for _ in range(count - len(simulations))]
+                if backend is None:
+                    simulations += [Simulation(new_spec) for _ in range(count - len(simulations))]
+                elif not simulations:
+                    simulations = [batched.BatchedSimulation(new_spec, count, backend)]
                 spec, answer = new_spec, None
             elif verb == "advance":
                 answer = _advance(simulations, spec, *arguments)
             elif verb == "demonstrate":
                 answer = _demonstrate(simulations[0], *arguments)
+            elif verb == "initial_states":
+                answer = batched.initial_states(simulations, spec, *arguments)
+            elif verb in ("step", "finish"):
+                answer = getattr(simulations[0], verb)(*arguments)
             said = ("ok", answer)
         except UserError as error:
             said = ("user_error", str(error))
@@ -267,31 +277,31 @@ def _serve(connection: Connection) -> None:
 def _advance(simulations: list[Simulation], spec: SimulationSpec, resets: dict, commands: dict) -> list:
     answers = []
     for slot, seed in resets.items():
-        answers.append((slot, _guarded(simulations, spec, slot, lambda s, seed=seed: {"observation": s.reset(seed)})))
+        answers.append((slot, guarded(simulations, spec, slot, lambda s, seed=seed: {"observation": s.reset(seed)})))
     for slot, command in commands.items():
 
         def step(simulation, command=command):
             observation, reward, success, done, info = simulation.step(command)
             return {"observation": observation, "reward": reward, "success": success, "done": done, "info": info}
 
-        answers.append((slot, _guarded(simulations, spec, slot, step)))
+        answers.append((slot, guarded(simulations, spec, slot, step)))
     return answers
 
 
-def _blank(spec: SimulationSpec) -> dict:
+def blank(spec: SimulationSpec) -> dict:
     """The observation of an episode that ended in a crash."""
     return {"image": np.zeros((spec.image_size, spec.image_size, 3), np.uint8), "instruction": spec.instruction}
 
 
-def _guarded(simulations: list[Simulation], spec: SimulationSpec, slot: int, action) -> dict:
+def guarded(simulations: list[Simulation], spec: SimulationSpec, slot: int, action) -> dict:
     """Runs one slot's work; an exception there ends that episode only, and the slot gets a fresh environment."""
     try:
         return action(simulations[slot])
     except CommandError as error:  # refused before anything moved: the environment is sound
-        return {"observation": _blank(spec), "done": True, "error": str(error)}
+        return {"observation": blank(spec), "done": True, "error": str(error)}
     except Exception as error:
         simulations[slot] = Simulation(spec)
-        return {"observation": _blank(spec), "done": True, "error": f"{type(error).__name__}: {error}".splitlines()[0]}
+        return {"observation": blank(spec), "done": True, "error": f"{type(error).__name__}: {error}".splitlines()[0]}
 
 
 def _demonstrate(simulation: Simulation, seed: int, noise: dict) -> tuple[bool, np.ndarray, np.ndarray, list]:

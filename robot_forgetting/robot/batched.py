@@ -1,0 +1,234 @@
+"""``simulation=gpu``: all slots of a task in one ManiSkill environment, whose physics and pictures are made on the GPU.
+
+Two kinds of worker processes take part. One holds the batch. The others, the CPU path's, make initial states:
+ManiSkill draws those of a batch with one generator, so that they would depend on the slot and on who else starts. A
+one-environment simulation is reset with the episode's seed in their place, and its state put into the slot: an episode
+starts as it does on the CPU, bit for bit. (They are processes of their own because PhysX on the GPU must be enabled
+before anything else of PhysX is used in a process, and because an error of CUDA ruins the process it happens in.)
+
+What follows the start is repeatable only as far as PhysX on the GPU is: there is no new scene for each episode (compare
+``simulation.renew_physics``), and one scene solves the contacts of all slots. Success, time limits and commands are
+those of the CPU path, inverse kinematics agrees to 0.0014 rad (``panda.BatchedEndEffectorController``).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from robot_forgetting.errors import UserError
+from robot_forgetting.robot.conventions import Boundary
+from robot_forgetting.robot.robots import find_robot, load_object
+from robot_forgetting.robot.simulation import (
+    CommandError,
+    Simulation,
+    SimulationSpec,
+    checked,
+    flags_of,
+    make_environment,
+    outcome,
+    renew_physics,
+    state_of,
+)
+from robot_forgetting.robot.workers import POOL, WorkerDied, blank, guarded
+from robot_forgetting.task import Transition, VectorEnv
+
+GPU, CPU = "physx_cuda", "physx_cpu"  # ManiSkill's names; the second holds one environment, for tests
+ELSE = "use simulation=cpu, with processes= for more cores"
+
+
+def require(name: str, spec: SimulationSpec) -> None:
+    """``UserError`` where a task cannot be simulated on the GPU, or this machine has none that torch can use."""
+    if spec.overlay or spec.full_pictures:
+        raise UserError(f"task '{name}' has a photo for its background, which simulation=gpu cannot draw; {ELSE}")
+    if find_robot(spec.robot).batched is None:
+        raise UserError(f"robot '{spec.robot}' of task '{name}' has no controller for simulation=gpu; {ELSE}")
+    if torch.version.cuda is None:
+        cure = "with an NVIDIA GPU here, make clean setup installs the other"
+        raise UserError(
+            f"simulation=gpu needs CUDA, and torch {torch.__version__} is built without; {cure}; else {ELSE}"
+        )
+    if not torch.cuda.is_available():
+        raise UserError(f"simulation=gpu needs an NVIDIA GPU and its driver (nvidia-smi shows them); {ELSE}")
+
+
+class BatchedSimulation:
+    """``count`` slots in one ManiSkill environment; what the batch's worker holds.
+
+    Commands are those of ``Simulation``. All slots move in every step, those without a command with zeros.
+    """
+
+    def __init__(self, spec: SimulationSpec, count: int, backend: str):
+        robot = find_robot(spec.robot)
+        self.spec, self.count = spec, count
+        self.env = make_environment(spec, count, backend, obs_mode="none")  # resets would draw everything in vain
+        if backend == GPU and not self.env.backend.render_device.is_cuda():
+            raise UserError(f"pictures cannot be drawn on the GPU (robot-forgetting doctor: Vulkan); {ELSE}")
+        self._controller = load_object(robot.batched)(self.env)
+        self._boundaries = [Boundary(robot, spec.rotation, spec.gripper) for _ in range(count)]
+        self._cameras = {"image": next(iter(self.env._sensors.values()))}
+        if spec.video:
+            self._cameras["frame"] = next(iter(self.env._human_render_cameras.values()))
+        self._seeds, self._steps, self._instructions = [0] * count, [0] * count, [spec.instruction] * count
+        self._stepped: dict[int, dict] = {}
+
+    def step(self, commands: dict[int, np.ndarray]) -> None:
+        """Executes commands [7] of some slots; ``finish`` tells what came of it."""
+        env, moves = self.env, np.zeros((self.count, 7), np.float32)
+        self._stepped = {}
+        for slot, command in commands.items():
+            try:
+                values = checked(command, f"{self.spec.env_id} was given a command")
+            except CommandError as error:  # ends this episode; nobody asks how its slot goes on
+                self._stepped[slot] = {"done": True, "error": str(error)}
+            else:
+                moves[slot] = self._boundaries[slot].to_robot(values)
+        self._controller.apply(torch.from_numpy(moves).to(env.device))
+        if env.gpu_sim_enabled:
+            env.scene.px.gpu_apply_articulation_target_position()
+        env._step_action(None)
+        env._elapsed_steps += 1
+        flags = flags_of(env.evaluate(), self.count)
+        for slot in commands.keys() - self._stepped.keys():
+            self._steps[slot] += 1
+            reward, success, done = outcome(self.spec, self._steps[slot], flags[slot])
+            self._stepped[slot] = {"reward": reward, "success": success, "done": done, "info": flags[slot]}
+
+    def finish(self, starts: dict[int, dict]) -> list[tuple[int, dict]]:
+        """Begins episodes (slot -> ``Simulation.initial_state``, with its seed); then a ``Transition``'s fields, with
+        pictures, for each of their slots and of those that were stepped."""
+        if starts:
+            self._start(starts)
+        rows = self._observe()
+        answers = [
+            (slot, {"observation": rows[slot]} | self._stepped.get(slot, {})) for slot in [*starts, *self._stepped]
+        ]
+        self._stepped = {}
+        return answers
+
+    def _start(self, starts: dict[int, dict]) -> None:
+        env, slots = self.env, torch.tensor(list(starts), device=self.env.device)
+        for slot, start in starts.items():
+            self._seeds[slot], self._steps[slot], self._instructions[slot] = start["seed"], 0, start["instruction"]
+            self._boundaries[slot].reset()
+        if not env.gpu_sim_enabled:
+            renew_physics(env)
+        env.reset(seed=self._seeds, options={"env_idx": slots})  # what the task keeps of an episode begins anew
+        env.set_state_dict(self._stacked([start["state"] for start in starts.values()]), slots)
+        for name, row in next(iter(starts.values()))["buffers"].items():
+            kept = getattr(env, name, None)
+            if isinstance(kept, torch.Tensor) and kept.shape == (self.count, *row.shape[1:]):  # else a constant
+                rows = np.concatenate([start["buffers"][name] for start in starts.values()])
+                kept[slots] = torch.from_numpy(rows).to(kept)
+        for actor in env._hidden_objects:
+            actor.hide_visual()
+
+    def _stacked(self, states: list[dict]) -> dict[str, dict[str, torch.Tensor]]:
+        """One state with a row per episode; ``UserError`` unless the batch consists of the same things."""
+        device, own = self.env.device, state_of(self.env)
+        widths = [
+            {(kind, key): value.shape[1] for kind, rows in state.items() for key, value in rows.items()}
+            for state in (own, states[0])
+        ]
+        if widths[0] != widths[1]:
+            odd = ", ".join(sorted(key for _, key in dict(widths[0].items() ^ widths[1].items())))
+            raise UserError(
+                f"environment '{self.spec.env_id}' has other objects in a batch than alone ({odd}), so that an episode "
+                f"cannot start from its seed; {ELSE}"
+            )
+        return {
+            kind: {
+                key: torch.from_numpy(np.concatenate([state[kind][key] for state in states])).to(device) for key in rows
+            }
+            for kind, rows in own.items()
+        }
+
+    def _observe(self) -> list[dict]:
+        """Pictures and the instruction of every slot."""
+        self.env.scene.update_render(update_sensors=True, update_human_render_cameras=self.spec.video)
+        pictures = {}
+        for key, sensor in self._cameras.items():
+            sensor.camera.take_picture()
+            (colour,) = sensor.camera.get_picture("Color")  # [N, H, W, 4]
+            if colour.dtype != torch.uint8:
+                colour = (colour.clamp(0, 1) * 255).to(torch.uint8)
+            pictures[key] = colour[..., :3].cpu().numpy()
+        return [
+            {key: np.ascontiguousarray(rows[slot]) for key, rows in pictures.items()}
+            | {"instruction": self._instructions[slot]}
+            for slot in range(self.count)
+        ]
+
+    def close(self) -> None:
+        self.env.close()
+
+
+def initial_states(simulations: list[Simulation], spec: SimulationSpec, seeds: list[int]) -> list[dict]:
+    """``Simulation.initial_state`` of each seed, or the fields of the ``Transition`` that says why there is none."""
+    if simulations[0].env.reconfiguration_freq:
+        raise UserError(f"environment '{spec.env_id}' builds other objects for every episode, a batch cannot; {ELSE}")
+    return [
+        guarded(simulations, spec, 0, lambda simulation, seed=seed: {"seed": seed, **simulation.initial_state(seed)})
+        for seed in seeds
+    ]
+
+
+class BatchedVectorEnv(VectorEnv):
+    """``num_envs`` slots of one batch, which are one group; ``processes`` CPU workers make initial states.
+
+    A slot that a request leaves out moves on under a command of zeros. An initial state that fails ends its episode
+    with ``error`` set; whatever else goes wrong ends all running episodes so, and the batch is built anew.
+    """
+
+    def __init__(self, spec: SimulationSpec, num_envs: int, processes: int, backend: str = GPU):
+        if num_envs < 1:
+            raise UserError(f"num_envs must be at least 1, not {num_envs}")
+        self.spec, self.groups, self._backend = spec, [list(range(num_envs))], backend
+        self._processes = max(1, min(processes, num_envs))
+        self._prepare()
+
+    def _prepare(self) -> None:
+        still = SimulationSpec(**{**vars(self.spec), "video": False})
+        self._starters = [POOL.prepare(index, still, 1) for index in range(self._processes)]
+        self._batch = POOL.prepare("batch", self.spec, len(self.groups[0]), self._backend)
+        for worker in (*self._starters, self._batch):
+            worker.receive()
+
+    def request(self, group: int, resets: dict[int, int], commands: dict[int, np.ndarray]) -> None:
+        self._asked = resets, commands
+        self._failure: Exception | None = None
+        try:
+            for index, worker in enumerate(self._starters):
+                worker.call("initial_states", list(resets.values())[index :: self._processes])
+            if commands:
+                self._batch.call("step", commands)
+        except WorkerDied as error:
+            self._failure = error
+
+    def wait(self) -> tuple[int, list[Transition]]:
+        resets, commands = self._asked
+        try:
+            if self._failure is not None:
+                raise self._failure
+            found = [worker.receive() for worker in self._starters]
+            begun = {slot: found[n % self._processes][n // self._processes] for n, slot in enumerate(resets)}
+            if commands:
+                self._batch.receive()
+            self._batch.call("finish", {slot: start for slot, start in begun.items() if "error" not in start})
+            answers = self._batch.receive()
+        except (WorkerDied, RuntimeError) as error:  # a process that died, or an exception in one
+            return 0, self._replace([*resets, *commands], error)
+        broken = [(slot, start) for slot, start in begun.items() if "error" in start]
+        return 0, [
+            Transition(slot=slot, **{"observation": blank(self.spec), **answer}) for slot, answer in [*answers, *broken]
+        ]
+
+    def _replace(self, slots: list[int], error: Exception) -> list[Transition]:
+        for worker in (*self._starters, self._batch):
+            worker.close()
+        self._prepare()
+        said = str(error).strip().splitlines()[-1]
+        return [Transition(slot, blank(self.spec), done=True, error=f"the batch failed: {said}") for slot in slots]
+
+    def close(self) -> None:
+        """The workers live on for the next task; the next one to use them drops answers still under way."""
