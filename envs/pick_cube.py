@@ -28,8 +28,8 @@ class PickCubeVisibleEnv(PickCubeEnv):
     def _initialize_episode(self, env_idx: torch.Tensor, options: dict):
         super()._initialize_episode(env_idx, options)
         if self.spawn == "near":
-            self.cube.set_pose(Pose.create_from_pq(self.cube.pose.p, torch.tensor([[1.0, 0, 0, 0]])))
-            goal = self.goal_site.pose.p.clone()
+            self.cube.set_pose(Pose.create_from_pq(self.cube.pose.p[env_idx], torch.tensor([[1.0, 0, 0, 0]])))
+            goal = self.goal_site.pose.p[env_idx]
             goal[:, 2] = 0.12
             self.goal_site.set_pose(Pose.create_from_pq(goal))
 

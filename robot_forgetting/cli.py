@@ -294,6 +294,11 @@ class Arguments:
             return None  # penalty=none
         name = name or self.names[group]
         check_node(values, group, f"{group}={name}")
+        if group == "task" and self.plain["simulation"] != "cpu" and "simulation" not in values:
+            raise UserError(
+                f"task={name} cannot be simulated on the GPU; use simulation=cpu "
+                "(a task of your own says `simulation: ${simulation}` in its yaml)"
+            )
         if group == "policy":
             import torch
 

@@ -13,7 +13,7 @@ from robot_forgetting.errors import UserError
 
 ROOT_TYPES = {
     "seed": int, "episodes": int | None, "seed_start": int | None, "num_envs": int, "processes": int, "render": str,
-    "image_size": int, "full_pictures": bool,
+    "simulation": str, "image_size": int, "full_pictures": bool,
     "sweep": str, "run_dir": str | None, "output": str | None, "golden": str | None, "checkpoint": str | None,
     "recordings": str | None,
     "device": str, "kind": str, "debug": bool, "quick": bool, "prior": list, "held_out": list,

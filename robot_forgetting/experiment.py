@@ -392,7 +392,8 @@ def fingerprint(policy: Policy, tasks: Sequence[Task]) -> str:
         digest.update(tensor.detach().flatten()[::step].double().cpu().numpy().tobytes())
     for task in tasks:
         said = [type(task).__qualname__, task.name, task.instruction, task.max_steps, task.convention()]
-        digest.update(_text([*said, getattr(task, "spec", None)]))
+        on_gpu = ["gpu"] * (getattr(task, "simulation", "cpu") == "gpu")  # other physics
+        digest.update(_text([*said, getattr(task, "spec", None), *on_gpu]))
     return digest.hexdigest()[:16]
 
 
