@@ -13,9 +13,11 @@ import pytest
 import torch
 from robot_tasks import configured
 from test_workers import Drifting, fragile
+from toy import ToyPolicy
 
 from robot_forgetting import cli
 from robot_forgetting.errors import UserError
+from robot_forgetting.experiment import fingerprint
 from robot_forgetting.robot import batched
 from robot_forgetting.robot.batched import CPU, BatchedSimulation, BatchedVectorEnv, initial_states
 from robot_forgetting.robot.panda import EndEffectorController
@@ -266,7 +268,7 @@ def test_a_rollout_over_the_batch(workers, monkeypatch):
     assert [(e.key.seed, e.steps, e.success, e.error) for e in episodes] == [
         (10, 6, False, None),
         (14, 0, False, "RuntimeError: no such initial state"),
-        (13, 2, False, "the batch failed: second line"),
+        (13, 2, False, "the batch failed: ZeroDivisionError: physics left the building"),
         (10, 6, False, None),
     ]
     images = [[row["image"].tobytes() for row in e.observations] for e in episodes]
@@ -301,6 +303,16 @@ def test_refusals(monkeypatch, cuda, arguments, words):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=words):
         task(**arguments)
+
+
+def test_where_it_is_available(monkeypatch):
+    """The task hands everything on, and its evaluation is not the CPU path's."""
+    monkeypatch.setattr(batched, "require", lambda name, spec: None)
+    monkeypatch.setattr(batched, "BatchedVectorEnv", lambda spec, *numbers: (spec.env_id, spec.video, *numbers))
+    gpu, cpu = task(processes=3), task(processes=3, simulation="cpu")
+    assert gpu.make_env(5, render=True) == ("PushCube-v1", True, 5, 3) and (gpu.processes, cpu.processes) == (1, 3)
+    policy = ToyPolicy()
+    assert fingerprint(policy, [gpu]) != fingerprint(policy, [cpu])
 
 
 def test_tasks_that_do_not_know_it(capsys):

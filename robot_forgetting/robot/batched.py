@@ -13,6 +13,9 @@ those of the CPU path; inverse kinematics agrees to 0.0035 rad (``panda.BatchedE
 
 from __future__ import annotations
 
+import dataclasses
+import re
+
 import numpy as np
 import torch
 
@@ -188,7 +191,7 @@ class BatchedVectorEnv(VectorEnv):
         self._prepare()
 
     def _prepare(self) -> None:
-        still = SimulationSpec(**{**vars(self.spec), "video": False})
+        still = dataclasses.replace(self.spec, video=False)
         self._starters = [POOL.prepare(index, still, 1) for index in range(self._processes)]
         self._batch = POOL.prepare("batch", self.spec, len(self.groups[0]), self._backend)
         for worker in (*self._starters, self._batch):
@@ -197,9 +200,10 @@ class BatchedVectorEnv(VectorEnv):
     def request(self, group: int, resets: dict[int, int], commands: dict[int, np.ndarray]) -> None:
         self._asked = resets, commands
         self._failure: Exception | None = None
+        seeds = list(resets.values())
         try:
-            for index, worker in enumerate(self._starters):
-                worker.call("initial_states", list(resets.values())[index :: self._processes])
+            for index, worker in enumerate(self._starters[: len(seeds)]):
+                worker.call("initial_states", seeds[index :: self._processes])
             if commands:
                 self._batch.call("step", commands)
         except WorkerDied as error:
@@ -210,7 +214,7 @@ class BatchedVectorEnv(VectorEnv):
         try:
             if self._failure is not None:
                 raise self._failure
-            found = [worker.receive() for worker in self._starters]
+            found = [worker.receive() for worker in self._starters[: len(resets)]]
             begun = {slot: found[n % self._processes][n // self._processes] for n, slot in enumerate(resets)}
             if commands:
                 self._batch.receive()
@@ -226,7 +230,7 @@ class BatchedVectorEnv(VectorEnv):
     def _replace(self, slots: list[int], error: Exception) -> list[Transition]:
         self._batch.close()  # a process in which CUDA failed is of no more use
         self._prepare()
-        said = str(error).strip().splitlines()[-1]
+        said = (re.findall(r"^[\w.]*(?:Error|Exception)\b.*", str(error), re.M) or str(error).splitlines())[-1]
         return [Transition(slot, blank(self.spec), done=True, error=f"the batch failed: {said}") for slot in slots]
 
     def close(self) -> None:
