@@ -34,6 +34,7 @@ pytestmark = [
     pytest.mark.usefixtures("renderer"),
 ]
 TASKS = ("pick_cube", "push_cube", "stack_cube")
+HIDDEN = ("pick_cube", "task.env_id=PickCube-v1", "task.spawn=stock")  # its goal is not for the policy to see
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +42,11 @@ def pairs():
     """The one-slot simulation and a batch of one, built when first needed; push_cube's with video frames."""
     made = {}
 
-    def get(name: str) -> tuple[Simulation, BatchedSimulation]:
-        if name not in made:
-            spec = dataclasses.replace(configured(name).spec, video=name == "push_cube")
-            made[name] = Simulation(spec), BatchedSimulation(spec, 1, CPU)
-        return made[name]
+    def get(*chosen: str) -> tuple[Simulation, BatchedSimulation]:
+        if chosen not in made:
+            spec = dataclasses.replace(configured(*chosen).spec, video="push_cube" in chosen)
+            made[chosen] = Simulation(spec), BatchedSimulation(spec, 1, CPU)
+        return made[chosen]
 
     yield get
     for pair in made.values():
@@ -100,7 +101,15 @@ def test_an_episode_is_that_of_the_one_slot_path(pairs, name, monkeypatch):
         assert one == other and seen.keys() == wanted.keys() and seen["instruction"] == wanted["instruction"]
         for key in seen.keys() - {"instruction"}:
             assert seen[key].shape == wanted[key].shape and seen[key].dtype == np.uint8
-            assert np.abs(seen[key].astype(float) - wanted[key]).mean() < 0.1
+            assert np.abs(seen[key].astype(float) - wanted[key]).mean() < 0.5
+
+
+def test_hidden_objects_stay_hidden(pairs):
+    pair = simulation, batch = pairs(*HIDDEN)
+    for seed in (12, 13):
+        image = begin(pair, seed)["observation"]["image"].astype(int)
+        assert np.array_equal(image, simulation.reset(seed)["image"])
+        assert (image[..., 1] - image[..., [0, 2]].max(-1)).max() < 20  # nothing is green
 
 
 def test_commands_mean_the_same(pairs):
@@ -324,25 +333,26 @@ def test_tasks_that_do_not_know_it(capsys):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU that torch can use")
-@pytest.mark.parametrize("name", ["push_cube", "pick_cube"])
-def test_four_slots_on_a_gpu(workers, name):
-    spec, seeds = configured(name).spec, [20, 21, 22, 23, 24]
+@pytest.mark.parametrize("chosen", [("push_cube",), ("pick_cube",), HIDDEN], ids=["push_cube", "pick_cube", "hidden"])
+def test_four_slots_on_a_gpu(workers, chosen):
+    spec, seeds = configured(*chosen).spec, [20, 21, 22, 23, 24]
     quiet = {"small": 0.0, "kick": 0.0, "kick_probability": 0.0}
     shown = {seed: (images, commands) for seed, _, images, commands, _ in demonstrate(spec, seeds, quiet, 1)}
 
-    def close(picture: np.ndarray, seed: int) -> bool:  # to the CPU path's first picture of that seed
-        return np.abs(picture.astype(float) - shown[seed][0][0]).mean() < 1
+    def off(picture: np.ndarray, seed: int) -> float:  # from the CPU path's first picture of that seed
+        return float(np.abs(picture.astype(float) - shown[seed][0][0]).mean())
 
     with BatchedVectorEnv(spec, 4, 2) as env:
         env.request(0, dict(enumerate(seeds[:4])), {})
         first = {t.slot: t.observation["image"] for t in env.wait()[1]}
-        assert [[close(first[slot], seed) for seed in seeds[:4]] for slot in range(4)] == np.eye(4, dtype=bool).tolist()
-        ended = {}
+        distances = np.array([[off(first[slot], seed) for seed in seeds] for slot in range(4)])
+        assert distances.argmin(axis=1).tolist() == [0, 1, 2, 3] and distances.min(axis=1).max() < 0.5
+        ended, still = {}, np.array([0, 0, 0, 0, 0, 0, 1.0])
         for step in range(spec.max_steps):  # slots 0 to 2 as the expert did on the CPU; slot 3 stays
             commands = {}
             for slot in set(range(4)) - ended.keys():
-                expert = shown[seeds[slot]][1]
-                commands[slot] = expert[min(step, len(expert) - 1)] if slot < 3 else np.array([0, 0, 0, 0, 0, 0, 1.0])
+                expert = shown[seeds[slot]][1] if slot < 3 else still[None]
+                commands[slot] = expert[step] if step < len(expert) else still * expert[-1]
             env.request(0, {}, commands)
             answers = env.wait()[1]
             assert all(t.error is None for t in answers) and {t.slot for t in answers} == commands.keys()
@@ -350,8 +360,8 @@ def test_four_slots_on_a_gpu(workers, name):
         assert sum(ended[slot] for slot in range(3)) >= 2 and not ended[3]
         before = {t.slot: t.observation["image"] for t in answers}
         env.request(0, {1: seeds[4]}, {})  # one slot anew, the others as they were
-        ((again),) = env.wait()[1]
-        assert again.slot == 1 and close(again.observation["image"], seeds[4])
-        env.request(0, {}, {3: np.array([0, 0, 0, 0, 0, 0, 1.0])})
+        (again,) = env.wait()[1]
+        assert again.slot == 1 and off(again.observation["image"], seeds[4]) < 0.5
+        env.request(0, {}, {3: still})
         (moved,) = env.wait()[1]
         assert np.abs(moved.observation["image"].astype(float) - before[3]).mean() < 1
