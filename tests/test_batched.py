@@ -79,7 +79,7 @@ def drive_targets(env) -> np.ndarray:
 def test_an_episode_is_that_of_the_one_slot_path(pairs, name, monkeypatch):
     """Once both use the same inverse kinematics: to the bit until something is touched, and with the same end.
 
-    After a first contact even the one-slot path repeats itself to the bit in most episodes only.
+    (On the machine where this was written, to the bit to the end; contacts magnify whatever another one rounds.)
     """
     pair = simulation, batch = pairs(name)
     controller = EndEffectorController(batch.env)

@@ -122,6 +122,20 @@ def test_an_episode_repeats_itself_bitwise(simulations, name):
         fresh.close()
 
 
+def test_an_object_that_fell_asleep(simulations, blind):
+    """Whether the cube rested at the end of an episode does not change the next one's first contact."""
+    simulation = simulations("push_cube")
+    _, commands = expert_episode(simulation, 13)
+
+    def replay() -> bytes:
+        simulation.reset(13)
+        for command in commands:
+            simulation.step(command)
+        return simulation.env.obj.pose.raw_pose.numpy().tobytes()
+
+    assert len({replay() for _ in range(4)}) == 1
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_experts(simulations, blind, name):
     simulation = simulations(name)

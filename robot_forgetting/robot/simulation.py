@@ -240,10 +240,10 @@ def state_of(env) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def renew_physics(env) -> None:
-    """Moves everything into a new, empty PhysX scene (0.3 ms).
+    """Moves everything into a new, empty PhysX scene (0.3 ms), and wakes it.
 
-    A PhysX scene remembers earlier contacts in the order in which it solves new ones: without this, an episode
-    would depend on those before it, by as much as contacts are chaotic.
+    A PhysX scene remembers earlier contacts in the order in which it solves new ones, and a body how long it has been
+    at rest: without this, an episode would depend on those before it, by as much as contacts are chaotic.
     """
     import sapien
 
@@ -257,6 +257,9 @@ def renew_physics(env) -> None:
         old.remove_entity(entity)
     for entity in entities:
         new.add_entity(entity)
+    for body in physics.rigid_dynamic_components:
+        if not body.kinematic:
+            body.wake_up()
     scene.px, scene.sub_scenes[0] = physics, new
 
 
