@@ -111,7 +111,7 @@ def torchvision() -> Check:
 def gpu() -> Check:
     names = _gpu_names()
     if names:
-        return Check("GPU", "ok", f"{', '.join(names)}; simulation=gpu can be used (docs/gpu_simulation.md)")
+        return Check("GPU", "ok", f"{', '.join(names)}; simulation=gpu is untried: docs/gpu_simulation.md")
     listed = [line for line in _output("nvidia-smi", "-L").splitlines() if line.startswith("GPU")]
     if listed:
         found = f"{len(listed)} NVIDIA GPU(s), but torch {_version('torch')} cannot use them"
