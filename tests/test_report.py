@@ -213,6 +213,17 @@ def test_settings_that_differ_make_rows_of_their_own(tmp_path):
     assert variants == {"base", "sft (learning_rate=1e-05)", "sft (learning_rate=3e-05)"}
 
 
+def test_a_key_that_a_run_did_not_have_yet_has_its_default(tmp_path):
+    for name, lines in {"old": "", "new": "simulation: cpu\n", "gpu": "simulation: gpu\n"}.items():
+        path = make_run(tmp_path / name, n=6)
+        with open(path / "config.yaml", "a") as file:
+            file.write(lines)
+    path = write_report([tmp_path], tmp_path / "r.html")
+    rows = json.loads(path.with_suffix(".json").read_text())["success"]
+    runs = {row["variant"]: row["runs"] for row in rows if row["variant"] != "base"}
+    assert runs == {"sft (simulation=cpu)": 2, "sft (simulation=gpu)": 1}
+
+
 def test_a_sweep_is_compared_by_its_fronts(tmp_path, monkeypatch):
     """Nine settings in pairs would be 36 comparisons, the 90 of a published sweep 4,005."""
     for index in range(9):

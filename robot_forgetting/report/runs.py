@@ -6,7 +6,10 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
+from importlib.resources import files
+
+import yaml
 
 from robot_forgetting.records import RunFolder
 from robot_forgetting.scored import SCORED
@@ -167,10 +170,12 @@ def _variants(method: str, runs: Sequence[Run]) -> list[str]:
     """
     if method == BASE:
         return [BASE] * len(runs)
-    flat = [_flatten(run.folder.config()) for run in runs]
+    flat = [_flatten(with_defaults(run.folder.config())) for run in runs]
     keys = sorted({key for config in flat for key in config})
-    differing = [key for key in keys if len({config.get(key) for config in flat}) > 1]
-    settings = [tuple(config.get(key) for key in differing) for config in flat]
+    # A task's own key may be as new as the one it takes its value from (`simulation: ${simulation}`).
+    values = [{key: config.get(key, config.get(key.removeprefix("task."))) for key in keys} for config in flat]
+    differing = [key for key in keys if len({config[key] for config in values}) > 1]
+    settings = [tuple(config[key] for key in differing) for config in values]
     labels: dict[tuple, str] = {}
     same: dict[str, int] = {}
     for setting in dict.fromkeys(settings):
@@ -182,6 +187,20 @@ def _variants(method: str, runs: Sequence[Run]) -> list[str]:
         same[label] = same.get(label, 0) + 1
         labels[setting] = label if same[label] == 1 else f"{label} #{same[label]}"
     return [labels[setting] for setting in settings]
+
+
+def with_defaults(config: dict) -> dict:
+    """A run's configuration as this version would have written it: a key that did not exist then has its default,
+    which does what was done before there was a choice."""
+    return {**_defaults(), **config}
+
+
+@cache
+def _defaults() -> dict:
+    """The plain keys of the package's ``config.yaml``."""
+    values = yaml.safe_load((files("robot_forgetting.configs") / "config.yaml").read_text())
+    plain = {key: value for key, value in values.items() if not isinstance(value, dict | list)}
+    return {key: value for key, value in plain.items() if "${" not in str(value)}
 
 
 def _flatten(value, prefix: str = "") -> dict[str, str]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from robot_forgetting.errors import UserError
 from robot_forgetting.records import RunFolder, differing_keys
+from robot_forgetting.report.runs import with_defaults
 from robot_forgetting.report.words import plural
 
 # What differs between the runs of one study; any other key of config.yaml must be the same.
@@ -136,7 +137,7 @@ def _one_setting(folders, configs, states, study: Study) -> tuple[list[RunFolder
         if states[id(folder)].get("part") == "theorem":
             continue
         config = {key: value for key, value in configs[id(folder)].items() if key not in OWN}
-        mark = json.dumps(config, sort_keys=True, default=str)
+        mark = json.dumps(with_defaults(config), sort_keys=True, default=str)
         groups.setdefault(mark, []).append(folder)
         shared[mark] = config
     if not groups:
