@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import shutil
@@ -22,6 +23,7 @@ from robot_forgetting.methods.kl import KL
 from robot_forgetting.metrics import divergence
 from robot_forgetting.one_step import answer, repeated
 from robot_forgetting.policies import causal_lm_vocabulary as vocabulary
+from robot_forgetting.policies import lora
 from robot_forgetting.policies.causal_lm import CausalLM
 from robot_forgetting.policies.causal_lm_hidden import of_like_length
 from robot_forgetting.policies.causal_lm_vllm import Completion, Sampler, VLLMSampler
@@ -505,6 +507,21 @@ def test_a_sampler_with_old_weights_is_refused():
     nudge(policy)
     with pytest.raises(UserError, match="the sampler's log-probabilities differ from the policy's by"):
         policy.act(obs, noise=noise(12))
+
+
+@pytest.mark.parametrize("inside", [contextlib.nullcontext, CausalLM.base], ids=["adapters", "base"])
+def test_merged_weights_compute_the_same(inside):
+    policy, plain = tiny_lm(lora={"rank": 4, "alpha": 8}), tiny_lm()
+    nudge(policy)
+    with inside(policy):
+        plain.model.load_state_dict(dict(lora.merged(policy.model)))
+        action = policy.act(chats(), noise=noise(3))
+        torch.testing.assert_close(plain.logits(chats(), action), policy.logits(chats(), action), atol=1e-5, rtol=0)
+
+
+def test_an_adapter_on_the_head_is_refused():
+    with pytest.raises(UserError, match="an adapter on the output head is not supported"):
+        tiny_lm(tied=False, lora={"rank": 2, "alpha": 4, "targets": ["q_proj", "lm_head"]})
 
 
 def test_vllm_says_what_is_missing():

