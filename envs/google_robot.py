@@ -1,4 +1,4 @@
-"""SimplerEnv's Google-robot tasks: pick up a can, move a thing near another, open or close a drawer, fill one."""
+"""SimplerEnv's Google-robot tasks: pick up a can, move a thing near another, drawers to open, close or fill."""
 
 from __future__ import annotations
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
 from robot_forgetting.errors import UserError
 from robot_forgetting.evaluate import check_conventions, success_line, test_seeds
 from robot_forgetting.experiment import (
@@ -101,8 +99,7 @@ def record_command(
     made = record(policy, task, test_seeds(task, episodes or 4, seed_start), folder, who, temperature, num_envs)
     if not made:
         raise UserError("no episode could be recorded; see the lines above")
-    said = [episode.instruction(task.instruction) for episode in made]
-    tiles = [Recording(e.frames, s, np.stack(e.commands), e.success) for e, s in zip(made, said, strict=True)]
+    tiles = [Recording(episode.frames, episode.success) for episode in made]
     grid = write_grid(folder / f"{task.name}-{who}-grid.mp4", tiles, title=f"{task.name}: {task.instruction}")
     say(f"{sum(e.success for e in made)} of {len(made)} succeeded; videos in {folder}, all at once in {grid}")
     return 0

@@ -48,12 +48,8 @@ class Episode:
     def steps(self) -> int:
         return len(self.actions)
 
-    def instruction(self, otherwise: str) -> str:
-        """What the policy was told at the start; ``otherwise`` (the task's) where its observations do not say."""
-        return self.instructions(otherwise)[0]
-
     def instructions(self, otherwise: str) -> list[str]:
-        """What the policy was told at each of the L + 1 observations: it may change within an episode."""
+        """What the policy was told at each of the L + 1 observations; ``otherwise`` where they do not say."""
         return [row.get("instruction", otherwise) for row in self.observations]
 
     def action(self) -> Action:

@@ -34,14 +34,12 @@ DIMENSIONS = ("x", "y", "z", "roll", "pitch", "yaw", "grip")
 
 @dataclass(frozen=True)
 class Recording:
-    """One episode: frames [L+1, H, W, 3] uint8, commands [L, A] (A = 7 on robots), and how it ended.
+    """One episode: frames [L+1, H, W, 3] uint8, and how it ended.
 
     label: a word drawn on its tile of a grid, such as "base, seed 3"
     """
 
     frames: Sequence[np.ndarray]
-    instruction: str
-    actions: np.ndarray
     success: bool
     label: str = ""
 

@@ -117,7 +117,7 @@ def test_bad_frames_are_refused(tmp_path, change, message):
 
 def test_grid(tmp_path):
     episodes = [
-        Recording(*(episode(length, seed=length)[0], "x", episode(length)[1], length % 2 == 0), label=f"seed {length}")
+        Recording(episode(length, seed=length)[0], length % 2 == 0, label=f"seed {length}")
         for length in (3, 8, 12, 5, 6)
     ]
     path = write_grid(tmp_path / "grid.mp4", episodes, title="base policy", fps=10, pixels=64)

@@ -157,10 +157,7 @@ def _picture(task: Task, player: Player, seed: int) -> str:
     row = player.reset(0, seed).observation
     for key in ("image", "instruction"):
         expect(key in row, f"the observation has no '{key}', only {sorted(row)}; robot policies read it")
-    expect(
-        row["instruction"] in task.sentences,
-        f"the observation's instruction is {row['instruction']!r}, the task's {task.instruction!r}; use one",
-    )
+    _instruction(task, row)
     image, size = row["image"], task.convention().image_size
     expect(isinstance(image, np.ndarray), f"the image is a {type(image).__name__}; give a numpy array")
     expect(
@@ -202,6 +199,14 @@ def _start_states(player: Player, seed: int) -> str:
         f"seeds {seed} and {seed + 1} start alike; the initial state ignores its seed, or the camera does not see it",
     )
     return ""
+
+
+def _instruction(task: Task, row: dict) -> None:
+    own = " or ".join(map(repr, task.sentences[:3])) + (" ..." if len(task.sentences) > 3 else "")
+    expect(
+        row["instruction"] in task.sentences,
+        f"the observation's instruction is {row['instruction']!r}, the task's {own}; use one",
+    )
 
 
 def _motion(task: Task, player: Player, seed: int) -> str:
@@ -264,6 +269,7 @@ def _time_limit(task: Task, player: Player, seed: int) -> str:
     player.reset(1, seed)
     for step in range(1, task.max_steps + 1):
         transition = player.step(1, STILL)
+        _instruction(task, transition.observation)
         if transition.done:
             early = step < task.max_steps and not transition.success
             how = "by success, though the robot did not move" if transition.success else "ended by the environment"

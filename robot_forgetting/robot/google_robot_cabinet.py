@@ -8,7 +8,7 @@ import numpy as np
 import sapien
 import torch
 
-from robot_forgetting.errors import unknown
+from robot_forgetting.errors import UserError, unknown
 from robot_forgetting.robot.assets import COLOURS
 from robot_forgetting.robot.google_robot import CAMERA
 from robot_forgetting.robot.google_robot_scenes import INFO, GoogleScene, folder, glow
@@ -153,10 +153,12 @@ class PlaceInDrawer(Cabinet):
     station: one of ``PLACE_STATIONS``, or "any": configuration k has station k // 36, place (k // 4) % 9 of the apple
         and colouring k % 4, training draws
     drawer: as ``Cabinet`` has it
-    told: after so many steps the instruction changes
+    told: after so many steps, and one, the instruction changes
     """
 
     def __init__(self, station: str = "any", drawer: str = "top", told: int = TOLD, **kwargs):
+        if type(told) is not int or told < 0:
+            raise UserError(f"env_arguments.told is a number of steps, 0 or more, not {told!r}")
         self.told = told
         models = f"custom/models/{APPLE}"
         super().__init__(station, drawer, PLACE_STATIONS, (INFO, f"{models}/collision.obj"), **kwargs)

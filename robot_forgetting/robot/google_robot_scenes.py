@@ -169,9 +169,9 @@ class GoogleScene(BaseDigitalTwinEnv):
         """
         # It stands still there: fingers still driven by the last episode's targets changed how a bottle came to rest.
         self.agent.robot.set_pose(sapien.Pose([-10, 0, 0]))
-        start = self.agent.initial_qpos()
-        self.agent.reset(init_qpos=start)
-        for joint, position in zip(self.agent.robot._objs[0].active_joints, start, strict=True):
+        qpos = self.agent.initial_qpos()
+        self.agent.reset(init_qpos=qpos)
+        for joint, position in zip(self.agent.robot._objs[0].active_joints, qpos, strict=True):
             joint.set_drive_target(float(position))
             joint.set_drive_velocity_target(0.0)
         drop(self, [(thing._bodies[0], *start) for thing, *start in starts], TABLE_HEIGHT + 0.5)

@@ -40,7 +40,7 @@ def _said(name: str) -> str:
 
 
 def place_sentences(drawer: str) -> tuple[str, str]:
-    """What is said first, and what after ``PlaceInDrawer.told`` steps."""
+    """What is said first, and what later (``PlaceInDrawer.told``)."""
     return f"open {drawer} drawer", f"place {_said(APPLE)} into {drawer} drawer"
 
 
