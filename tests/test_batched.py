@@ -206,7 +206,9 @@ class Line:
         return {"actors": {"thing": self.states.clone()}, "controller": {"arm": torch.zeros(3, 1)}}
 
     def set_state_dict(self, state, env_idx):
-        self.states[env_idx] = state["actors"]["thing"]
+        mask = torch.zeros(3, dtype=torch.bool)  # as ManiSkill's scene has it
+        mask[env_idx] = True
+        self.states[mask] = state["actors"]["thing"]
 
     def evaluate(self):
         return {"success": self.states[:, 0] > 1, "steps": self._elapsed_steps, "all": torch.tensor(True)}
@@ -244,7 +246,7 @@ def seen(answers: list) -> dict:
 def test_slots_start_and_end_on_their_own(line):
     env, batch = line
     answers = batch.finish({2: start_at(0.4, 7), 0: start_at(0.8, 8)})
-    assert seen(answers) == {2: (0.4, None), 0: (0.8, None)} and env.resets == [([8, 0, 7], [2, 0])]
+    assert seen(answers) == {2: (0.4, None), 0: (0.8, None)} and env.resets == [([8, 0, 7], [0, 2])]
     assert env.aim.tolist() == [[np.float32(0.8)] * 2, [0, 0], [np.float32(0.4)] * 2]
     assert [a["observation"]["instruction"] for _, a in answers] == ["go on from 0.4", "go on from 0.8"]
 

@@ -110,6 +110,7 @@ class BatchedSimulation:
         return answers
 
     def _start(self, starts: dict[int, dict]) -> None:
+        starts = dict(sorted(starts.items()))  # ManiSkill sets states by a mask, which knows no other order
         env, slots = self.env, torch.tensor(list(starts), device=self.env.device)
         for slot, start in starts.items():
             self._seeds[slot], self._steps[slot], self._instructions[slot] = start["seed"], 0, start["instruction"]
