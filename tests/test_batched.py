@@ -300,6 +300,18 @@ def test_a_rollout_over_the_batch(workers, monkeypatch):
         assert np.abs(one["image"].astype(float) - other["image"]).mean() < 1  # inverse kinematics differ
 
 
+def test_a_step_whose_user_has_gone(workers):
+    """What came of it is not told to the next one."""
+    env = BatchedVectorEnv(fragile().spec, 1, 1, CPU)
+    env.request(0, {0: 10}, {})
+    env.wait()
+    env.request(0, {}, {0: STILL})
+    env.close()
+    with BatchedVectorEnv(fragile().spec, 1, 1, CPU) as other:
+        other.request(0, {0: 11}, {})
+        assert [(t.slot, t.reward, t.info) for t in other.wait()[1]] == [(0, 0.0, {})]
+
+
 # ---- refusals
 
 

@@ -109,6 +109,10 @@ class BatchedSimulation:
         self._stepped = {}
         return answers
 
+    def abandon(self) -> None:
+        """Before another user: nobody will ask what came of a step that is still under way."""
+        self._stepped = {}
+
     def _start(self, starts: dict[int, dict]) -> None:
         starts = dict(sorted(starts.items()))  # ManiSkill sets states by a mask, which knows no other order
         env, slots = self.env, torch.tensor(list(starts), device=self.env.device)

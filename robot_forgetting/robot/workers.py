@@ -252,7 +252,9 @@ def _serve(connection: Connection) -> None:
                     simulations = []
                 if backend is None:
                     simulations += [Simulation(new_spec) for _ in range(count - len(simulations))]
-                elif not simulations:
+                elif simulations:
+                    simulations[0].abandon()
+                else:
                     simulations = [batched.BatchedSimulation(new_spec, count, backend)]
                 spec, answer = new_spec, None
             elif verb == "advance":
