@@ -6,6 +6,8 @@ What only more slots show is tested on a stand-in for ManiSkill's environment, a
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
 import types
 
 import numpy as np
@@ -310,6 +312,25 @@ def test_a_step_whose_user_has_gone(workers):
     with BatchedVectorEnv(fragile().spec, 1, 1, CPU) as other:
         other.request(0, {0: 11}, {})
         assert [(t.slot, t.reward, t.info) for t in other.wait()[1]] == [(0, 0.0, {})]
+
+
+def test_a_batch_that_is_killed(workers):
+    """Its episodes end with an error, and another process goes on with the next one."""
+    env = BatchedVectorEnv(fragile().spec, 1, 1, CPU)
+    killed = env._batch.process
+
+    def kill(calls):
+        if calls == 3:
+            os.kill(killed.pid, signal.SIGKILL)
+            killed.join()
+
+    keys = [EpisodeKey(10), EpisodeKey(10)]
+    broken, whole = rollout(Drifting(kill), fragile(), keys, num_envs=1, env=env)
+    assert broken.error.startswith("the batch failed: a simulator process died (exit code -9)")
+    assert (broken.steps, broken.success, whole.steps, whole.error) == (3, False, 6, None)
+    shown = [[row["image"].tobytes() for row in episode.observations] for episode in (broken, whole)]
+    assert shown[0][:3] == shown[1][:3] and len(set(shown[0][:3])) == 3
+    assert env._batch.process.is_alive() and env._batch.process.pid != killed.pid
 
 
 # ---- refusals
