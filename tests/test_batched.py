@@ -217,6 +217,9 @@ class Line:
 
     def take_picture(self): ...
 
+    def close(self):
+        self.closed = True
+
     def get_picture(self, name):
         return [(self.states[:, :1, None, None] / 4).expand(3, 2, 2, 4)]
 
@@ -228,6 +231,14 @@ def line(monkeypatch):
     monkeypatch.setattr(batched, "load_object", lambda name: lambda made: made)
     spec = SimulationSpec("Line-v1", "go", max_steps=4, image_size=2, camera={})
     return env, BatchedSimulation(spec, 3, batched.GPU)
+
+
+def test_pictures_that_are_not_drawn_on_the_gpu(line):
+    env, batch = line
+    env.backend.render_device.is_cuda = lambda: False
+    with pytest.raises(UserError, match="pictures cannot be drawn on the GPU.*simulation=cpu"):
+        BatchedSimulation(batch.spec, 3, batched.GPU)
+    assert env.closed
 
 
 def start_at(x: float, seed: int) -> dict:
@@ -331,6 +342,14 @@ def test_a_batch_that_is_killed(workers):
     shown = [[row["image"].tobytes() for row in episode.observations] for episode in (broken, whole)]
     assert shown[0][:3] == shown[1][:3] and len(set(shown[0][:3])) == 3
     assert env._batch.process.is_alive() and env._batch.process.pid != killed.pid
+
+
+def test_a_batch_that_cannot_be_built(workers):
+    """ManiSkill's words in one line, and a process that is no longer there."""
+    words = r"^a batch of 2 environments could not be built: \w+Error: .*; try a smaller num_envs, or use simulation"
+    with pytest.raises(UserError, match=words) as caught:
+        BatchedVectorEnv(fragile().spec, 2, 1, CPU)
+    assert "\n" not in str(caught.value) and not POOL._workers["batch"].process.is_alive()
 
 
 # ---- refusals

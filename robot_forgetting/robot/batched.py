@@ -66,6 +66,7 @@ class BatchedSimulation:
         self.spec, self.count = spec, count
         self.env = make_environment(spec, count, backend, obs_mode="none")  # resets would draw everything in vain
         if backend == GPU and not self.env.backend.render_device.is_cuda():
+            self.env.close()
             raise UserError(f"pictures cannot be drawn on the GPU (robot-forgetting doctor: Vulkan); {ELSE}")
         self._controller = load_object(robot.batched)(self.env)
         self._boundaries = [Boundary(robot, spec.rotation, spec.gripper) for _ in range(count)]
@@ -199,8 +200,16 @@ class BatchedVectorEnv(VectorEnv):
         still = dataclasses.replace(self.spec, video=False)
         self._starters = [POOL.prepare(index, still, 1) for index in range(self._processes)]
         self._batch = POOL.prepare("batch", self.spec, len(self.groups[0]), self._backend)
-        for worker in (*self._starters, self._batch):
+        for worker in self._starters:
             worker.receive()
+        try:
+            self._batch.receive()
+        except RuntimeError as error:
+            self._batch.close()  # with what it holds of the GPU
+            raise UserError(
+                f"a batch of {len(self.groups[0])} environments could not be built: {_last_line(error)}; "
+                f"try a smaller num_envs, or {ELSE}"
+            ) from error
 
     def request(self, group: int, resets: dict[int, int], commands: dict[int, np.ndarray]) -> None:
         self._asked = resets, commands
@@ -235,8 +244,13 @@ class BatchedVectorEnv(VectorEnv):
     def _replace(self, slots: list[int], error: Exception) -> list[Transition]:
         self._batch.close()  # a process in which CUDA failed is of no more use
         self._prepare()
-        said = (re.findall(r"^[\w.]*(?:Error|Exception)\b.*", str(error), re.M) or str(error).splitlines())[-1]
-        return [Transition(slot, blank(self.spec), done=True, error=f"the batch failed: {said}") for slot in slots]
+        said = f"the batch failed: {_last_line(error)}"
+        return [Transition(slot, blank(self.spec), done=True, error=said) for slot in slots]
 
     def close(self) -> None:
         """The workers live on for the next task; the next one to use them drops answers still under way."""
+
+
+def _last_line(error: Exception) -> str:
+    """What a traceback ends with; its message may have lines of its own."""
+    return (re.findall(r"^[\w.]*(?:Error|Exception)\b.*", str(error), re.M) or str(error).splitlines())[-1]
