@@ -158,11 +158,12 @@ def test_the_expert_succeeds(pairs):
 def test_what_a_task_remembers_of_an_episode(pairs, monkeypatch):
     """Tensors with a row per environment come along with the state; constants are left alone."""
     pair = simulation, batch = pairs("pick_cube")
-    for one, values in ((simulation, ([[0.5, 0.25]], [[1, 2]])), (batch, ([[0.0, 0.0]], [1, 1]))):
-        for name, value in zip(("aim", "size"), values, strict=True):
+    for one, values in ((simulation, ([[0.5, 0.25]], [3], [[1, 2]])), (batch, ([[0.0, 0.0]], [0], [1, 1]))):
+        for name, value in zip(("aim", "_goal", "size"), values, strict=True):
             monkeypatch.setattr(one.env, name, torch.tensor(value), raising=False)
     begin(pair, 5)
-    assert batch.env.aim.tolist() == [[0.5, 0.25]] and batch.env.size.tolist() == [1, 1]
+    assert batch.env.aim.tolist() == [[0.5, 0.25]] and batch.env._goal.tolist() == [3]
+    assert batch.env.size.tolist() == [1, 1]
 
 
 def test_environments_that_a_batch_cannot_begin(pairs, monkeypatch):
@@ -254,6 +255,14 @@ def move(x: float) -> np.ndarray:
 
 def seen(answers: list) -> dict:
     return {slot: (round(float(a["observation"]["image"][0, 0, 0]) / 63.75, 1), a.get("done")) for slot, a in answers}
+
+
+def test_what_a_task_remembers_of_some_episodes(line):
+    env, batch = line
+    env.mark = torch.zeros(3, dtype=torch.int64)
+    marked = start_at(0.5, 4) | {"buffers": {"mark": np.array([6])}}
+    batch.finish({0: start_at(0.25, 3), 2: marked})
+    assert env.aim.tolist() == [[0.25] * 2, [0, 0], [0, 0]] and env.mark.tolist() == [0, 0, 6]
 
 
 def test_slots_start_and_end_on_their_own(line):

@@ -58,7 +58,8 @@ def require(name: str, spec: SimulationSpec) -> None:
 class BatchedSimulation:
     """``count`` slots in one ManiSkill environment; what the batch's worker holds.
 
-    Commands are those of ``Simulation``. All slots move in every step, those without a command with zeros.
+    Commands are those of ``Simulation``. All slots move in every step, those without a command with zeros. A slot's
+    instruction is the one at its episode's start.
     """
 
     def __init__(self, spec: SimulationSpec, count: int, backend: str):
@@ -124,11 +125,11 @@ class BatchedSimulation:
             renew_physics(env)
         env.reset(seed=self._seeds, options={"env_idx": slots})  # what the task keeps of an episode begins anew
         env.set_state_dict(self._stacked([start["state"] for start in starts.values()]), slots)
-        for name, row in next(iter(starts.values()))["buffers"].items():
-            kept = getattr(env, name, None)
-            if isinstance(kept, torch.Tensor) and kept.shape == (self.count, *row.shape[1:]):  # else a constant
-                rows = np.concatenate([start["buffers"][name] for start in starts.values()])
-                kept[slots] = torch.from_numpy(rows).to(kept)
+        for slot, start in starts.items():
+            for name, row in start["buffers"].items():  # a task may keep some of them in certain episodes only
+                kept = getattr(env, name, None)
+                if isinstance(kept, torch.Tensor) and kept.shape == (self.count, *row.shape[1:]):  # else a constant
+                    kept[slot] = torch.from_numpy(row)[0].to(kept)
         for actor in env._hidden_objects:
             actor.hide_visual()
 

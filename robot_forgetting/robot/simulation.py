@@ -135,9 +135,8 @@ class Simulation:
         buffers: the tensors that the task itself keeps of an episode (a goal that is no object, say)
         """
         self._start(seed)
-        kept = {
-            key: value for key, value in vars(self.env).items() if isinstance(value, torch.Tensor) and key[0] != "_"
-        }
+        kept = {key: value for key, value in vars(self.env).items() if isinstance(value, torch.Tensor)}
+        kept.pop("_elapsed_steps", None)  # ManiSkill's own
         buffers = {key: value.numpy().copy() for key, value in kept.items() if value.shape[:1] == (1,)}
         state = {kind: {key: row.numpy() for key, row in rows.items()} for kind, rows in state_of(self.env).items()}
         for rows in state.get("articulations", {}).values():  # PhysX tells a base's place 2e-8 m off where it was put,
