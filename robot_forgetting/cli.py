@@ -295,6 +295,9 @@ class Arguments:
         name = name or self.names[group]
         check_node(values, group, f"{group}={name}")
         if group == "task" and self.plain["simulation"] != "cpu" and "simulation" not in values:
+            from robot_forgetting.robot.task import check_simulation
+
+            check_simulation(self.plain["simulation"])
             raise UserError(
                 f"task={name} cannot be simulated on the GPU; use simulation=cpu "
                 "(a task of your own says `simulation: ${simulation}` in its yaml)"

@@ -257,6 +257,17 @@ def seen(answers: list) -> dict:
     return {slot: (round(float(a["observation"]["image"][0, 0, 0]) / 63.75, 1), a.get("done")) for slot, a in answers}
 
 
+def test_a_slot_that_is_left_out_holds_what_it_has(line):
+    env, batch = line
+    batch.finish({slot: start_at(0.0, slot) for slot in range(3)})
+    for grippers in ({}, {0: -1.0, 1: 0.5}, {1: -0.5}):
+        batch.step({slot: np.array([0, 0, 0, 0, 0, 0, gripper]) for slot, gripper in grippers.items()})
+    assert env.wanted.tolist() == [[0] * 6 + [gripper] for gripper in (-1.0, -0.5, 1.0)]
+    batch.finish({0: start_at(0.0, 3)})
+    batch.step({})
+    assert env.wanted[:, 6].tolist() == [1.0, -0.5, 1.0]
+
+
 def test_what_a_task_remembers_of_some_episodes(line):
     env, batch = line
     env.mark = torch.zeros(3, dtype=torch.int64)
@@ -375,6 +386,7 @@ def task(**arguments) -> ManiSkillTask:
         ("12.8", {}, r"simulation=gpu needs an NVIDIA GPU and its driver \(nvidia-smi.*use simulation=cpu"),
         ("12.8", {"robot": "widowx"}, "robot 'widowx' of task 'mine' has no controller for simulation=gpu; use sim"),
         ("12.8", {"overlay": True}, "task 'mine' has a photo for its background, which simulation=gpu cannot draw"),
+        ("12.8", {"full_pictures": True}, "task 'mine' averages full pictures down .*use simulation=cpu"),
         (None, {"simulation": "tpu"}, "unknown simulation 'tpu'; choose one of: cpu, gpu"),
     ],
 )
@@ -396,6 +408,8 @@ def test_where_it_is_available(monkeypatch):
 
 
 def test_tasks_that_do_not_know_it(capsys):
+    assert cli.main(["check", "task=widowx_stack_cube", "simulation=tpu"]) == 2
+    assert "unknown simulation 'tpu'; choose one of: cpu, gpu" in capsys.readouterr().err
     assert cli.main(["check", "task=widowx_stack_cube", "simulation=gpu"]) == 2
     assert "task=widowx_stack_cube cannot be simulated on the GPU; use simulation=cpu" in capsys.readouterr().err
 

@@ -42,8 +42,10 @@ ELSE = "use simulation=cpu, with processes= for more cores"
 
 def require(name: str, spec: SimulationSpec) -> None:
     """``UserError`` where a task cannot be simulated on the GPU, or this machine has none that torch can use."""
-    if spec.overlay or spec.full_pictures:
+    if spec.overlay:
         raise UserError(f"task '{name}' has a photo for its background, which simulation=gpu cannot draw; {ELSE}")
+    if spec.full_pictures:
+        raise UserError(f"task '{name}' averages full pictures down (full_pictures), simulation=gpu cannot; {ELSE}")
     if find_robot(spec.robot).batched is None:
         raise UserError(f"robot '{spec.robot}' of task '{name}' has no controller for simulation=gpu; {ELSE}")
     if torch.version.cuda is None:
@@ -58,8 +60,8 @@ def require(name: str, spec: SimulationSpec) -> None:
 class BatchedSimulation:
     """``count`` slots in one ManiSkill environment; what the batch's worker holds.
 
-    Commands are those of ``Simulation``. All slots move in every step, those without a command with zeros. A slot's
-    instruction is the one at its episode's start.
+    Commands are those of ``Simulation``. All slots move in every step; one without a command stays where it is and
+    does with its gripper what it did before (at first: open). A slot's instruction is the one at its episode's start.
     """
 
     def __init__(self, spec: SimulationSpec, count: int, backend: str):
@@ -75,11 +77,13 @@ class BatchedSimulation:
         if spec.video:
             self._cameras["frame"] = next(iter(self.env._human_render_cameras.values()))
         self._seeds, self._steps, self._instructions = [0] * count, [0] * count, [spec.instruction] * count
+        self._grippers = np.ones(count, np.float32)
         self._stepped: dict[int, dict] = {}
 
     def step(self, commands: dict[int, np.ndarray]) -> None:
         """Executes commands [7] of some slots; ``finish`` tells what came of it."""
         env, moves = self.env, np.zeros((self.count, 7), np.float32)
+        moves[:, 6] = self._grippers
         self._stepped = {}
         for slot, command in commands.items():
             try:
@@ -88,6 +92,7 @@ class BatchedSimulation:
                 self._stepped[slot] = {"done": True, "error": str(error)}
             else:
                 moves[slot] = self._boundaries[slot].to_robot(values)
+        self._grippers = moves[:, 6].copy()
         self._controller.apply(torch.from_numpy(moves).to(env.device))
         if env.gpu_sim_enabled:
             env.scene.px.gpu_apply_articulation_target_position()
@@ -121,6 +126,7 @@ class BatchedSimulation:
         for slot, start in starts.items():
             self._seeds[slot], self._steps[slot], self._instructions[slot] = start["seed"], 0, start["instruction"]
             self._boundaries[slot].reset()
+            self._grippers[slot] = 1
         if not env.gpu_sim_enabled:
             renew_physics(env)
         env.reset(seed=self._seeds, options={"env_idx": slots})  # what the task keeps of an episode begins anew
@@ -186,7 +192,7 @@ def initial_states(simulations: list[Simulation], spec: SimulationSpec, seeds: l
 class BatchedVectorEnv(VectorEnv):
     """``num_envs`` slots of one batch, which are one group; ``processes`` CPU workers make initial states.
 
-    A slot that a request leaves out moves on under a command of zeros. An initial state that fails ends its episode
+    A slot that a request leaves out moves on, see ``BatchedSimulation``. An initial state that fails ends its episode
     with ``error`` set; whatever else goes wrong ends all running episodes so, and the batch is built anew.
     """
 

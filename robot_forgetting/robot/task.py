@@ -61,8 +61,10 @@ class ManiSkillTask(Task):
         Boundary(self.robot, rotation, gripper)  # refuses what cannot be converted
         self.statistics = statistics or self.robot.statistics
         self.disturbance = dict(noise or {"small": 0.05, "kick": 0.3, "kick_probability": 0.15})
+        check_simulation(simulation)
         self.workers = processes or max(1, min(2, os.cpu_count() or 1))
-        self.processes = self.workers if simulation == "cpu" else 1  # groups of environments, see ``rollout``
+        # Groups of environments (see ``rollout``). A batch is one, while demonstrations and starts have all workers.
+        self.processes = self.workers if simulation == "cpu" else 1
         arguments = dict(env_arguments or {})
         if spawn != "stock" or "spawn" in arguments:
             arguments["spawn"] = spawn
@@ -84,8 +86,6 @@ class ManiSkillTask(Task):
             rotation=rotation,
             gripper=gripper,
         )
-        if simulation not in ("cpu", "gpu"):
-            raise unknown("simulation", simulation, ("cpu", "gpu"))
         if simulation == "gpu":
             from robot_forgetting.robot import batched
 
@@ -135,6 +135,11 @@ class ManiSkillTask(Task):
                     f"the expert of task '{self.name}' succeeded in {found} of {tried} episodes; "
                     "lower its noise or correct it (robot-forgetting check shows how often it succeeds)"
                 )
+
+
+def check_simulation(simulation: str) -> None:
+    if simulation not in ("cpu", "gpu"):
+        raise unknown("simulation", simulation, ("cpu", "gpu"))
 
 
 CAMERA = {"eye": [0.38, 0.22, 0.36], "target": [-0.01, 0.0, 0.04], "fov": 0.75}
