@@ -24,7 +24,7 @@ from robot_forgetting.robot import batched
 from robot_forgetting.robot.batched import CPU, BatchedSimulation, BatchedVectorEnv, initial_states
 from robot_forgetting.robot.panda import EndEffectorController
 from robot_forgetting.robot.robots import load_object
-from robot_forgetting.robot.simulation import Simulation, SimulationSpec
+from robot_forgetting.robot.simulation import Simulation, SimulationSpec, flags_of
 from robot_forgetting.robot.task import ManiSkillTask
 from robot_forgetting.robot.workers import POOL, ManiSkillVectorEnv, demonstrate
 from robot_forgetting.rollout import EpisodeKey, rollout
@@ -240,6 +240,26 @@ def test_pictures_that_are_not_drawn_on_the_gpu(line):
     with pytest.raises(UserError, match="pictures cannot be drawn on the GPU.*simulation=cpu"):
         BatchedSimulation(batch.spec, 3, batched.GPU)
     assert env.closed
+
+
+def test_flags_are_those_with_one_value_per_environment():
+    found = {
+        "success": torch.tensor([True, False, False, True]),
+        "steps": torch.tensor([[1], [2], [3], [4]]),
+        "ends": torch.eye(2),
+        "limits": torch.ones(1, 4),
+        "all": torch.tensor(True),
+        "name": "four",
+    }
+    assert flags_of(found, 4) == [
+        {"success": True, "steps": 1},
+        {"success": False, "steps": 2},
+        {"success": False, "steps": 3},
+        {"success": True, "steps": 4},
+    ]
+    assert flags_of({"alone": torch.tensor(True), "steps": torch.tensor([[2]]), "limits": torch.ones(1, 4)}, 1) == [
+        {"alone": True, "steps": 2}
+    ]
 
 
 def start_at(x: float, seed: int) -> dict:

@@ -276,8 +276,13 @@ def camera_settings(camera: dict, size: tuple[int, int]) -> dict:
 
 
 def flags_of(found: dict, count: int) -> list[dict]:
-    """What ``evaluate`` says of each of ``count`` environments, where it says one thing of each."""
-    columns = {key: value.reshape(-1).cpu() for key, value in found.items() if getattr(value, "numel", int)() == count}
+    """What ``evaluate`` says of each of ``count`` environments, where it says one thing of each: [N] or [N, 1]."""
+    shapes = {(count,), (count, 1)}
+    columns = {
+        key: value.reshape(-1).cpu()
+        for key, value in found.items()
+        if isinstance(value, torch.Tensor) and (value.shape in shapes or value.numel() == count == 1)
+    }
     return [{key: _plain(column[index]) for key, column in columns.items()} for index in range(count)]
 
 

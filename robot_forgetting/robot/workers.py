@@ -228,11 +228,12 @@ def _serve(connection: Connection) -> None:
     """A worker's main loop. Requests are answered in order, one answer each."""
     import signal
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business; it closes the pipe
+
     import torch
 
     from robot_forgetting.robot import batched
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business; it closes the pipe
     torch.set_num_threads(1)
     # Lavapipe's threads. Workers are what fills the cores; two of two threads each on two cores took 1.8 times as long
     # for a step of the WidowX's.
@@ -246,6 +247,7 @@ def _serve(connection: Connection) -> None:
         try:
             if verb == "make":
                 new_spec, count, backend = arguments
+                # A batch may have more slots than are asked for, which step and are drawn too: building takes seconds.
                 if new_spec != spec or (backend and simulations and simulations[0].count < count):
                     for simulation in simulations:
                         simulation.close()

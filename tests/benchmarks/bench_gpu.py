@@ -3,7 +3,7 @@
     python tests/benchmarks/bench_gpu.py [task]
 
 Bare environments under small random commands, and the time in which all environments of a batch start. Needs an NVIDIA
-GPU. Five minutes.
+GPU.
 """
 
 from __future__ import annotations
