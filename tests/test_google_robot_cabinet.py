@@ -98,23 +98,25 @@ def test_configurations_of_a_drawer():
     rng = np.random.default_rng(0)
     states = [drawer_state(number, rng, tuple(STATIONS)) for number in range(27)]
     assert [state[0] for state in states] == list(range(27)) and len({state[1:] for state in states}) == 27
-    assert states[5][1:] == ("a1", "recolor_cabinet_visual_matching_1")
+    assert [state[1] for state in states] == list(STATIONS) * 3
+    assert states[10][1:] == ("a1", assets.COLOURS[3]) and states[1][2] == assets.COLOURS[2]
     assert drawer_state(28, rng, tuple(STATIONS)) == states[1]
     assert drawer_state(4, rng, ("b0",)) == (1, "b0", states[1][2])
 
 
 def test_configurations_of_an_apple():
-    """3 stations times 9 places times 4 colourings; of the places x is slowest."""
+    """3 stations times 9 places times 4 colourings: all places of a station first, x slowest; colourings last."""
     pytest.importorskip("mani_skill")
     from robot_forgetting.robot.google_robot_cabinet import place_state
 
     rng = np.random.default_rng(0)
     states = [place_state(number, rng) for number in range(108)]
     assert [state[0] for state in states] == list(range(108))
-    assert [state[1] for state in states] == [station for station in ("a0", "b0", "c0") for _ in range(36)]
+    assert [state[1] for state in states] == [station for station in ("a0", "b0", "c0") for _ in range(9)] * 4
     places = [[x, y] for x in (-0.08, -0.05, -0.02) for y in (-0.02, 0.03, 0.08)]
-    assert np.allclose([state[2] for state in states[::4]], places * 3)
-    assert [state[3] for state in states] == list(assets.COLOURS) * 27
+    assert np.allclose([state[2] for state in states], places * 12)
+    assert [state[3] for state in states[25:29]] == [assets.COLOURS[index] for index in (1, 2, 1, 2)]
+    assert len({(state[1], *state[2], state[3]) for state in states}) == 108
     assert place_state(111, rng)[0] == 3 and place_state(40, rng, ("b0",))[:2] == (4, "b0")
     drawn = [place_state(None, rng) for _ in range(400)]
     found = np.stack([state[2] for state in drawn])
@@ -127,7 +129,7 @@ def test_configurations_of_an_apple():
 def test_an_apple_starts_on_the_cabinet(players, blind):
     simulation = players(PLACE).simulation
     env, body, starts = simulation.env, simulation.env.apple._bodies[0], []
-    for seed in (1_000_040, 1_000_107, 1_000_148, 7):
+    for seed in (1_000_010, 1_000_107, 1_000_118, 7):
         simulation.reset(seed)
         starts.append(np.array(body.entity_pose.p))
         assert env.opening() == 0 and np.linalg.norm(body.linear_velocity) < 1e-3
@@ -142,7 +144,7 @@ def test_each_station_has_its_photo(players, bundle):
 
     simulation = players(DRAWER).simulation
     folder = bundle / "data" / assets.GOOGLE / "real_inpainting"
-    for number, station in ((0, "a0"), (26, "c2"), (1, "a0")):
+    for number, station in ((0, "a0"), (8, "c2"), (9, "a0")):
         image = simulation.reset(1_000_000 + number)["image"]
         photo = read_photo(folder / f"open_drawer_{station}.png", (320, 256))
         assert (np.abs(image.astype(int) - photo).max(-1) < 25).mean() > 0.4  # the cabinet hides the rest
@@ -170,7 +172,7 @@ def test_expert_closes_a_drawer(players, blind, monkeypatch):
     simulation = players(DRAWER).simulation
     monkeypatch.setattr(simulation.env, "closing", True)
     monkeypatch.setattr(simulation, "expert", load_object(configured("google_robot_close_top_drawer").spec.expert))
-    simulation.reset(1_000_009)  # station b0
+    simulation.reset(1_000_003)  # station b0
     assert simulation.env.opening() == pytest.approx(0.2)
     flags = [simulation.step(simulation.expert_command())[4]["success"] for _ in range(45)]
     assert flags[-1] and not any(flags[:20]) and simulation.env.opening() < 0.04
@@ -181,7 +183,7 @@ def test_expert_opens_a_drawer(players, blind, monkeypatch):
 
     simulation = players(DRAWER).simulation
     monkeypatch.setattr(simulation, "expert", load_object(configured(DRAWER).spec.expert))
-    simulation.reset(1_000_009)  # station b0
+    simulation.reset(1_000_003)  # station b0
     flags = [simulation.step(simulation.expert_command())[4]["success"] for _ in range(55)]
     assert flags[-1] and not any(flags[:30]) and 0.17 < simulation.env.opening() < 0.25
 
@@ -193,7 +195,7 @@ def test_expert_places_an_apple(players, blind, monkeypatch):
     simulation = players(PLACE).simulation
     monkeypatch.setattr(simulation, "expert", load_object(configured(PLACE).spec.expert))
     monkeypatch.setattr(simulation.env, "told", 0)
-    simulation.reset(1_000_052)  # station b0, the middle place
+    simulation.reset(1_000_013)  # station b0, the middle place
     simulation.env._set_opening(0.2)
     flags = []
     while len(flags) < 90 and not (flags and flags[-1]["success"]):

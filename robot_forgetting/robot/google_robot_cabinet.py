@@ -14,6 +14,7 @@ from robot_forgetting.robot.google_robot import CAMERA
 from robot_forgetting.robot.google_robot_scenes import INFO, GoogleScene, folder, glow
 from robot_forgetting.robot.google_robot_tasks import APPLE, place_sentences
 from robot_forgetting.robot.grasp import contacts
+from robot_forgetting.robot.grid import dealt
 
 # name: x, y, yaw of the robot's base; each has its photo
 STATIONS = {
@@ -96,15 +97,14 @@ def drawer_state(number: int | None, rng: np.random.Generator, stations: tuple) 
     station, colours = str(rng.choice(stations)), str(rng.choice(COLOURS[1:]))
     if number is None:
         return -1, station, colours
-    configuration = number % (len(stations) * len(COLOURS[1:]))
-    station, colours = divmod(configuration, len(COLOURS[1:]))
+    configuration, station, colours = dealt(number, len(stations), len(COLOURS[1:]))
     return configuration, stations[station], COLOURS[1:][colours]
 
 
 class Drawer(Cabinet):
     """Open a drawer of a cabinet (15 cm), or close one that is 20 cm open (to 5 cm).
 
-    station: one of ``STATIONS``, or "any": configuration k has station k // 3 and colouring k % 3, training draws
+    station: one of ``STATIONS``, or "any": 9 stations times 3 colourings (``grid.dealt``); training draws
     drawer: as ``Cabinet`` has it; closing: the opposite task
     """
 
@@ -136,8 +136,7 @@ def place_state(
 ) -> tuple[int, str, np.ndarray, str]:
     """Configuration (-1: in training), station, the apple's place [2] and colouring; ``number`` None draws them."""
     if number is not None:
-        configuration = number % (len(stations) * len(APPLES) * len(COLOURS))
-        rest, colours = divmod(configuration, len(COLOURS))
+        configuration, rest, colours = dealt(number, len(stations) * len(APPLES), len(COLOURS))
         station, place = divmod(rest, len(APPLES))
         return configuration, stations[station], APPLES[place], COLOURS[colours]
     station, colours = str(rng.choice(stations)), str(rng.choice(COLOURS))
@@ -150,8 +149,8 @@ def place_state(
 class PlaceInDrawer(Cabinet):
     """Open a drawer, then place the apple from the cabinet's top into it: two instructions, one after the other.
 
-    station: one of ``PLACE_STATIONS``, or "any": configuration k has station k // 36, place (k // 4) % 9 of the apple
-        and colouring k % 4, training draws
+    station: one of ``PLACE_STATIONS``, or "any": 3 stations times 9 places of the apple times 4 colourings
+        (``grid.dealt``); training draws
     drawer: as ``Cabinet`` has it
     told: after so many steps, and one, the instruction changes
     """

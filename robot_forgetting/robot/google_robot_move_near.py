@@ -15,6 +15,7 @@ from robot_forgetting.robot.google_robot_tasks import MOVE_NEAR_OBJECTS as OBJEC
 from robot_forgetting.robot.google_robot_tasks import MOVE_NEAR_TRIPLETS as TRIPLETS
 from robot_forgetting.robot.google_robot_tasks import move_near_sentence
 from robot_forgetting.robot.grasp import contacts
+from robot_forgetting.robot.grid import dealt
 
 PHOTO = "google_move_near_real_eval_1.png"
 HALF = float(np.sqrt(0.5))
@@ -41,11 +42,13 @@ SPREAD = 0.04  # metres per axis by which training moves each object from its pl
 def move_near_state(number: int | None, rng: np.random.Generator) -> tuple[int, int, tuple[int, int], np.ndarray, str]:
     """Configuration (-1: in training), triplet, (source, target), places [3, 2] and colouring of an episode.
 
-    Configuration k is the original's episode k // 4 in colouring k % 4; ``number`` None draws all, and the places
+    Configuration k is the original's episode k % 60, see ``grid.dealt``; ``number`` None draws all, and the places
     around the original's, but none within 2 cm of them.
     """
-    configuration = -1 if number is None else number % (EPISODES * len(COLOURS))
-    episode, colours = divmod(configuration if number is not None else int(rng.integers(EPISODES * 4)), len(COLOURS))
+    if number is None:
+        configuration, (episode, colours) = -1, divmod(int(rng.integers(EPISODES * len(COLOURS))), len(COLOURS))
+    else:
+        configuration, episode, colours = dealt(number, EPISODES, len(COLOURS))
     triplet, rest = divmod(episode, len(PATTERNS) * len(PAIRS))
     pattern, pair = divmod(rest, len(PAIRS))
     places = PATTERNS[pattern].copy()

@@ -18,7 +18,7 @@ from robot_forgetting.robot import assets
 from robot_forgetting.robot.assets import COLOURS
 from robot_forgetting.robot.google_robot import CAMERA, FINGERS, GoogleRobot, urdf
 from robot_forgetting.robot.grasp import contacts, presses
-from robot_forgetting.robot.grid import STREAM, TEST_START
+from robot_forgetting.robot.grid import STREAM, TEST_START, dealt
 from robot_forgetting.robot.settling import drop
 
 BASE_HEIGHT = 0.06205 + 0.017  # of the robot's base over the floor, metres
@@ -189,8 +189,7 @@ HELD_OUT = 0.02  # metres around the evaluation's places where no can stands in 
 def can_state(number: int | None, rng: np.random.Generator) -> tuple[int, np.ndarray, str]:
     """Configuration (-1: in training), place [2] and colouring of an episode; ``number`` None draws them."""
     if number is not None:
-        configuration = number % (len(PLACES) * len(COLOURS))
-        place, colours = divmod(configuration, len(COLOURS))
+        configuration, place, colours = dealt(number, len(PLACES), len(COLOURS))
         return configuration, PLACES[place], COLOURS[colours]
     colours, place = str(rng.choice(COLOURS)), rng.uniform(PLACES.min(axis=0), PLACES.max(axis=0))
     while np.linalg.norm(place - PLACES, axis=1).min() < HELD_OUT:
@@ -235,7 +234,7 @@ class Tabletop(GoogleScene):
 
 
 class PickCan(Tabletop):
-    """Lift an empty can. 25 places times 4 colourings; configuration k has place k // 4 and colouring k % 4.
+    """Lift an empty can. 25 places times 4 colourings; see ``grid.dealt``.
 
     orientation: one of ``ORIENTATIONS``, or "any": drawn anew for every episode
     table: as ``Tabletop`` has it

@@ -20,7 +20,7 @@ GOOGLE_ROBOT = Robot(
 GOOGLE_CAMERA = {"size": [640, 512], "intrinsic": [425.0, 425.0, 320.0, 256.0]}
 GOOGLE_NOISE = {"small": 0.004, "kick": 0.02, "kick_probability": 0.1}  # metres
 
-# Model names of the assets; configuration k of "move near" shows triplet k // 48.
+# Model names of the assets; configuration k of "move near" shows triplet k % 60 // 12.
 MOVE_NEAR_TRIPLETS = (
     ("blue_plastic_bottle", "baked_opened_pepsi_can_v2", "orange"),
     ("baked_opened_7up_can_v2", "baked_apple_v2", "baked_sponge_v2"),

@@ -10,6 +10,17 @@ TEST_START = 1_000_000  # the first seed of the test split (``Task.seeds``): con
 STREAM = 0xB21D6E  # of random numbers, so that no other use of the seed draws the same ones
 
 
+def dealt(number: int, places: int, colourings: int) -> tuple[int, int, int]:
+    """Configuration, place and colouring of a test episode, where the evaluation has every place in every colouring.
+
+    Any ``places`` configurations in a row, from 0 on, are every place once and the colourings in turn, so that a short
+    evaluation covers as much as it can.
+    """
+    configuration = number % (places * colourings)
+    turn, place = divmod(configuration, places)
+    return configuration, place, (place + turn) % colourings
+
+
 @dataclass(frozen=True)
 class Grid:
     """Configurations of a source and a target object, and where else they may lie in training.

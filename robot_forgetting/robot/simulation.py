@@ -19,6 +19,7 @@ from robot_forgetting.robot.pictures import Camera, Overlay, read_photo
 from robot_forgetting.robot.robots import find_robot, load_object
 
 VIDEO_PIXELS = 256
+STILL = 0.01  # metres; a commanded step under it is no motion
 COMMAND = "x, y, z, three rotations, gripper"
 
 
@@ -176,6 +177,16 @@ class Simulation:
         """The scripted expert's command for the current state, [7] float32 in [-1, 1]."""
         command = checked(self.expert(self.env), f"the expert {self.spec.expert} gave a command")
         return np.clip(self._boundary.to_policy(command).astype(np.float32), -1.0, 1.0)
+
+    def idle(self, command: np.ndarray) -> bool:
+        """Whether the expert that gave this command [7] has nothing left to do once the task has succeeded.
+
+        A hand that must let go has done so when it opens. The Google robot succeeds with a closed one as well (a can
+        held up, a fist on a drawer), so there the hand must have stopped, but for what noise it makes up for.
+        """
+        if find_robot(self.spec.robot).gripper == "+1 opens":
+            return command[6] > 0
+        return float(np.linalg.norm(command[:3])) < STILL
 
     def close(self) -> None:
         self.env.close()

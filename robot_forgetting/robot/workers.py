@@ -22,7 +22,7 @@ from robot_forgetting.task import Transition, VectorEnv
 
 SPAWN = multiprocessing.get_context("spawn")
 START_SECONDS = 120.0
-SETTLED = 6  # steps of success, with the gripper open, after which a demonstration ends
+SETTLED = 6  # steps of success with nothing left to do, after which a demonstration ends
 
 
 class Worker:
@@ -313,8 +313,8 @@ def _demonstrate(simulation: Simulation, seed: int, noise: dict) -> tuple[bool, 
 
     noise: {"small": sigma of every step, "kick": sigma of rare large ones, "kick_probability"} in command units
 
-    An episode that would run to its time limit ends once success has lasted ``SETTLED`` steps: what follows is the
-    same picture over and over.
+    An episode that would run to its time limit ends once success has lasted ``SETTLED`` steps in which the expert was
+    ``Simulation.idle``: what follows is the same picture over and over.
     """
     rng = np.random.default_rng([seed, 0xDA27])
     observation, success, done, lasting = simulation.reset(seed), False, False, 0
@@ -328,5 +328,5 @@ def _demonstrate(simulation: Simulation, seed: int, noise: dict) -> tuple[bool, 
         disturbed[:3] += rng.normal(0, noise["small"], 3)
         disturbed[:3] += rng.normal(0, noise["kick"], 3) * (rng.random() < noise["kick_probability"])
         observation, _, success, done, _ = simulation.step(disturbed)
-        lasting = lasting + 1 if success and disturbed[6] > 0 else 0
+        lasting = lasting + 1 if success and simulation.idle(command) else 0
     return success, np.stack(images), np.stack(commands), said
