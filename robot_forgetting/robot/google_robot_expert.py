@@ -47,13 +47,7 @@ def pick_can(env) -> np.ndarray:
     risen = can.p[2] - env._height
     if held and (env._held >= 2 or risen > 0.005):  # the fingers have come to rest on it
         return command(env, np.array([0.0, 0.0, max(0.0, LIFT - risen)]), turn, KEEP)
-    beside = np.linalg.norm(away[:2])
-    if held or (beside < 0.02 and abs(away[2]) < 0.01):
-        return command(env, np.zeros(3), np.zeros(3), CLOSE)
-    gripper = _open(env)
-    if away[2] < -HOVER / 2 and (beside > 0.015 or np.linalg.norm(turn) > 0.12):
-        return command(env, away + [0.0, 0.0, HOVER], turn, gripper)
-    return command(env, away, turn, gripper)
+    return _grasp(env, held, away, turn, away + [0.0, 0.0, HOVER], np.inf)
 
 
 def move_near(env) -> np.ndarray:
@@ -82,14 +76,7 @@ def move_near(env) -> np.ndarray:
         along = way / np.linalg.norm(way) * left * (risen > min(0.6 * CARRY, high) - 0.005)
         return command(env, np.array([*along, high - risen]), turn, KEEP)
     away = grip - hand.p
-    beside = np.linalg.norm(away[:2])
-    if held or (beside < 0.02 and abs(away[2]) < 0.01):
-        return command(env, np.zeros(3), np.zeros(3), CLOSE)
-    gripper = _open(env)
-    over = away[2] < -HOVER / 2 and (beside > 0.015 or np.linalg.norm(turn) > 0.12)
-    if over or beside > 0.05:
-        return command(env, np.array([*away[:2], clear - hand.p[2]]), turn, gripper)
-    return command(env, away, turn, gripper)
+    return _grasp(env, held, away, turn, np.array([*away[:2], clear - hand.p[2]]))
 
 
 def close_drawer(env) -> np.ndarray:
@@ -143,7 +130,6 @@ def place_in_drawer(env) -> np.ndarray:
         if rest[2] - hand.p[2] > 0.05:  # out of the drawer first
             return command(env, np.array([0.0, 0.0, rest[2] - hand.p[2]]), np.zeros(3), KEEP if held else _open(env))
         return command(env, rest - hand.p, turn, _open(env))
-    top = at[2] + APPLE
     if held and (env._held >= 2 or at[2] > BOARD[1] + APPLE + 0.005):
         left, risen = mouth - at[0], at[2] - APPLE - BOARD[1]
         if abs(left) > 0.02:
@@ -152,14 +138,21 @@ def place_in_drawer(env) -> np.ndarray:
             return command(env, np.zeros(3), np.zeros(3), OPEN)
         return command(env, np.array([left, 0.0, -LOWERED - risen]), turn, KEEP)
     away = at + [0.0, 0.0, APPLE - PALM] - hand.p
+    up = at[2] + APPLE + HOVER - PALM - hand.p[2]
+    return _grasp(env, held, away, turn, np.array([*away[:2] * (up < 0.05), up]))
+
+
+def _grasp(env, held: bool, away: np.ndarray, turn: np.ndarray, over: np.ndarray, aside: float = 0.05) -> np.ndarray:
+    """Over the place of the grasp with the gripper open, down, close.
+
+    away, over: the way [3] to that place and to where the hand waits over it; turn: what it still has to turn
+    aside: metres to the side of the place from which on it always goes over it first
+    """
     beside = np.linalg.norm(away[:2])
     if held or (beside < 0.02 and abs(away[2]) < 0.01):
         return command(env, np.zeros(3), np.zeros(3), CLOSE)
-    over = away[2] < -HOVER / 2 and (beside > 0.015 or np.linalg.norm(turn) > 0.12)
-    if over or beside > 0.05:
-        up = top + HOVER - PALM - hand.p[2]
-        return command(env, np.array([*away[:2] * (up < 0.05), up]), turn, _open(env))
-    return command(env, away, turn, _open(env))
+    not_yet = away[2] < -HOVER / 2 and (beside > 0.015 or np.linalg.norm(turn) > 0.12)
+    return command(env, over if not_yet or beside > aside else away, turn, _open(env))
 
 
 def _top(env, name: str) -> float:
