@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_lm import LettersTask, tiny_folder, tiny_lm
+from tiny_lm import QUESTIONS, LettersTask, chats, noise, nudge, tiny_folder, tiny_lm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -30,31 +30,9 @@ from robot_forgetting.policies.causal_lm_vllm import Completion, Sampler, VLLMSa
 from robot_forgetting.policy import Action, Policy
 from robot_forgetting.train import trainable
 
-QUESTIONS = [
-    "one plus two",
-    "Answer yes or no: is two the sum of one and one, and is three the sum of one and two?",
-    "A",
-]
-
-
-def chats(texts=QUESTIONS) -> dict:
-    return {"messages": [[{"role": "user", "content": text}] for text in texts]}
-
-
-def noise(count: int, seed: int = 0) -> torch.Tensor:
-    return torch.rand(count, 16, generator=torch.Generator().manual_seed(seed))
-
 
 def tokens(action: Action) -> list[list[int]]:
     return [row[mask].tolist() for row, mask in zip(action.tokens, action.mask, strict=True)]
-
-
-def nudge(policy: CausalLM, size: float = 0.05, seed: int = 3) -> None:
-    """Other weights, as after training."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in trainable(policy).values():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * size)
 
 
 # ---- the vocabulary's arithmetic

@@ -23,6 +23,12 @@ TEMPLATE = (
 )
 WORDS = "What is the sum of one and two? Answer with a letter: A, B, C or D. yes no user assistant system 0123456789 "
 
+QUESTIONS = [
+    "one plus two",
+    "Answer yes or no: is two the sum of one and one, and is three the sum of one and two?",
+    "A",
+]
+
 
 def tokenizer(words: str = WORDS, size: int = 320):
     """Byte-level BPE with the ChatML tokens, as Qwen's."""
@@ -81,6 +87,23 @@ def tiny_lm(*, tied: bool = True, seed: int = 0, **options) -> CausalLM:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # of fresh adapters
         return CausalLM(_folder(tied), **{"max_new_tokens": 8, "name": "tiny", "device": "cpu", **options})
+
+
+def chats(texts=QUESTIONS, each: int = 1) -> dict:
+    """Observations: every text ``each`` times."""
+    return {"messages": [[{"role": "user", "content": text}] for text in texts for _ in range(each)]}
+
+
+def noise(count: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(count, 16, generator=torch.Generator().manual_seed(seed))
+
+
+def nudge(policy: CausalLM, size: float = 0.05, seed: int = 3) -> None:
+    """Stands for optimiser steps: every trained weight moves."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in policy.trainable_parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * size)
 
 
 class LettersTask(OneStepTask):
