@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import http.client
 import zipfile
 
 import numpy as np
@@ -159,6 +160,15 @@ def test_no_network(small, monkeypatch):
     gone = dataclasses.replace(small.sources[0], url="file:///no/such/file.zip")
     monkeypatch.setitem(assets.BUNDLES, "small", dataclasses.replace(small, sources=(gone,)))
     with pytest.raises(UserError, match="cannot download file:///no/such/file.zip .*folder=FOLDER"):
+        assets.fetch("small", yes=True)
+
+
+def test_a_download_that_breaks_off(small, monkeypatch):
+    def broken(url, timeout):
+        raise http.client.IncompleteRead(b"half", 9)
+
+    monkeypatch.setattr("urllib.request.urlopen", broken)
+    with pytest.raises(UserError, match="cannot download file:.*IncompleteRead.*folder=FOLDER"):
         assets.fetch("small", yes=True)
 
 

@@ -16,6 +16,7 @@ import urllib.request
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 from robot_forgetting.errors import UserError, unknown
@@ -241,7 +242,7 @@ def _download(source: Source, target: Path) -> None:
                         file.write(block)
                         digest.update(block)
                         progress.advance(1)
-        except OSError as error:
+        except (OSError, HTTPException) as error:  # the second where an answer breaks off
             raise UserError(
                 f"cannot download {source.url} ({error}); fetch it elsewhere and give folder=FOLDER"
             ) from error
