@@ -168,7 +168,7 @@ def test_tables_of_the_design_are_there(page):
 
 def test_reading_claims_no_more_than_the_intervals(page):
     html, report = page
-    lead = re.search(r'<p class="lead">(.*?)</p>', html, re.S).group(1)
+    lead = " ".join(re.findall(r'<p class="lead">(.*?)</p>', html, re.S))
     for row in report["forgetting"]:
         if row["shipped"] is None and row["task"] == "prior mean" and row["decode"] == "sampled":
             after = lead[lead.index(f"After {row['variant']} ") :].split("After ")[1]
@@ -328,7 +328,7 @@ def test_intervals_have_their_name(page):
 
 def test_quadratic_fit_is_put_into_words_only_over_enough(page):
     html, report = page
-    lead = re.search(r'<p class="lead">(.*?)</p>', html, re.S).group(1)
+    lead = " ".join(re.findall(r'<p class="lead">(.*?)</p>', html, re.S))
     assert "of the variation in forgetting" not in lead  # two runs
     row = {"r2": 0.5, "low": None, "high": None, "n": 10, "runs": 3}
     rows = [r for r in report["success"] if r["shipped"]]
@@ -350,6 +350,7 @@ def test_a_large_sweep_is_put_into_words_by_method():
     success += [row(name, "t", rate=0.5 + 0.05 * index) for index, name in enumerate(settings)]
     forgetting = [row(name, PRIOR_MEAN, forgetting=0.1 * index) for index, name in enumerate(settings)]
     text = " ".join(reading("p", "t", success, forgetting, [], None)).replace("\N{NO-BREAK SPACE}", " ")
+    assert text.count("Brackets hold 95 % intervals.") == 1
     assert text.endswith(
         "After sft (9 settings) it solved the new task in 50 to 90 % and had forgotten 0 to 80 points of the prior "
         "tasks' mean."

@@ -1,4 +1,4 @@
-"""Numbers as text, and the paragraph that says in plain words what was measured, no more than the intervals allow."""
+"""Numbers as text, and the paragraphs that say in plain words what was measured, no more than the intervals allow."""
 
 from __future__ import annotations
 
@@ -78,9 +78,9 @@ def reading(
     matched: Sequence[dict],
     fit: dict | None,
 ) -> list[str]:
-    """Sentences about one setting, from its rows (sampled decode)."""
+    """Paragraphs about one setting, from its rows (sampled decode): the base, each method, what can be compared."""
     sampled = [row for row in success if row["decode"] == "sampled"]
-    sentences = []
+    paragraphs = []
     variants = dict.fromkeys(row["variant"] for row in sampled)
     many = len(variants) > MOST_COMPARED + 1  # and the base
     for variant in variants:
@@ -105,29 +105,29 @@ def reading(
             who += variant.removeprefix(BASE)
         else:
             who = f"After {variant} ({plural(max(row['runs'] for row in mine), 'run')}) it"
-        sentences.append(f"{who} solved {' and '.join(parts)}.")
-        sentences += [
+        lost = [
             _lost(row)
             for row in forgetting
             if (row["variant"], row["decode"]) == (variant, "sampled") and row["task"] in {one["task"] for one in prior}
         ]
+        paragraphs.append(" ".join([f"{who} solved {' and '.join(parts)}.", *lost]))
     if many:
-        sentences += _ranges(sampled, forgetting)
-    if sentences:
-        sentences.insert(0, "Brackets hold 95 % intervals.")
+        paragraphs += _ranges(sampled, forgetting)
+    if paragraphs:
+        paragraphs[0] += " Brackets hold 95 % intervals."
     for row in matched:
         if row["level"] is None:
             pair = f"{row['first']} and {row['second']}"
-            sentences.append(f"{pair} cannot be compared at equal new-task success: {row['note']}.")
+            paragraphs.append(f"{pair} cannot be compared at equal new-task success: {row['note']}.")
         elif row["note"]:
-            sentences.append(_matched(row))
+            paragraphs.append(_matched(row))
     if fit is not None and fit["r2"] is not None and enough(fit):
         where = f" [{fit['low']:.2f}, {fit['high']:.2f}]" if fit["low"] is not None else ""
-        sentences.append(
+        paragraphs.append(
             f"Over {fit['n']} checkpoints of {plural(fit['runs'], 'run')}, a quadratic function of the forward KL on "
             f"new-task inputs accounts for R{SQUARED} = {fit['r2']:.2f}{where} of the variation in forgetting."
         )
-    return sentences or [f"Nothing was evaluated yet on {new_task}."]
+    return paragraphs or [f"Nothing was evaluated yet on {new_task}."]
 
 
 def enough(fit: dict) -> bool:
