@@ -4,17 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from robot_forgetting.episode_rows import check_same_base, evaluate_into, fingerprint
 from robot_forgetting.errors import UserError
 from robot_forgetting.evaluate import check_conventions, success_line, test_seeds
-from robot_forgetting.experiment import (
-    FINAL_STAGE,
-    benchmarks,
-    check_same_base,
-    evaluate_into,
-    fingerprint,
-    open_run,
-    record,
-)
+from robot_forgetting.experiment import FINAL_STAGE, benchmarks, open_run, record
 from robot_forgetting.files import read_json
 from robot_forgetting.policy import Policy
 from robot_forgetting.progress import say

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from robot_forgetting.config_checks import typed
+from robot_forgetting.episode_rows import evaluate_into
 from robot_forgetting.errors import UserError
 from robot_forgetting.evaluate import test_seeds
-from robot_forgetting.experiment import evaluate_into, open_run
+from robot_forgetting.experiment import open_run
 from robot_forgetting.files import disk, write_atomic
 from robot_forgetting.method import Method
 from robot_forgetting.methods.labels import GivenTargets, Labeler

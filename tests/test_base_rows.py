@@ -10,9 +10,9 @@ import torch
 from toy import ToyPolicy, ToyTask
 from toy_runs import run, sources, summary
 
-from robot_forgetting import experiment
+from robot_forgetting import episode_rows
 from robot_forgetting.conformance import toy
-from robot_forgetting.experiment import evaluate_into, fingerprint
+from robot_forgetting.episode_rows import evaluate_into, fingerprint
 from robot_forgetting.policies.openvla import OpenVLAPolicy
 from robot_forgetting.records import RunFolder
 from robot_forgetting.robot.task import ManiSkillTask
@@ -23,13 +23,13 @@ pytestmark = pytest.mark.usefixtures("no_renderer")
 def test_base_rows_come_from_a_sibling(tmp_path, monkeypatch):
     first = run(tmp_path / "first")
     evaluated = []
-    real = experiment.evaluate
+    real = episode_rows.evaluate
 
     def listening(policy, task, seeds, **options):
         evaluated.append(list(seeds))
         return real(policy, task, seeds, **options)
 
-    monkeypatch.setattr(experiment, "evaluate", listening)
+    monkeypatch.setattr(episode_rows, "evaluate", listening)
     second = run(tmp_path / "second", "sft")
     assert sources(first) == {None} and sources(second) == {"first"}
     assert {row["source"] for row in second.episodes() if row["stage"] == 1} == {None}

@@ -18,8 +18,8 @@ from test_workers import Drifting, fragile
 from toy import ToyPolicy
 
 from robot_forgetting import cli
+from robot_forgetting.episode_rows import fingerprint
 from robot_forgetting.errors import UserError
-from robot_forgetting.experiment import fingerprint
 from robot_forgetting.robot import batched
 from robot_forgetting.robot.batched import CPU, BatchedSimulation, BatchedVectorEnv, initial_states
 from robot_forgetting.robot.panda import EndEffectorController

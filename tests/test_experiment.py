@@ -14,7 +14,7 @@ from rich.console import Console
 from toy import ToyPolicy, ToyTask
 from toy_runs import run, same, summary
 
-from robot_forgetting import doctor, experiment, progress, video
+from robot_forgetting import doctor, episode_rows, experiment, progress, video
 from robot_forgetting.errors import UserError
 from robot_forgetting.evaluate import evaluate
 from robot_forgetting.methods.kl import KL
@@ -111,7 +111,7 @@ def test_a_failed_start_can_be_corrected(tmp_path, monkeypatch, undisturbed):
         yield
 
     with monkeypatch.context() as patch, pytest.raises(UserError, match="no such statistics"):
-        patch.setattr(experiment, "evaluate", fails)
+        patch.setattr(episode_rows, "evaluate", fails)
         run(tmp_path / "run", policy=ToyPolicy(seed=2), config={"method": "grpo", "wrong": True})
     assert RunFolder(tmp_path / "run").status == "failed"
     folder = run(tmp_path / "run")

@@ -1,0 +1,112 @@
+"""Rows of a run's episodes: each is measured once, and the base policy's are shared between the runs of a sweep."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+
+from robot_forgetting.errors import UserError
+from robot_forgetting.evaluate import episode_row, evaluate
+from robot_forgetting.policy import Policy
+from robot_forgetting.progress import bar
+from robot_forgetting.records import RunFolder, holds_records
+from robot_forgetting.task import Task
+
+
+def _identity(row: dict) -> tuple:
+    return row["stage"], row["iteration"], row["task"], row["decode"], row["temperature"], row["seed"]
+
+
+def evaluate_into(
+    folder: RunFolder,
+    policy: Policy,
+    task: Task,
+    seeds: Sequence[int],
+    *,
+    temperature: float | None,
+    num_envs: int,
+    **fields,
+) -> list[dict]:
+    """Evaluates the seeds that ``folder`` lacks, row by row; returns all rows of these seeds."""
+    head = {**fields, "task": task.name, "temperature": temperature}
+    wanted = {_identity({**head, "seed": seed}) for seed in seeds}
+    rows = [row for row in folder.episodes() if _identity(row) in wanted]
+    missing = [seed for seed in seeds if seed not in {row["seed"] for row in rows}]
+    if not missing:
+        return rows
+    split = "train" if seeds[0] in task.seeds("train") else "test"
+    with bar(f"{task.name} ({fields['decode']})", len(seeds), len(rows)) as progress:
+        for episode in evaluate(policy, task, missing, temperature=temperature, num_envs=num_envs):
+            row = episode_row(episode, **head, split=split, episode=seeds.index(episode.key.seed))
+            folder.append("episodes", row)
+            rows.append(row)
+            progress.advance(1, f"success {sum(r['success'] for r in rows) / len(rows):.2f}")
+    return rows
+
+
+def reuse(folder: RunFolder, wanted: dict[tuple, int], role_of: Callable[[str], str | None]) -> None:
+    """Copies the base policy's episodes from sibling runs that measured the same thing; their source is marked.
+
+    wanted: identity of a row (stage, iteration, task, decode, temperature, seed) -> its number here
+    role_of: of a task by name; rows of another role are left
+    """
+    mine = folder.run
+    have = {_identity(row) for row in folder.episodes()}
+    for sibling in sorted(folder.path.parent.glob("*/run.json")):
+        try:
+            other = RunFolder(sibling.parent)
+            theirs = other.run
+        except UserError:  # a damaged sibling is no reason to stop a healthy run
+            continue
+        if other.path == folder.path or theirs.get("fingerprint") != mine["fingerprint"]:
+            continue
+        if theirs.get("decode") != mine["decode"]:
+            continue
+        rows = [
+            {**row, "episode": wanted[_identity(row)], "source": row["source"] or other.id, "video": None}
+            for row in other.episodes()
+            if _identity(row) in wanted.keys() - have and row["role"] == role_of(row["task"])
+        ]
+        if rows:
+            folder.append("episodes", *rows)
+            have |= {_identity(row) for row in rows}
+
+
+def fingerprint(policy: Policy, tasks: Sequence[Task]) -> str:
+    """Identifies a base policy (weights, and what it makes of pictures and tokens) and the tasks it is measured on."""
+    digest, trained_before = hashlib.sha256(), getattr(policy, "continues", False)
+    digest.update(_text([policy.convention(), getattr(policy, "config", None)]))
+    for name, tensor in sorted(policy.state_dict().items()):
+        # Fresh adapters change with the seed, the base that they leave as it is does not.
+        if "lora_" in name and not trained_before:
+            continue
+        digest.update(f"{name} {list(tensor.shape)}".encode())
+        # A sample of the numbers: a 7B model is fingerprinted in seconds, and two checkpoints do not agree in all of
+        # them. (Sums would do too, but their rounding depends on the number of threads.)
+        step = max(1, tensor.numel() // 4096)
+        digest.update(tensor.detach().flatten()[::step].double().cpu().numpy().tobytes())
+    for task in tasks:
+        said = [type(task).__qualname__, task.name, task.instruction, task.max_steps, task.convention()]
+        on_gpu = ["gpu"] * (getattr(task, "simulation", "cpu") == "gpu")  # other physics
+        digest.update(_text([*said, getattr(task, "spec", None), *on_gpu]))
+    return digest.hexdigest()[:16]
+
+
+def _text(settings: list) -> bytes:
+    """The same bytes for the same settings, whatever the order of their keys; what is no dataclass is left out."""
+    plain = [asdict(item) if is_dataclass(item) else item for item in settings]
+    return json.dumps(plain, sort_keys=True, default=lambda item: type(item).__qualname__).encode()
+
+
+def check_same_base(run_dir: Path, mark: str) -> None:
+    """``UserError`` where a run began with other weights under the same name, as after training a base policy anew."""
+    if (Path(run_dir) / "run.json").is_file() and holds_records(Path(run_dir)):
+        earlier = RunFolder(run_dir).run.get("fingerprint", mark)
+        if earlier != mark:
+            raise UserError(
+                f"{run_dir} began with another base policy or other tasks (fingerprint {earlier}, now {mark}); "
+                "delete it, or choose another run_dir"
+            )
