@@ -4,10 +4,12 @@ BIN := .venv/bin
 STAMP := .venv/setup-done
 SEEDS ?= 0,1,2
 BRIDGE := task=widowx_carrot_on_plate 'prior=[widowx_spoon_on_towel,widowx_stack_cube]' 'held_out=[]'
+GOOGLE := task=google_robot_pick_standing_coke_can \
+	'prior=[google_robot_open_top_drawer,google_robot_close_top_drawer]' 'held_out=[]'
 # One thread per process: environment workers and the policy share the cores, and threads fighting over them are slower.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup test demo base three-seeds bridge-base bridge nano-base benchmark wheel lint clean
+.PHONY: help setup test demo base three-seeds bridge-base bridge google-base google nano-base benchmark wheel lint clean
 
 help:
 	@echo "make setup        install into .venv, and a Vulkan driver where there is none"
@@ -16,6 +18,8 @@ help:
 	@echo "make base         train the base policy anew, in two phases, into runs/base/ (about 20 minutes)"
 	@echo "make bridge       SimplerEnv's WidowX tasks: SFT and GRPO, 3 seeds, two hours; first: robot-forgetting assets bridge"
 	@echo "make bridge-base  train their base policy anew into runs/bridge-base/ (about an hour)"
+	@echo "make google       SimplerEnv's Google robot: SFT and GRPO, 3 seeds, hours; first: robot-forgetting assets google_robot"
+	@echo "make google-base  train its base policy anew into runs/google-base/ (an hour and a half)"
 	@echo "make nano-base    train the small language model anew into runs/nano-base/ (about half an hour)"
 	@echo "make test         the tests"
 	@echo "make benchmark    the speed ratios"
@@ -62,6 +66,16 @@ bridge-base: $(STAMP)
 		pretrain.optimiser.learning_rate=7e-4 pretrain.optimiser.warmup_steps=20 \
 		run_dir=runs/bridge-base/second output=runs/bridge-base/policy
 
+google-base: $(STAMP)
+	$(BIN)/robot-forgetting pretrain policy=openvla-nano-google-new $(GOOGLE) pretrain.iterations=100 \
+		'pretrain.demonstrations={google_robot_open_top_drawer: 300, google_robot_close_top_drawer: 200, google_robot_pick_standing_coke_can: 80}' \
+		pretrain.episodes=4 run_dir=runs/google-base/first output=runs/google-base/first/policy
+	$(BIN)/robot-forgetting pretrain policy=openvla-nano-google policy.checkpoint=runs/google-base/first/policy \
+		$(GOOGLE) pretrain.iterations=30 pretrain.label_sigma=0 pretrain.episodes=27 \
+		'pretrain.demonstrations={google_robot_open_top_drawer: 300, google_robot_close_top_drawer: 200, google_robot_pick_standing_coke_can: 80}' \
+		pretrain.optimiser.learning_rate=7e-4 pretrain.optimiser.warmup_steps=20 \
+		run_dir=runs/google-base/second output=runs/google-base/policy
+
 # Sums are the hardest of the skills: the second phase is mostly about them.
 nano-base: $(STAMP)
 	$(BIN)/robot-forgetting pretrain policy=qwen-nano-new task=skill_over task.annotator=any processes=1 \
@@ -80,6 +94,11 @@ bridge: $(STAMP)
 	$(BIN)/robot-forgetting run --multirun seed=1,2,3 method=sft,grpo sweep=bridge budget=simpler \
 		policy=openvla-nano-bridge $(BRIDGE)
 	$(BIN)/robot-forgetting report runs/bridge/*/ output=runs/bridge/report.html
+
+google: $(STAMP)
+	$(BIN)/robot-forgetting run --multirun seed=1,2,3 method=sft,grpo sweep=google budget=google \
+		policy=openvla-nano-google $(GOOGLE)
+	$(BIN)/robot-forgetting report runs/google/*/ output=runs/google/report.html
 
 benchmark: $(STAMP)
 	for script in tests/benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
