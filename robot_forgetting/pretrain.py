@@ -206,7 +206,7 @@ def pretrain(
     return 0
 
 
-# The card's success rates are measured on seeds that no later experiment uses. (SimplerEnv's tasks have the same few
+# The card's success rates are measured on seeds that no later experiment uses. (SimplerEnv's tasks have the same
 # initial states whatever the seed; there only the sampling is another.)
 CARD_SEED = 700_000
 
@@ -229,7 +229,7 @@ WORDS = {
         "demonstrations in ManiSkill3.",
         "data": "demonstrations",
         "rows": "decisions",
-        "measured": "Success on test seeds that nothing else uses (SimplerEnv's tasks have the same few initial states\n"
+        "measured": "Success on test seeds that nothing else uses (SimplerEnv's tasks have the same initial states\n"
         "whatever the seed)",
     },
     True: {

@@ -104,12 +104,13 @@ def write_episode(
     check_frames(frames, path)
     last = len(actions)
     said = [instruction] * len(frames) if isinstance(instruction, str) else instruction
+    bars = heights(actions)
     pictures = (
         draw(
             frame,
             said[step],
             step,
-            actions[step] if step < last else None,
+            bars[step] if step < last else None,
             bool(success) if step == last else None,
             steps=last,
             pixels=pixels,
@@ -117,6 +118,17 @@ def write_episode(
         for step, frame in enumerate(frames)
     )
     return _write(Path(path), pictures, len(frames), fps)
+
+
+def heights(actions: np.ndarray) -> np.ndarray:
+    """Actions [L, A] as bars in [-1, 1]: whatever the units, the greatest of an episode has full height.
+
+    Of a manipulator's seven, the three translations have one scale and the three rotations another.
+    """
+    sizes = np.abs(np.nan_to_num(actions.astype(float))).max(axis=0, initial=0.0)
+    if len(sizes) == len(DIMENSIONS):
+        sizes = np.repeat([sizes[:3].max(), sizes[3:6].max(), sizes[6]], [3, 3, 1])
+    return actions / np.where(sizes > 0, sizes, 1.0)
 
 
 def write_grid(

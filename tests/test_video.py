@@ -17,6 +17,7 @@ from robot_forgetting.video import (
     check_frames,
     count_frames,
     draw,
+    heights,
     video_name,
     write_episode,
     write_grid,
@@ -64,6 +65,14 @@ def test_outcome_shows_on_the_last_frame_only(tmp_path):
         corner = pictures[-1][384 + 62 : 384 + 66, 20:80].reshape(-1, 3).mean(0)
         assert corner.argmax() == dominant
         assert pictures[-2][384 + 62 : 384 + 66, 20:80].mean() < 60
+
+
+def test_bars_of_actions_in_any_units():
+    actions = np.array([[0.01, -0.04, 0.0, 0.1, 0.0, 0.2, 1.0], [0.02, 0.0, 0.0, 0.0, -0.05, 0.0, -1.0]])
+    expected = [[0.25, -1.0, 0.0, 0.5, 0.0, 1.0, 1.0], [0.5, 0.0, 0.0, 0.0, -0.25, 0.0, -1.0]]
+    assert np.allclose(heights(actions), expected)
+    assert np.allclose(heights(np.array([[3.0, 0.0], [-1.5, 0.0]])), [[1.0, 0.0], [-0.5, 0.0]])
+    assert heights(np.zeros((0, 7))).shape == (0, 7)
 
 
 def test_instruction_step_and_action_change_the_picture():
