@@ -21,8 +21,10 @@ import torch
 
 from robot_forgetting.errors import UserError
 from robot_forgetting.robot.conventions import Boundary
+from robot_forgetting.robot.pictures import BatchedCamera, Overlay, read_photo
 from robot_forgetting.robot.robots import find_robot, load_object
 from robot_forgetting.robot.simulation import (
+    VIDEO_PIXELS,
     CommandError,
     Simulation,
     SimulationSpec,
@@ -42,10 +44,6 @@ ELSE = "use simulation=cpu, with processes= for more cores"
 
 def require(name: str, spec: SimulationSpec) -> None:
     """``UserError`` where a task cannot be simulated on the GPU, or this machine has none that torch can use."""
-    if spec.overlay:
-        raise UserError(f"task '{name}' has a photo for its background, which simulation=gpu cannot draw; {ELSE}")
-    if spec.full_pictures:
-        raise UserError(f"task '{name}' averages full pictures down (full_pictures), simulation=gpu cannot; {ELSE}")
     if find_robot(spec.robot).batched is None:
         raise UserError(f"robot '{spec.robot}' of task '{name}' has no controller for simulation=gpu; {ELSE}")
     if torch.version.cuda is None:
@@ -73,12 +71,22 @@ class BatchedSimulation:
             raise UserError(f"pictures cannot be drawn on the GPU (robot-forgetting doctor: Vulkan); {ELSE}")
         self._controller = load_object(robot.batched)(self.env)
         self._boundaries = [Boundary(robot, spec.rotation, spec.gripper) for _ in range(count)]
-        self._cameras = {"image": next(iter(self.env._sensors.values()))}
+        self._cameras = {"image": self._camera(self.env._sensors, spec.image_size)}
         if spec.video:
-            self._cameras["frame"] = next(iter(self.env._human_render_cameras.values()))
+            self._cameras["frame"] = self._camera(self.env._human_render_cameras, VIDEO_PIXELS)
         self._seeds, self._steps, self._instructions = [0] * count, [0] * count, [spec.instruction] * count
         self._grippers = np.ones(count, np.float32)
         self._stepped: dict[int, dict] = {}
+
+    def _camera(self, sensors: dict, pixels: int) -> BatchedCamera:
+        """The first of the environment's cameras, with its photo under it."""
+        sensor, overlay = next(iter(sensors.values())), None
+        if self.spec.overlay:
+            photo = read_photo(
+                next(iter(self.env.rgb_overlay_paths.values())), (sensor.camera.width, sensor.camera.height)
+            )
+            overlay = Overlay(photo, self.env._segmentation_ids_to_keep.tolist())
+        return BatchedCamera(sensor, (pixels, pixels), overlay)
 
     def step(self, commands: dict[int, np.ndarray]) -> None:
         """Executes commands [7] of some slots; ``finish`` tells what came of it."""
@@ -136,6 +144,7 @@ class BatchedSimulation:
                 kept = getattr(env, name, None)
                 if isinstance(kept, torch.Tensor) and kept.shape == (self.count, *row.shape[1:]):  # else a constant
                     kept[slot] = torch.from_numpy(row)[0].to(kept)
+        self._controller.begin(slots)
         for actor in env._hidden_objects:
             actor.hide_visual()
 
@@ -162,16 +171,9 @@ class BatchedSimulation:
     def _observe(self) -> list[dict]:
         """Pictures and the instruction of every slot."""
         self.env.scene.update_render(update_sensors=True, update_human_render_cameras=self.spec.video)
-        pictures = {}
-        for key, sensor in self._cameras.items():
-            sensor.camera.take_picture()
-            (colour,) = sensor.camera.get_picture("Color")  # [N, H, W, 4]
-            if colour.dtype != torch.uint8:
-                colour = (colour.clamp(0, 1) * 255).to(torch.uint8)
-            pictures[key] = colour[..., :3].cpu().numpy()
+        pictures = {key: camera.take() for key, camera in self._cameras.items()}
         return [
-            {key: np.ascontiguousarray(rows[slot]) for key, rows in pictures.items()}
-            | {"instruction": self._instructions[slot]}
+            {key: rows[slot] for key, rows in pictures.items()} | {"instruction": self._instructions[slot]}
             for slot in range(self.count)
         ]
 

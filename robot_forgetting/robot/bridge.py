@@ -2,7 +2,11 @@
 
 The original is ManiSkill2_real2sim on SAPIEN 2.2.2 (Li et al. 2024, arXiv:2405.05941). What ManiSkill3's port does
 differently is set back here: contact offset, solver, default friction, damping, the spoon's shape, how objects come to
-rest, where positions are measured (centre of mass), and what counts as grasped and as success. CPU simulation only.
+rest, where positions are measured (centre of mass), and what counts as grasped and as success.
+
+On a GPU (``batched.py``) the same scene stands there many times. Its initial states come from CPU simulations, and
+``BridgeScene.flags`` tells of all what ``evaluate`` tells of one; what PhysX does otherwise there is said in
+docs/gpu_simulation.md.
 """
 
 from __future__ import annotations
@@ -17,12 +21,13 @@ from mani_skill.utils import io_utils
 from mani_skill.utils.structs.types import DefaultMaterialsConfig, SceneConfig, SimConfig
 
 from robot_forgetting.robot import assets, spoon
-from robot_forgetting.robot.grasp import pressing_fingers
+from robot_forgetting.robot.grasp import pressing_fingers, pressing_fingers_batched
 from robot_forgetting.robot.grid import Grid
 from robot_forgetting.robot.settling import drop
 from robot_forgetting.robot.widowx import WidowXFlatTable, WidowXSink
 
 DROP_HEIGHT = 0.87 + 0.5  # of the table, and how far above it objects are let go
+TOUCH = 1e-6  # newton seconds; a lesser impulse is no contact
 CAMERA = "3rd_view_camera"
 SPOON = "bridge_spoon_generated_modified"
 
@@ -37,6 +42,7 @@ class BridgeScene(BaseBridgeEnv):
     """
 
     bundle, photo = "bridge", "bridge_real_eval_1.png"
+    SUPPORTED_OBS_MODES = ("rgb+segmentation", "none")
 
     def __init__(
         self, objects: tuple[str, str], grid: Grid, *, height: float, nothing_else: bool, robot_uids=None, **kwargs
@@ -49,14 +55,16 @@ class BridgeScene(BaseBridgeEnv):
         self.xyz_configs, self.quat_configs = np.zeros(0), np.zeros(0)  # ManiSkill's own; we place the objects
         sink = self.scene_setting == "sink"
         self.rgb_overlay_paths = {CAMERA: str(folder / "real_inpainting" / self.photo)}
-        self._rgb_overlay_images = {}  # ManiSkill's is the class's, and so every environment's
+        # ManiSkill's are the class's, and so every environment's
+        self._rgb_overlay_images, self._objects_to_remove_from_greenscreen = {}, []
         self.model_db = io_utils.load_json(folder / "custom" / self.MODEL_JSON)
-        self.consecutive_grasp, self.configuration = 0, -1
+        self._counted = -1  # the step of the last grasp that ``flags`` counted, in each environment
         BaseDigitalTwinEnv.__init__(self, robot_uids=WidowXSink if sink else WidowXFlatTable, **kwargs)
 
     @property
     def _default_sim_config(self):
-        scene = SceneConfig(contact_offset=0.005, solver_position_iterations=25, enable_pcm=False, enable_tgs=True)
+        on_gpu = self.device.type == "cuda"  # where PhysX makes contacts by PCM only
+        scene = SceneConfig(contact_offset=0.005, solver_position_iterations=25, enable_pcm=on_gpu, enable_tgs=True)
         friction = DefaultMaterialsConfig(static_friction=1.0, dynamic_friction=1.0)
         return SimConfig(
             sim_freq=500, control_freq=5, spacing=20, scene_config=scene, default_materials_config=friction
@@ -88,20 +96,38 @@ class BridgeScene(BaseBridgeEnv):
 
     # ---- initial states
 
+    def _load_scene(self, options: dict):
+        super()._load_scene(options)
+        # Of an episode, with a row per environment: places [N, 2, 3] and world-aligned boxes [N, 2, 3] of source and
+        # target once they lay still, steps since when the source is held [N], and configuration [N].
+        count = self.num_envs
+        self.at_rest, self.extents = (torch.zeros(count, 2, 3, device=self.device) for _ in range(2))
+        self.consecutive_grasp = torch.zeros(count, dtype=torch.int64, device=self.device)
+        self.configuration = torch.full((count,), -1, device=self.device)
+
     def _initialize_episode(self, env_idx: torch.Tensor, options: dict):
-        self.configuration, places, turns = self.grid.state(int(self._episode_seed[0]), options.get("episode_id"))
+        if self.gpu_sim_enabled:  # a CPU simulation's state follows; until then nothing may lie in another thing
+            for name, place in zip(self.obj_names, self.grid.places[0], strict=True):
+                self.objs[name].set_pose(sapien.Pose([*place, DROP_HEIGHT]))
+            self._place_robot()
+            return
+        configuration, places, turns = self.grid.state(int(self._episode_seed[0]), options.get("episode_id"))
         self.agent.robot.set_pose(sapien.Pose([-10, 0, 0]))
         drop(self, list(zip(map(self._body, self.obj_names), places, turns, strict=True)), DROP_HEIGHT)
+        self._place_robot()
+        rest, extents = [], []
+        for name in self.obj_names:
+            rest.append(self._body(name).entity_pose.p)
+            box = self.model_db[name]["bbox"]
+            turn = self._body(name).entity_pose.to_transformation_matrix()[:3, :3]
+            extents.append(turn @ (np.array(box["max"]) - np.array(box["min"])))
+        self.at_rest, self.extents = (torch.from_numpy(np.stack([rows])) for rows in (rest, extents))
+        self.consecutive_grasp, self.configuration = torch.tensor([0]), torch.tensor([configuration])
+
+    def _place_robot(self) -> None:
         qpos, base = INITIAL[self.scene_setting]
         self.agent.robot.set_pose(sapien.Pose(base, [0, 0, 0, 1]))
         self.agent.reset(init_qpos=np.array(qpos))
-        self.consecutive_grasp = 0
-        self._at_rest = {name: np.array(self._body(name).entity_pose.p) for name in self.obj_names}
-        self._extents = {}
-        for name in self.obj_names:
-            box = self.model_db[name]["bbox"]
-            turn = self._body(name).entity_pose.to_transformation_matrix()[:3, :3]
-            self._extents[name] = turn @ (np.array(box["max"]) - np.array(box["min"]))
 
     def _body(self, name: str):
         return self.objs[name]._bodies[0]
@@ -110,11 +136,14 @@ class BridgeScene(BaseBridgeEnv):
 
     def evaluate(self) -> dict:
         """The original's flags, of this instant; ``configuration`` is that of the evaluation grid, -1 in training."""
+        if self.gpu_sim_enabled:
+            return self.flags()
         source, target = self.obj_names
         now = {source: self.centre(source), target: self._body(target).entity_pose.p}  # as the original has it
-        moved = {name: float(np.linalg.norm((now[name] - self._at_rest[name])[:2])) for name in now}
+        rest = dict(zip(self.obj_names, self.at_rest[0].numpy(), strict=True))
+        moved = {name: float(np.linalg.norm((now[name] - rest[name])[:2])) for name in now}
         grasped = pressing_fingers(self.agent, self.objs[source])
-        self.consecutive_grasp = self.consecutive_grasp + 1 if grasped else 0
+        self.consecutive_grasp[0] = self.consecutive_grasp[0] + 1 if grasped else 0
         on_target = self._is_above() and not (self._nothing_else and self._touches_others())
         flags = {
             "is_src_obj_grasped": grasped,
@@ -125,7 +154,7 @@ class BridgeScene(BaseBridgeEnv):
             "success": on_target,
         }
         flags = {name: torch.tensor([bool(value)]) for name, value in flags.items()}
-        return {**flags, "configuration": torch.tensor([self.configuration])}
+        return {**flags, "configuration": self.configuration}
 
     def centre(self, name: str) -> np.ndarray:
         """World position [3] of an object's centre of mass."""
@@ -136,21 +165,53 @@ class BridgeScene(BaseBridgeEnv):
         """By centres of mass and by the boxes that both had when they came to rest."""
         source, target = self.obj_names
         offset = self.centre(source) - self.centre(target)
-        halves = self._extents[source] / 2, self._extents[target] / 2
+        halves = self.extents[0].numpy() / 2
         sideways = np.linalg.norm(offset[:2]) <= np.linalg.norm(halves[1][:2]) + 0.003
         return bool(sideways and 0 < offset[2] <= self._height + halves[0][2] + halves[1][2])
 
     def _touches_others(self) -> bool:
-        """Contact with an impulse above 1e-6 Ns; the hand may still hold the object over the target."""
+        """Contact with an impulse above ``TOUCH``; the hand may still hold the object over the target."""
         source = self.objs[self.source_obj_name]._objs[0]
         allowed = {link.entity for link in self.agent.robot._objs[0].links}
         allowed.add(self.objs[self.target_obj_name]._objs[0])
         for contact in self.scene.px.get_contacts():
             pair = [body.entity for body in contact.bodies]
             if source in pair and pair[pair[0] == source] not in allowed:
-                if np.linalg.norm(np.sum([point.impulse for point in contact.points], axis=0)) > 1e-6:
+                if np.linalg.norm(np.sum([point.impulse for point in contact.points], axis=0)) > TOUCH:
                     return True
         return False
+
+    # ---- success of N environments
+
+    def flags(self) -> dict:
+        """What ``evaluate`` says, of N environments at once.
+
+        Their contacts are known by pairs only: what the source may touch besides robot and target is the arena.
+        """
+        source, target = (self.objs[name] for name in self.obj_names)
+        centres = [(thing.pose * thing.cmass_local_pose).p for thing in (source, target)]
+        now = torch.stack([centres[0], target.pose.p], dim=1)
+        moved = (now - self.at_rest)[..., :2].norm(dim=2)
+        grasped = pressing_fingers_batched(self.agent, source)
+        stepped = self._elapsed_steps != self._counted  # a reset of one asks for the flags of all
+        held = torch.where(grasped, self.consecutive_grasp + 1, 0)
+        self.consecutive_grasp = torch.where(stepped, held, self.consecutive_grasp)
+        self._counted = self._elapsed_steps.clone()
+        offset, halves = centres[0] - centres[1], self.extents / 2
+        on_target = offset[:, :2].norm(dim=1) <= halves[:, 1, :2].norm(dim=1) + 0.003
+        on_target &= (0 < offset[:, 2]) & (offset[:, 2] <= self._height + halves[:, 0, 2] + halves[:, 1, 2])
+        if self._nothing_else:
+            arena = self.scene.get_pairwise_contact_impulses(self.scene.actors["arena"], source)
+            on_target &= arena.norm(dim=1) <= TOUCH
+        return {
+            "is_src_obj_grasped": grasped,
+            "consecutive_grasp": self.consecutive_grasp >= 5,
+            "src_on_target": on_target,
+            "moved_correct_obj": (moved[:, 0] > 0.03) & (moved[:, 1] < moved[:, 0]),
+            "moved_wrong_obj": (moved[:, 1] > 0.03) & (moved[:, 1] > moved[:, 0]),
+            "success": on_target,
+            "configuration": self.configuration,
+        }
 
 
 class StockScene:
@@ -159,7 +220,7 @@ class StockScene:
     def __init__(self, *, grid: Grid, **kwargs):
         assets.require("bridge")
         self.grid, self.configuration = grid, -1
-        self._rgb_overlay_images = {}
+        self._rgb_overlay_images, self._objects_to_remove_from_greenscreen = {}, []
         super().__init__(**kwargs)
 
     @property

@@ -1,8 +1,9 @@
-"""What touches an object, and whether the fingers hold it, from the contacts of the last physics step; in numpy."""
+"""What touches an object, and whether the fingers hold it, from the contacts of the last physics step."""
 
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 
 def contacts(scene, entity) -> list[tuple]:
@@ -37,3 +38,14 @@ def pressing_fingers(agent, actor, *, least_impulse: float = 1e-6, max_angle: fl
         presses([link], side, touching, least_impulse, max_angle)
         for link, side in ((agent.finger1_link, 1.0), (agent.finger2_link, -1.0))
     )
+
+
+def pressing_fingers_batched(agent, actor) -> torch.Tensor:
+    """``pressing_fingers`` of SimplerEnv's WidowX in N environments, [N] bool, on the CPU or the GPU."""
+    both = []
+    for link, side in ((agent.finger1_link, 1.0), (agent.finger2_link, -1.0)):
+        push = agent.scene.get_pairwise_contact_impulses(link, actor)
+        size = push.norm(dim=1)
+        opening = link.pose.to_transformation_matrix()[:, :3, 1] * side
+        both.append((size >= 1e-6) & ((opening * push).sum(dim=1) >= np.cos(np.deg2rad(60)) * size))
+    return both[0] & both[1]

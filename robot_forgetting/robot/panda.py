@@ -13,7 +13,7 @@ import torch
 
 from robot_forgetting.errors import UserError
 from robot_forgetting.robot.grasp import pressing_fingers
-from robot_forgetting.robot.robots import Controller
+from robot_forgetting.robot.robots import BatchedController, Controller
 
 
 class EndEffectorController(Controller):
@@ -63,8 +63,8 @@ class EndEffectorController(Controller):
             joint.set_drive_target(width)
 
 
-class BatchedEndEffectorController:
-    """The same commands for N environments at once, in torch, on the CPU or the GPU.
+class BatchedEndEffectorController(BatchedController):
+    """The same commands for N environments at once.
 
     ManiSkill's own batched controller takes one Newton step of inverse kinematics, which under commands of up to 5 cm
     misses the joint positions that it finds on a CPU by up to 0.041 rad. Two steps come within 0.0035 rad; more do not
@@ -81,7 +81,6 @@ class BatchedEndEffectorController:
             self._kinematics._setup_gpu()
 
     def apply(self, commands: torch.Tensor) -> None:
-        """Sets the drive targets for commands [N, 7] float32."""
         arm, kinematics = self._arm, self._kinematics
         start = arm.articulation.get_qpos()
         target = arm.compute_target_pose(arm.ee_pose_at_base, arm._preprocess_action(commands[:, :6]))

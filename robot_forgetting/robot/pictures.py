@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from robot_forgetting.errors import UserError
 
@@ -62,14 +63,57 @@ class Camera:
         if picture.dtype != np.uint8:
             picture = (picture.clip(0, 1) * 255).astype(np.uint8)
         if self._overlay is not None:
-            if self._minimal:
-                segmentation = self._camera.get_picture("PositionSegmentation")[..., 3]
-            else:
-                segmentation = self._camera.get_picture("Segmentation")[..., 1]
-            picture = self._overlay.over(picture, segmentation)
+            texture, channel = segmentation_of(self._minimal)
+            picture = self._overlay.over(picture, self._camera.get_picture(texture)[..., channel])
         if self._size is not None:
             picture = area_average(picture, self._size)
         return np.ascontiguousarray(picture)
+
+
+class BatchedCamera:
+    """One camera of N environments, in torch, on the CPU or the GPU; arguments and pictures are those of ``Camera``."""
+
+    def __init__(self, sensor, size: tuple[int, int], overlay: Overlay | None = None):
+        self._camera, self._overlay = sensor.camera, overlay
+        self._textures, self._area = ["Color"], None
+        if overlay is not None:
+            texture, self._channel = segmentation_of(sensor.config.shader_pack == "minimal")
+            self._textures.append(texture)
+            self._photo, self._background = torch.from_numpy(overlay.photo), torch.from_numpy(overlay.background)
+        if (own := (self._camera.width, self._camera.height)) != size:
+            self._area = [torch.from_numpy(area_weights(*pixels)) for pixels in zip(own, size, strict=True)]
+
+    def take(self) -> np.ndarray:
+        """uint8 [N, height, width, 3]; the scene's render state must be up to date."""
+        self._camera.take_picture()
+        colour, *other = self._camera.get_picture(self._textures)  # [N, H, W, 4]
+        picture, device = colour[..., :3], colour.device
+        if picture.dtype != torch.uint8:
+            picture = (picture.clamp(0, 1) * 255).to(torch.uint8)
+        if self._overlay is not None:
+            self._photo, self._background = self._photo.to(device), self._background.to(device)
+            hidden = self._background[other[0][..., self._channel].long()]
+            picture = torch.where(hidden[..., None], self._photo, picture)
+        if self._area is not None:
+            self._area = [weights.to(device) for weights in self._area]
+            across, down = self._area
+            rows = down @ picture.float().flatten(2)  # [N, height, W * 3]
+            rows = across @ rows.unflatten(2, (-1, 3))
+            picture = rows.round().clamp(0, 255).to(torch.uint8)
+        return np.ascontiguousarray(picture.cpu().numpy())
+
+
+def segmentation_of(minimal: bool) -> tuple[str, int]:
+    """The texture in which a shader ("minimal" or not) has the number of an actor or link, and its channel there."""
+    return ("PositionSegmentation", 3) if minimal else ("Segmentation", 1)
+
+
+def area_weights(pixels: int, fewer: int) -> np.ndarray:
+    """Weights [fewer, pixels] float32, by which averaging over areas makes one row of pixels of another."""
+    edges = np.linspace(0, pixels, fewer + 1)[:, None]
+    place = np.arange(pixels)
+    covered = np.minimum(edges[1:], place + 1) - np.maximum(edges[:-1], place)
+    return (covered.clip(0) * fewer / pixels).astype(np.float32)
 
 
 def area_average(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from robot_forgetting.errors import UserError, unknown
 
@@ -28,12 +29,26 @@ class Controller(ABC):
     before_simulation_step = None
 
 
+class BatchedController(ABC):
+    """The same for N environments at once, in torch, on the CPU or the GPU."""
+
+    @abstractmethod
+    def __init__(self, env): ...
+
+    def begin(self, slots: torch.Tensor) -> None:  # noqa: B027  (most controllers have nothing to do)
+        """After the states of some environments (indices [S]) were replaced; only controllers with a memory act."""
+
+    @abstractmethod
+    def apply(self, commands: torch.Tensor) -> None:
+        """Sets the drive targets for commands [N, 7] float32, finite, in the units that the robot declares."""
+
+
 @dataclass(frozen=True)
 class Robot:
     """A robot under one controller; plain values only, so that naming one imports no simulator.
 
     controller: dotted name of a ``Controller``
-    batched: dotted name of what does the same for N environments in torch; None: there is nothing (see ``batched.py``)
+    batched: dotted name of a ``BatchedController``; None: there is none (see ``batched.py``)
     control_mode: ManiSkill's name of the joint drives it uses; None: the robot's only one
     rotation: what numbers 4 to 6 are, "euler_xyz" or "axis_angle" (both in radians times ``radians_per_unit``)
     metres_per_unit: of the first three numbers; scales the commands that checks and experts give
@@ -67,6 +82,7 @@ ROBOTS = {
         gripper="+1 opens",
         control_hz=5.0,
         statistics="bridge_orig",
+        batched="robot_forgetting.robot.widowx.BatchedEndEffectorController",
     ),
     # ManiSkill's own controller behind the same numbers: it turns by Euler angles, whatever the policy meant.
     "widowx_maniskill3": Robot(

@@ -28,12 +28,14 @@ def widowx_task(
     statistics: str = "bridge_orig",
     noise: dict | None = None,
     processes: int | None = None,
+    simulation: str = "cpu",
 ) -> ManiSkillTask:
     """A Bridge task: 5 Hz, a photo for the background, success as it stands when the time is up.
 
     scene: "WidowXCarrotOnPlate" ...: an environment of ``robot_forgetting.envs.widowx_bridge``
     variant: "original" (agrees with recordings of SAPIEN 2.2.2) or "maniskill3" (ManiSkill3's own port)
     full_pictures: draw 640 x 480 and average down to the square, as SimplerEnv does; false draws the small square
+    simulation: "cpu", or "gpu" (``original`` only)
     rotation, gripper: what the policy's commands mean; "euler_xyz" and "1 opens, 0 closes" are the published OpenVLA's
     """
     if variant not in VARIANTS:
@@ -52,6 +54,7 @@ def widowx_task(
         noise=noise or WIDOWX_NOISE,
         statistics=statistics,
         processes=processes,
+        simulation=simulation,
         robot="widowx_maniskill3" if stock else "widowx",
         overlay=True,
         full_pictures=full_pictures,

@@ -15,8 +15,14 @@ from mani_skill.envs.tasks.digital_twins.bridge_dataset_eval.base_env import (
     WidowX250SBridgeDatasetFlatTable,
     WidowX250SBridgeDatasetSink,
 )
+from mani_skill.utils.geometry.rotation_conversions import (
+    axis_angle_to_quaternion,
+    quaternion_apply,
+    quaternion_multiply,
+)
+from mani_skill.utils.structs import Pose
 
-from robot_forgetting.robot.robots import Controller
+from robot_forgetting.robot.robots import BatchedController, Controller
 
 FINGER = {"material": "gripper", "patch_radius": 0.01, "min_patch_radius": 0.01}
 FRICTION = {  # ManiSkill3 leaves the fingers at its default of 0.3, without torsional friction
@@ -90,6 +96,60 @@ class EndEffectorController(Controller):
         width = self._gripper_low + (np.clip(command[6], -1, 1) + 1) / 2 * (self._gripper_high - self._gripper_low)
         for joint in self._gripper_joints:
             joint.set_drive_target(np.clip(width, *self._finger_limits))
+
+
+class BatchedEndEffectorController(BatchedController):
+    """The same arithmetic for N environments at once, each with its own target.
+
+    Inverse kinematics is ManiSkill's batched Newton step, repeated; far from the target it overshoots, and is limited.
+    """
+
+    ITERATIONS = 10
+    STEP = 0.3  # radians of a joint in one of them
+    UNSOLVED = 0.005  # metres off the target: the arm stays where it is
+
+    def __init__(self, env):
+        self._arm, self._gripper = (env.agent.controller.controllers[key] for key in ("arm", "gripper"))
+        self._kinematics = self._arm.kinematics
+        if not self._kinematics.use_gpu_ik:  # a CPU environment
+            self._kinematics._setup_gpu()
+        limits = env.agent.robot.qlimits  # [N, joints, 2]
+        self._arm_limits = limits[:, self._arm.active_joint_indices].unbind(-1)
+        self._finger_limits = limits[:, self._gripper.active_joint_indices].unbind(-1)
+        self.target = self._arm.ee_pose_at_base.raw_pose.clone()  # [N, 7], as ManiSkill's poses
+
+    def begin(self, slots: torch.Tensor) -> None:
+        self.target[slots] = self._arm.ee_pose_at_base.raw_pose[slots]
+
+    def apply(self, commands: torch.Tensor) -> None:
+        arm, gripper = self._arm, self._gripper
+        start = arm.articulation.get_qpos()
+        self.target = moved(self.target, self._tip(start)[:, :3, 3], commands[:, :6])
+        arm.set_drive_targets(self.joints(start).clamp(*self._arm_limits))
+        low, high = gripper.config.lower, gripper.config.upper
+        width = low + (commands[:, 6:].clamp(-1, 1) + 1) / 2 * (high - low)
+        gripper.set_drive_targets(width.clamp(*self._finger_limits))
+
+    def joints(self, start: torch.Tensor) -> torch.Tensor:
+        """Joint positions of the arms [N, 6] for the targets, near ``start`` [N, joints], or those of ``start``."""
+        joints, target, arm = start.clone(), Pose.create(self.target), self._arm.active_joint_indices
+        for _ in range(self.ITERATIONS):
+            step = self._kinematics.compute_ik(target, joints) - joints[:, arm]
+            joints[:, arm] += step.clamp(-self.STEP, self.STEP)
+        off = (self._tip(joints)[:, :3, 3] - target.p).norm(dim=1, keepdim=True)
+        return torch.where(off < self.UNSOLVED, joints, start)[:, arm]
+
+    def _tip(self, joints: torch.Tensor) -> torch.Tensor:
+        """The tool centre point's pose in the robot's base frame [N, 4, 4]."""
+        chain = joints[:, self._kinematics.active_ancestor_joint_idxs]
+        return self._kinematics.pk_chain.forward_kinematics(chain).get_matrix()
+
+
+def moved(target: torch.Tensor, measured: torch.Tensor, commands: torch.Tensor) -> torch.Tensor:
+    """Targets [N, 7] (position, quaternion) after commands [N, 6], with the measured positions [N, 3]."""
+    turn = axis_angle_to_quaternion(commands[:, 3:])
+    place = measured + commands[:, :3] + quaternion_apply(turn, target[:, :3] - measured)
+    return torch.cat([place, quaternion_multiply(turn, target[:, 3:])], dim=1)
 
 
 class StockController(Controller):
