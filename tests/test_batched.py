@@ -18,6 +18,7 @@ from test_workers import Drifting, fragile
 from toy import ToyPolicy
 
 from robot_forgetting import cli
+from robot_forgetting.conformance.recordings import GOOGLE
 from robot_forgetting.episode_rows import fingerprint
 from robot_forgetting.errors import UserError
 from robot_forgetting.robot import batched
@@ -86,7 +87,9 @@ def test_an_episode_is_that_of_the_one_slot_path(pairs, name, monkeypatch):
     pair = simulation, batch = pairs(name)
     controller = EndEffectorController(batch.env)
     controller._kinematics = simulation._controller._kinematics  # ManiSkill's mask in a batch is too short
-    alone = types.SimpleNamespace(apply=lambda commands: controller.apply(commands[0].numpy().astype(np.float64)))
+    alone = types.SimpleNamespace(
+        apply=lambda commands: controller.apply(commands[0].numpy().astype(np.float64)), begin=lambda slots: None
+    )
     monkeypatch.setattr(batch, "_controller", alone)
     begin(pair, 1)
     for _ in range(3):
@@ -189,7 +192,8 @@ class Line:
         self.states, self._elapsed_steps = torch.zeros(3, 13), torch.zeros(3, dtype=torch.int32)
         self.backend = types.SimpleNamespace(render_device=types.SimpleNamespace(is_cuda=lambda: True))
         self.applied, self.resets, self._hidden_objects, self.aim = 0, [], [], torch.zeros(3, 2)
-        self._sensors = {"camera": types.SimpleNamespace(camera=self)}
+        self.began = []
+        self._sensors, self.width, self.height = {"camera": types.SimpleNamespace(camera=self)}, 2, 2
         self.scene = types.SimpleNamespace(px=self, update_render=lambda **which: None)
 
     def gpu_apply_articulation_target_position(self):
@@ -197,6 +201,9 @@ class Line:
 
     def apply(self, commands):
         self.wanted = commands
+
+    def begin(self, slots):
+        self.began.append((slots.tolist(), self.states[slots, 0].tolist()))  # once their states are there
 
     def _step_action(self, action):
         self.states[:, 0] += self.wanted[:, 0]
@@ -301,6 +308,7 @@ def test_slots_start_and_end_on_their_own(line):
     env, batch = line
     answers = batch.finish({2: start_at(0.4, 7), 0: start_at(0.8, 8)})
     assert seen(answers) == {2: (0.4, None), 0: (0.8, None)} and env.resets == [([8, 0, 7], [0, 2])]
+    assert env.began == [([0, 2], pytest.approx([0.8, 0.4]))]
     assert env.aim.tolist() == [[np.float32(0.8)] * 2, [0, 0], [np.float32(0.4)] * 2]
     assert [a["observation"]["instruction"] for _, a in answers] == ["go on from 0.4", "go on from 0.8"]
 
@@ -405,9 +413,11 @@ def task(**arguments) -> ManiSkillTask:
     [
         (None, {}, r"simulation=gpu needs CUDA, and torch .* is built without; .*use simulation=cpu"),
         ("12.8", {}, r"simulation=gpu needs an NVIDIA GPU and its driver \(nvidia-smi.*use simulation=cpu"),
-        ("12.8", {"robot": "widowx"}, "robot 'widowx' of task 'mine' has no controller for simulation=gpu; use sim"),
-        ("12.8", {"overlay": True}, "task 'mine' has a photo for its background, which simulation=gpu cannot draw"),
-        ("12.8", {"full_pictures": True}, "task 'mine' averages full pictures down .*use simulation=cpu"),
+        (
+            "12.8",
+            {"robot": GOOGLE},
+            "robot '.*GOOGLE_ROBOT' of task 'mine' has no controller for simulation=gpu; use sim",
+        ),
         (None, {"simulation": "tpu"}, "unknown simulation 'tpu'; choose one of: cpu, gpu"),
     ],
 )
@@ -429,10 +439,11 @@ def test_where_it_is_available(monkeypatch):
 
 
 def test_tasks_that_do_not_know_it(capsys):
-    assert cli.main(["check", "task=widowx_stack_cube", "simulation=tpu"]) == 2
+    task = "google_robot_move_near"
+    assert cli.main(["check", f"task={task}", "simulation=tpu"]) == 2
     assert "unknown simulation 'tpu'; choose one of: cpu, gpu" in capsys.readouterr().err
-    assert cli.main(["check", "task=widowx_stack_cube", "simulation=gpu"]) == 2
-    assert "task=widowx_stack_cube cannot be simulated on the GPU; use simulation=cpu" in capsys.readouterr().err
+    assert cli.main(["check", f"task={task}", "simulation=gpu"]) == 2
+    assert f"task={task} cannot be simulated on the GPU; use simulation=cpu" in capsys.readouterr().err
 
 
 # ---- on a GPU
@@ -441,7 +452,12 @@ def test_tasks_that_do_not_know_it(capsys):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU that torch can use")
 @pytest.mark.parametrize("chosen", [("push_cube",), ("pick_cube",), HIDDEN], ids=["push_cube", "pick_cube", "hidden"])
 def test_four_slots_on_a_gpu(workers, chosen):
-    spec, seeds = configured(*chosen).spec, [20, 21, 22, 23, 24]
+    four_slots(configured(*chosen).spec)
+
+
+def four_slots(spec: SimulationSpec) -> None:
+    """Slots start, move, end and start again on their own; what the expert did on the CPU succeeds."""
+    seeds = [20, 21, 22, 23, 24]
     quiet = {"small": 0.0, "kick": 0.0, "kick_probability": 0.0}
     shown = {seed: (images, commands) for seed, _, images, commands, _ in demonstrate(spec, seeds, quiet, 1)}
 

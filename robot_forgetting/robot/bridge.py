@@ -104,6 +104,7 @@ class BridgeScene(BaseBridgeEnv):
         self.at_rest, self.extents = (torch.zeros(count, 2, 3, device=self.device) for _ in range(2))
         self.consecutive_grasp = torch.zeros(count, dtype=torch.int64, device=self.device)
         self.configuration = torch.full((count,), -1, device=self.device)
+        self._mass_centres = [self.objs[name].cmass_local_pose for name in self.obj_names]  # before the GPU takes over
 
     def _initialize_episode(self, env_idx: torch.Tensor, options: dict):
         if self.gpu_sim_enabled:  # a CPU simulation's state follows; until then nothing may lie in another thing
@@ -189,7 +190,7 @@ class BridgeScene(BaseBridgeEnv):
         Their contacts are known by pairs only: what the source may touch besides robot and target is the arena.
         """
         source, target = (self.objs[name] for name in self.obj_names)
-        centres = [(thing.pose * thing.cmass_local_pose).p for thing in (source, target)]
+        centres = [(thing.pose * own).p for thing, own in zip((source, target), self._mass_centres, strict=True)]
         now = torch.stack([centres[0], target.pose.p], dim=1)
         moved = (now - self.at_rest)[..., :2].norm(dim=2)
         grasped = pressing_fingers_batched(self.agent, source)

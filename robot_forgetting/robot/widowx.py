@@ -105,7 +105,7 @@ class BatchedEndEffectorController(BatchedController):
     """
 
     ITERATIONS = 10
-    STEP = 0.3  # radians of a joint in one of them
+    STEP, ENOUGH = 0.3, 1e-4  # radians of a joint in one of them, and in the last
     UNSOLVED = 0.005  # metres off the target: the arm stays where it is
 
     def __init__(self, env):
@@ -136,6 +136,8 @@ class BatchedEndEffectorController(BatchedController):
         for _ in range(self.ITERATIONS):
             step = self._kinematics.compute_ik(target, joints) - joints[:, arm]
             joints[:, arm] += step.clamp(-self.STEP, self.STEP)
+            if step.abs().max() < self.ENOUGH:
+                break
         off = (self._tip(joints)[:, :3, 3] - target.p).norm(dim=1, keepdim=True)
         return torch.where(off < self.UNSOLVED, joints, start)[:, arm]
 
