@@ -418,6 +418,7 @@ def task(**arguments) -> ManiSkillTask:
             {"robot": GOOGLE},
             "robot '.*GOOGLE_ROBOT' of task 'mine' has no controller for simulation=gpu; use sim",
         ),
+        ("12.8", {"full_pictures": True, "image_size": 512, "camera": {"size": [640, 480]}}, "image_size=512 is more"),
         (None, {"simulation": "tpu"}, "unknown simulation 'tpu'; choose one of: cpu, gpu"),
     ],
 )

@@ -47,6 +47,11 @@ def require(name: str, spec: SimulationSpec) -> None:
     """``UserError`` where a task cannot be simulated on the GPU, or this machine has none that torch can use."""
     if find_robot(spec.robot).batched is None:
         raise UserError(f"robot '{spec.robot}' of task '{name}' has no controller for simulation=gpu; {ELSE}")
+    if spec.full_pictures and spec.image_size > min(spec.camera.get("size", [spec.image_size])):
+        raise UserError(
+            f"task '{name}': simulation=gpu only averages full pictures down, and image_size={spec.image_size} is more "
+            f"than the camera has; {ELSE}"
+        )
     if torch.version.cuda is None:
         cure = "with an NVIDIA GPU here, make clean setup installs the other"
         raise UserError(
