@@ -69,7 +69,8 @@ class GoogleScene(BaseDigitalTwinEnv):
         assets.require("google_robot", tuple(f"{assets.GOOGLE}/{file}" for file in needs))
         GoogleRobot.urdf_path = str(urdf(COLOURS[0]))
         self.rgb_overlay_paths = {CAMERA: str(folder() / "real_inpainting" / photo)}
-        self._rgb_overlay_images = {}  # ManiSkill's is the class's, and so every environment's
+        # ManiSkill's are the class's, and so every environment's
+        self._rgb_overlay_images, self._objects_to_remove_from_greenscreen = {}, []
         self.configuration = -1
         super().__init__(**{**kwargs, "robot_uids": GoogleRobot})
 
