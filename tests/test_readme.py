@@ -49,6 +49,7 @@ def test_snippets_are_as_short_as_promised():
      ("robot_forgetting/weights/openvla-nano/README.md", "openvla-nano"),
      ("configs/policy/openvla-nano.yaml", "openvla-nano"), ("configs/policy/openvla-nano-new.yaml", "openvla-nano"),
      ("robot_forgetting/weights/openvla-nano-bridge/README.md", "openvla-nano-bridge"),
+     ("robot_forgetting/weights/openvla-nano-google/README.md", "openvla-nano-google"),
      ("README.md", "qwen-nano"), ("docs/language_models.md", "qwen-nano"),
      ("configs/policy/qwen-nano.yaml", "qwen-nano"), ("configs/policy/qwen-nano-new.yaml", "qwen-nano"),
      ("robot_forgetting/weights/qwen-nano/README.md", "qwen-nano")],
