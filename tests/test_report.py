@@ -49,7 +49,7 @@ def page(demo, tmp_path_factory):
 class Tags(HTMLParser):
     """Checks that tags close in order, and collects ids and addresses."""
 
-    VOID = {"meta", "br", "img", "link", "input", "line", "circle", "path", "use", "rect", "source"}
+    VOID = {"meta", "br", "wbr", "img", "link", "input", "line", "circle", "path", "use", "rect", "source"}
 
     def __init__(self):
         super().__init__()
@@ -211,6 +211,17 @@ def test_settings_that_differ_make_rows_of_their_own(tmp_path):
     path = write_report([tmp_path], tmp_path / "r.html")
     variants = {row["variant"] for row in json.loads(path.with_suffix(".json").read_text())["success"]}
     assert variants == {"base", "sft (learning_rate=1e-05)", "sft (learning_rate=3e-05)"}
+
+
+def test_what_a_budget_gave_a_method_is_said_once(tmp_path):
+    for rate, budget in ((1, "{rate: 1}"), (3, "{rate: 3, videos: 2}")):
+        path = make_run(tmp_path / f"lr{rate}", n=6)
+        config = path / "config.yaml"
+        config.write_text(config.read_text().replace("1.0e-05", str(rate)) + f"budget: {budget}\n")
+    path = write_report([tmp_path], tmp_path / "r.html")
+    variants = {row["variant"] for row in json.loads(path.with_suffix(".json").read_text())["success"]}
+    said = {"sft (budget.videos=none, learning_rate=1)", "sft (budget.videos=2, learning_rate=3)"}
+    assert variants == {"base"} | said
 
 
 def test_a_key_that_a_run_did_not_have_yet_has_its_default(tmp_path):

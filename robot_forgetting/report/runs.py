@@ -176,12 +176,17 @@ def _variants(method: str, runs: Sequence[Run]) -> list[str]:
     values = [{key: config.get(key, config.get(key.removeprefix("task."))) for key in keys} for config in flat]
     differing = [key for key in keys if len({config[key] for config in values}) > 1]
     settings = [tuple(config[key] for key in differing) for config in values]
+    # What a budget says is not said again where a method took it: budget.sft_iterations and iterations, say.
+    column = {key: [config[key] for config in values] for key in differing}
+    taken = [column[key] for key in differing if not key.startswith("budget.")]
+    told = [key for key in differing if not key.startswith("budget.") or column[key] not in taken]
     labels: dict[tuple, str] = {}
     same: dict[str, int] = {}
     for setting in dict.fromkeys(settings):
         shown = [
             f"{key.removeprefix('method.')}={'none' if value is None else value}"
             for key, value in zip(differing, setting, strict=True)
+            if key in told
         ]
         label = method + (f" ({', '.join(shown[:3])}{', ...' if len(shown) > 3 else ''})" if shown else "")
         same[label] = same.get(label, 0) + 1
