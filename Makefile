@@ -6,6 +6,8 @@ SEEDS ?= 0,1,2
 BRIDGE := task=widowx_carrot_on_plate 'prior=[widowx_spoon_on_towel,widowx_stack_cube]' 'held_out=[]'
 GOOGLE := task=google_robot_pick_standing_coke_can \
 	'prior=[google_robot_open_top_drawer,google_robot_close_top_drawer]' 'held_out=[]'
+GOOGLE_DEMONSTRATIONS := 'pretrain.demonstrations={google_robot_open_top_drawer: 300, \
+	google_robot_close_top_drawer: 200, google_robot_pick_standing_coke_can: 80}'
 # One thread per process: environment workers and the policy share the cores, and threads fighting over them are slower.
 export OMP_NUM_THREADS ?= 1
 
@@ -18,7 +20,7 @@ help:
 	@echo "make base         train the base policy anew, in two phases, into runs/base/ (about 20 minutes)"
 	@echo "make bridge       SimplerEnv's WidowX tasks: SFT and GRPO, 3 seeds, two hours; first: robot-forgetting assets bridge"
 	@echo "make bridge-base  train their base policy anew into runs/bridge-base/ (about an hour)"
-	@echo "make google       SimplerEnv's Google robot: SFT and GRPO, 3 seeds, hours; first: robot-forgetting assets google_robot"
+	@echo "make google       SimplerEnv's Google robot: SFT and GRPO, 3 seeds, about 7 hours; first: robot-forgetting assets google_robot"
 	@echo "make google-base  train its base policy anew into runs/google-base/ (an hour and a half)"
 	@echo "make nano-base    train the small language model anew into runs/nano-base/ (about half an hour)"
 	@echo "make test         the tests"
@@ -68,11 +70,11 @@ bridge-base: $(STAMP)
 
 google-base: $(STAMP)
 	$(BIN)/robot-forgetting pretrain policy=openvla-nano-google-new $(GOOGLE) pretrain.iterations=100 \
-		'pretrain.demonstrations={google_robot_open_top_drawer: 300, google_robot_close_top_drawer: 200, google_robot_pick_standing_coke_can: 80}' \
+		$(GOOGLE_DEMONSTRATIONS) \
 		pretrain.episodes=4 run_dir=runs/google-base/first output=runs/google-base/first/policy
 	$(BIN)/robot-forgetting pretrain policy=openvla-nano-google policy.checkpoint=runs/google-base/first/policy \
 		$(GOOGLE) pretrain.iterations=30 pretrain.label_sigma=0 pretrain.episodes=27 \
-		'pretrain.demonstrations={google_robot_open_top_drawer: 300, google_robot_close_top_drawer: 200, google_robot_pick_standing_coke_can: 80}' \
+		$(GOOGLE_DEMONSTRATIONS) \
 		pretrain.optimiser.learning_rate=7e-4 pretrain.optimiser.warmup_steps=20 \
 		run_dir=runs/google-base/second output=runs/google-base/policy
 

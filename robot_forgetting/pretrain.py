@@ -206,8 +206,8 @@ def pretrain(
     return 0
 
 
-# The card's success rates are measured on seeds that no later experiment uses. (SimplerEnv's tasks have the same
-# initial states whatever the seed; there only the sampling is another.)
+# The card's success rates are measured on seeds that no later experiment uses. (SimplerEnv's tasks have a fixed list of
+# test states, which every evaluation uses; there only the sampling is another.)
 CARD_SEED = 700_000
 
 
@@ -229,8 +229,8 @@ WORDS = {
         "demonstrations in ManiSkill3.",
         "data": "demonstrations",
         "rows": "decisions",
-        "measured": "Success on test seeds that nothing else uses (SimplerEnv's tasks have the same initial states\n"
-        "whatever the seed)",
+        "measured": "Success on test seeds that nothing else uses (of SimplerEnv's tasks: fixed configurations, with\n"
+        "sampling of its own)",
     },
     True: {
         "made": "A language model with {size:.2f} million parameters, trained from questions with their answers.",

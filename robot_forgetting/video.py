@@ -29,6 +29,7 @@ PIXELS = 384  # edge of the drawn picture; even, as yuv420p demands
 BAR = 96  # height of the text bar below it
 BACKGROUND, INK, FAINT = (24, 26, 30), (240, 240, 240), (150, 155, 165)
 SUCCESS, FAILURE = (86, 180, 233), (230, 159, 0)  # Okabe and Ito's blue and orange: apart for colour-blind eyes too
+LEAST = 1e-3  # of an action, metres or radians: less is no motion
 DIMENSIONS = ("x", "y", "z", "roll", "pitch", "yaw", "grip")
 
 
@@ -62,7 +63,8 @@ def draw(
 ) -> np.ndarray:
     """A frame [H, W, 3] uint8, enlarged to pixels x pixels with a text bar below: [pixels + BAR, pixels, 3] uint8.
 
-    action: the command about to be executed, one small bar per dimension (full height = 1); None at the end
+    action: the command about to be executed, one small bar per dimension (full height = 1, see ``heights``); None at
+        the end
     outcome: None while the episode runs
     """
     canvas = Image.new("RGB", (pixels, pixels + BAR), BACKGROUND)
@@ -123,12 +125,13 @@ def write_episode(
 def heights(actions: np.ndarray) -> np.ndarray:
     """Actions [L, A] as bars in [-1, 1]: whatever the units, the greatest of an episode has full height.
 
-    Of a manipulator's seven, the three translations have one scale and the three rotations another.
+    Of a manipulator's seven, the three translations have one scale and the three rotations another. An episode that
+    hardly moves (``LEAST``) shows that.
     """
     sizes = np.abs(np.nan_to_num(actions.astype(float))).max(axis=0, initial=0.0)
     if len(sizes) == len(DIMENSIONS):
         sizes = np.repeat([sizes[:3].max(), sizes[3:6].max(), sizes[6]], [3, 3, 1])
-    return actions / np.where(sizes > 0, sizes, 1.0)
+    return actions / np.maximum(sizes, LEAST)
 
 
 def write_grid(

@@ -8,8 +8,7 @@ PhysX is used in a process, and because an error of CUDA ruins the process it ha
 
 What follows the start is repeatable only as far as PhysX on the GPU is: no episode has a new scene of its own (compare
 ``simulation.renew_physics``), and one scene solves the contacts of all slots. Success, time limits and commands are
-those of the CPU path; inverse kinematics agrees to 0.0035 rad (``panda.BatchedEndEffectorController``, and that of
-``widowx``).
+those of the CPU path; docs/gpu_simulation.md says how well inverse kinematics agrees.
 """
 
 from __future__ import annotations

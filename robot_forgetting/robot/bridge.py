@@ -18,16 +18,15 @@ from mani_skill.envs.tasks.digital_twins.base_env import BaseDigitalTwinEnv
 from mani_skill.envs.tasks.digital_twins.bridge_dataset_eval.base_env import BaseBridgeEnv
 from mani_skill.sensors.camera import CameraConfig
 from mani_skill.utils import io_utils
-from mani_skill.utils.structs.types import DefaultMaterialsConfig, SceneConfig, SimConfig
+from mani_skill.utils.structs.types import DefaultMaterialsConfig, GPUMemoryConfig, SceneConfig, SimConfig
 
 from robot_forgetting.robot import assets, spoon
-from robot_forgetting.robot.grasp import pressing_fingers, pressing_fingers_batched
+from robot_forgetting.robot.grasp import TOUCH, pressing_fingers, pressing_fingers_batched
 from robot_forgetting.robot.grid import Grid
 from robot_forgetting.robot.settling import drop
 from robot_forgetting.robot.widowx import WidowXFlatTable, WidowXSink
 
 DROP_HEIGHT = 0.87 + 0.5  # of the table, and how far above it objects are let go
-TOUCH = 1e-6  # newton seconds; a lesser impulse is no contact
 CAMERA = "3rd_view_camera"
 SPOON = "bridge_spoon_generated_modified"
 
@@ -58,7 +57,7 @@ class BridgeScene(BaseBridgeEnv):
         # ManiSkill's are the class's, and so every environment's
         self._rgb_overlay_images, self._objects_to_remove_from_greenscreen = {}, []
         self.model_db = io_utils.load_json(folder / "custom" / self.MODEL_JSON)
-        self._counted = -1  # the step of the last grasp that ``flags`` counted, in each environment
+        self._counted = -1  # ``_elapsed_steps`` when ``flags`` was last asked
         BaseDigitalTwinEnv.__init__(self, robot_uids=WidowXSink if sink else WidowXFlatTable, **kwargs)
 
     @property
@@ -66,8 +65,18 @@ class BridgeScene(BaseBridgeEnv):
         on_gpu = self.device.type == "cuda"  # where PhysX makes contacts by PCM only
         scene = SceneConfig(contact_offset=0.005, solver_position_iterations=25, enable_pcm=on_gpu, enable_tgs=True)
         friction = DefaultMaterialsConfig(static_friction=1.0, dynamic_friction=1.0)
+        # On a GPU: far from the middle of a batch places are coarse (160 m: 15 micrometres), so that slow things would
+        # not move; and a contact too many for its buffers is one that PhysX forgets.
+        buffers = GPUMemoryConfig(
+            collision_stack_size=2**26, max_rigid_contact_count=2**21, max_rigid_patch_count=2**19
+        )
         return SimConfig(
-            sim_freq=500, control_freq=5, spacing=20, scene_config=scene, default_materials_config=friction
+            sim_freq=500,
+            control_freq=5,
+            spacing=5 if on_gpu else 20,
+            scene_config=scene,
+            default_materials_config=friction,
+            gpu_memory_config=buffers,
         )
 
     @property

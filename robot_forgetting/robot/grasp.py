@@ -5,6 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+TOUCH = 1e-6  # newton seconds; a lesser impulse is no contact
+LEANING = 60  # degrees off a finger's opening direction, at most, in which SimplerEnv's WidowX presses
+
 
 def contacts(scene, entity) -> list[tuple]:
     """(the other's entity, its impulse on ``entity`` [3] in newton seconds) of all that touches it."""
@@ -31,7 +34,7 @@ def presses(links, side: float, touching: list[tuple], least_impulse: float, max
     return False
 
 
-def pressing_fingers(agent, actor, *, least_impulse: float = 1e-6, max_angle: float = 60) -> bool:
+def pressing_fingers(agent, actor, *, least_impulse: float = TOUCH, max_angle: float = LEANING) -> bool:
     """Whether both fingers of a Panda or a WidowX press the object; the defaults are those of SimplerEnv's WidowX."""
     touching = contacts(agent.scene, actor._bodies[0].entity)
     return all(
@@ -47,5 +50,5 @@ def pressing_fingers_batched(agent, actor) -> torch.Tensor:
         push = agent.scene.get_pairwise_contact_impulses(link, actor)
         size = push.norm(dim=1)
         opening = link.pose.to_transformation_matrix()[:, :3, 1] * side
-        both.append((size >= 1e-6) & ((opening * push).sum(dim=1) >= np.cos(np.deg2rad(60)) * size))
+        both.append((size >= TOUCH) & ((opening * push).sum(dim=1) >= np.cos(np.deg2rad(LEANING)) * size))
     return both[0] & both[1]

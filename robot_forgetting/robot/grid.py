@@ -13,8 +13,8 @@ STREAM = 0xB21D6E  # of random numbers, so that no other use of the seed draws t
 def dealt(number: int, places: int, colourings: int) -> tuple[int, int, int]:
     """Configuration, place and colouring of a test episode, where the evaluation has every place in every colouring.
 
-    Any ``places`` configurations in a row, from 0 on, are every place once and the colourings in turn, so that a short
-    evaluation covers as much as it can.
+    Configurations run through all places before one comes again, each time in its next colouring, so that a short
+    evaluation covers as many places as it can.
     """
     configuration = number % (places * colourings)
     turn, place = divmod(configuration, places)

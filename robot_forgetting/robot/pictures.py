@@ -92,7 +92,7 @@ class BatchedCamera:
             picture = (picture.clamp(0, 1) * 255).to(torch.uint8)
         if self._overlay is not None:
             self._photo, self._background = self._photo.to(device), self._background.to(device)
-            hidden = self._background[other[0][..., self._channel].long()]
+            hidden = self._background[other[0][..., self._channel].int()]
             picture = torch.where(hidden[..., None], self._photo, picture)
         if self._area is not None:
             self._area = [weights.to(device) for weights in self._area]

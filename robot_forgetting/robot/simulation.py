@@ -184,9 +184,10 @@ class Simulation:
         A hand that must let go has done so when it opens. The Google robot succeeds with a closed one as well (a can
         held up, a fist on a drawer), so there the hand must have stopped, but for what noise it makes up for.
         """
-        if find_robot(self.spec.robot).gripper == "+1 opens":
+        robot = find_robot(self.spec.robot)
+        if robot.gripper == "+1 opens":
             return command[6] > 0
-        return float(np.linalg.norm(command[:3])) < STILL
+        return float(np.linalg.norm(command[:3])) * robot.metres_per_unit < STILL
 
     def close(self) -> None:
         self.env.close()

@@ -101,12 +101,13 @@ class EndEffectorController(Controller):
 class BatchedEndEffectorController(BatchedController):
     """The same arithmetic for N environments at once, each with its own target.
 
-    Inverse kinematics is ManiSkill's batched Newton step, repeated; far from the target it overshoots, and is limited.
+    Inverse kinematics is ManiSkill's batched Newton step, repeated. Far from the target a full step
+    overshoots, so that each joint's is limited to ``STEP``. The arm stays where it is if its place stays ``UNSOLVED``.
     """
 
     ITERATIONS = 10
     STEP, ENOUGH = 0.3, 1e-4  # radians of a joint in one of them, and in the last
-    UNSOLVED = 0.005  # metres off the target: the arm stays where it is
+    UNSOLVED = 0.005  # metres off the target
 
     def __init__(self, env):
         self._arm, self._gripper = (env.agent.controller.controllers[key] for key in ("arm", "gripper"))
@@ -124,7 +125,9 @@ class BatchedEndEffectorController(BatchedController):
     def apply(self, commands: torch.Tensor) -> None:
         arm, gripper = self._arm, self._gripper
         start = arm.articulation.get_qpos()
-        self.target = moved(self.target, self._tip(start)[:, :3, 3], commands[:, :6])
+        target = moved(self.target, self._tip(start)[:, :3, 3], commands[:, :6])
+        sound = target.isfinite().all(dim=1, keepdim=True)  # a turn of 1e30 radians has no quaternion in float32
+        self.target = torch.where(sound, target, self.target)
         arm.set_drive_targets(self.joints(start).clamp(*self._arm_limits))
         low, high = gripper.config.lower, gripper.config.upper
         width = low + (commands[:, 6:].clamp(-1, 1) + 1) / 2 * (high - low)
