@@ -21,7 +21,7 @@ import torch
 
 from robot_forgetting.errors import UserError
 from robot_forgetting.robot.conventions import Boundary
-from robot_forgetting.robot.pictures import BatchedCamera, Overlay, read_photo
+from robot_forgetting.robot.pictures import BatchedCamera
 from robot_forgetting.robot.robots import find_robot, load_object
 from robot_forgetting.robot.simulation import (
     VIDEO_PIXELS,
@@ -32,6 +32,7 @@ from robot_forgetting.robot.simulation import (
     flags_of,
     make_environment,
     outcome,
+    overlay_of,
     renew_physics,
     state_of,
 )
@@ -85,13 +86,8 @@ class BatchedSimulation:
 
     def _camera(self, sensors: dict, pixels: int) -> BatchedCamera:
         """The first of the environment's cameras, with its photo under it."""
-        sensor, overlay = next(iter(sensors.values())), None
-        if self.spec.overlay:
-            photo = read_photo(
-                next(iter(self.env.rgb_overlay_paths.values())), (sensor.camera.width, sensor.camera.height)
-            )
-            overlay = Overlay(photo, self.env._segmentation_ids_to_keep.tolist())
-        return BatchedCamera(sensor, (pixels, pixels), overlay)
+        sensor = next(iter(sensors.values()))
+        return BatchedCamera(sensor, (pixels, pixels), overlay_of(self.env, sensor) if self.spec.overlay else None)
 
     def step(self, commands: dict[int, np.ndarray]) -> None:
         """Executes commands [7] of some slots; ``finish`` tells what came of it."""

@@ -101,15 +101,8 @@ class Simulation:
         sensor = next(iter(sensors.values()))
         overlay = None
         if self.spec.overlay:
-            size = sensor.config.width, sensor.config.height
-            self._shown = self._photo()
-            photo = read_photo(self._shown, size)
-            overlay = Overlay(photo, self.env._segmentation_ids_to_keep.tolist())
+            self._shown, overlay = photo_of(self.env), overlay_of(self.env, sensor)
         return Camera(sensor, (pixels, pixels), overlay)
-
-    def _photo(self) -> str:
-        """Of the background; an environment may have another one for each episode."""
-        return next(iter(self.env.rgb_overlay_paths.values()))
 
     def reset(self, seed: int, options: dict | None = None) -> dict:
         """Starts the episode that ``seed`` (and ``options``, ManiSkill's) fixes and returns its first observation."""
@@ -121,8 +114,8 @@ class Simulation:
         self.env.reset(seed=seed, options=options or {})
         for actor in self.env._hidden_objects:
             actor.hide_visual()
-        if self.spec.overlay and self._photo() != self._shown:
-            self._shown = self._photo()
+        if self.spec.overlay and photo_of(self.env) != self._shown:
+            self._shown = photo_of(self.env)
             for camera in self._cameras.values():
                 camera.change_photo(self._shown)
         self._controller.reset()
@@ -243,6 +236,17 @@ def make_environment(spec: SimulationSpec, num_envs: int = 1, backend: str = "ph
             raise
         given = ", ".join(sorted(spec.env_arguments))
         raise UserError(f"environment '{spec.env_id}' does not take all of: {given} ({error})") from error
+
+
+def photo_of(env) -> str:
+    """The background's file; an environment may have another one for each episode."""
+    return next(iter(env.rgb_overlay_paths.values()))
+
+
+def overlay_of(env, sensor) -> Overlay:
+    """The environment's photo in the size of one of its cameras, and what it does not hide."""
+    photo = read_photo(photo_of(env), (sensor.config.width, sensor.config.height))
+    return Overlay(photo, env._segmentation_ids_to_keep.tolist())
 
 
 def state_of(env) -> dict[str, dict[str, torch.Tensor]]:
