@@ -33,6 +33,7 @@ from robot_forgetting.robot.simulation import (
     make_environment,
     outcome,
     overlay_of,
+    photo_of,
     renew_physics,
     state_of,
 )
@@ -65,7 +66,9 @@ class BatchedSimulation:
     """``count`` slots in one ManiSkill environment; what the batch's worker holds.
 
     Commands are those of ``Simulation``. All slots move in every step; one without a command stays where it is and
-    does with its gripper what it did before (at first: open). A slot's instruction is the one at its episode's start.
+    does with its gripper what it did before (at first: open). A slot's instruction is the one at its episode's start,
+    unless the environment has ``instructions`` for the present step. An environment's method ``dress(slots)`` gives
+    some slots the looks of their episodes, where a state does not.
     """
 
     def __init__(self, spec: SimulationSpec, count: int, backend: str):
@@ -76,12 +79,16 @@ class BatchedSimulation:
             self.env.close()
             raise UserError(f"pictures cannot be drawn on the GPU (robot-forgetting doctor: Vulkan); {ELSE}")
         self._controller = load_object(robot.batched)(self.env)
+        if self._controller.before_simulation_step is not None:
+            self.env._before_simulation_step = self._controller.before_simulation_step
         self._boundaries = [Boundary(robot, spec.rotation, spec.gripper) for _ in range(count)]
         self._cameras = {"image": self._camera(self.env._sensors, spec.image_size)}
         if spec.video:
             self._cameras["frame"] = self._camera(self.env._human_render_cameras, VIDEO_PIXELS)
         self._seeds, self._steps, self._instructions = [0] * count, [0] * count, [spec.instruction] * count
-        self._grippers = np.ones(count, np.float32)
+        self._photos = [photo_of(self.env)] * count if spec.overlay else None
+        self._opens = robot.gripper == "+1 opens"  # else a command is a motion, and 0 keeps what there is
+        self._grippers = np.full(count, float(self._opens), np.float32)
         self._stepped: dict[int, dict] = {}
 
     def _camera(self, sensors: dict, pixels: int) -> BatchedCamera:
@@ -101,7 +108,8 @@ class BatchedSimulation:
                 self._stepped[slot] = {"done": True, "error": str(error)}
             else:
                 moves[slot] = self._boundaries[slot].to_robot(values)
-        self._grippers = moves[:, 6].copy()
+        if self._opens:
+            self._grippers = moves[:, 6].copy()
         self._controller.apply(torch.from_numpy(moves).to(env.device))
         if env.gpu_sim_enabled:
             env.scene.px.gpu_apply_articulation_target_position()
@@ -135,7 +143,7 @@ class BatchedSimulation:
         for slot, start in starts.items():
             self._seeds[slot], self._steps[slot], self._instructions[slot] = start["seed"], 0, start["instruction"]
             self._boundaries[slot].reset()
-            self._grippers[slot] = 1
+            self._grippers[slot] = float(self._opens)
         if not env.gpu_sim_enabled:
             renew_physics(env)
         env.reset(seed=self._seeds, options={"env_idx": slots})  # what the task keeps of an episode begins anew
@@ -146,8 +154,18 @@ class BatchedSimulation:
                 if isinstance(kept, torch.Tensor) and kept.shape == (self.count, *row.shape[1:]):  # else a constant
                     kept[slot] = torch.from_numpy(row)[0].to(kept)
         self._controller.begin(slots)
+        if hasattr(env, "dress"):
+            env.dress(list(starts))
+        if self._photos and self._photos != (photos := self._photos_of(starts)):
+            self._photos = photos
+            for camera in self._cameras.values():
+                camera.change_photos(photos)
         for actor in env._hidden_objects:
             actor.hide_visual()
+
+    def _photos_of(self, starts: dict[int, dict]) -> list[str]:
+        """Of all slots, once these episodes have begun."""
+        return [starts[slot]["photo"] if slot in starts else photo for slot, photo in enumerate(self._photos)]
 
     def _stacked(self, states: list[dict]) -> dict[str, dict[str, torch.Tensor]]:
         """One state with a row per episode; ``UserError`` unless the batch consists of the same things."""
@@ -173,8 +191,9 @@ class BatchedSimulation:
         """Pictures and the instruction of every slot."""
         self.env.scene.update_render(update_sensors=True, update_human_render_cameras=self.spec.video)
         pictures = {key: camera.take() for key, camera in self._cameras.items()}
+        told = getattr(self.env, "instructions", self._instructions)
         return [
-            {key: rows[slot] for key, rows in pictures.items()} | {"instruction": self._instructions[slot]}
+            {key: rows[slot] for key, rows in pictures.items()} | {"instruction": told[slot]}
             for slot in range(self.count)
         ]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import sapien
+import torch
 from mani_skill.agents.base_agent import BaseAgent
 from mani_skill.agents.controllers import PDJointPosControllerConfig
 from mani_skill.agents.registration import register_agent
@@ -17,7 +18,7 @@ from mani_skill.sensors.camera import CameraConfig
 
 from robot_forgetting.errors import UserError
 from robot_forgetting.robot.assets import GOOGLE_URDF, data_folder
-from robot_forgetting.robot.robots import Controller
+from robot_forgetting.robot.robots import BatchedController, Controller
 from robot_forgetting.robot.widowx import quaternion
 
 CAMERA = "overhead_camera"
@@ -95,27 +96,30 @@ class GoogleRobot(BaseAgent):
 
     @property
     def _controller_configs(self):
-        """The drives; their targets come from ``PlannedController``."""
+        """The drives; their targets come from ``PlannedController``, on a GPU from ``BatchedPlannedController``."""
         names, numbers = list(ARM), np.array(list(ARM.values()))
         arm = PDJointPosControllerConfig(
             names, None, None, numbers[:, 1], numbers[:, 2], numbers[:, 3], normalize_action=False
         )
         gripper = PDJointPosControllerConfig(list(FINGERS), None, None, *FINGER_DRIVE, normalize_action=False)
-        return {"planned": {"arm": arm, "gripper": gripper, "balance_passive_force": False}}
+        weightless = self.scene.gpu_sim_enabled
+        return {"planned": {"arm": arm, "gripper": gripper, "balance_passive_force": weightless}}
 
     def _after_init(self):
         self.tcp = self.robot.links_map["link_gripper_tcp"]
         for joint in self.robot.active_joints:
             if joint.name in FINGERS:
-                joint._objs[0].set_armature(np.array([FINGER_ARMATURE], dtype=np.float32))
+                for one in joint._objs:
+                    one.set_armature(np.array([FINGER_ARMATURE], dtype=np.float32))
 
     def initial_qpos(self) -> np.ndarray:
         """Joint positions [11] at the start of an episode, in the articulation's order."""
         return np.array([ARM[joint.name][0] if joint.name in ARM else 0.0 for joint in self.robot.active_joints])
 
 
-class PlannedController(Controller):
-    """The original's controllers of arm (``..._delta_pose_align_interpolate_by_planner``) and gripper.
+class Planner:
+    """What the original's controllers of arm (``..._delta_pose_align_interpolate_by_planner``) and gripper make of a
+    command: drive targets for every step of the physics until the next one.
 
     Arm: with p, q the measured pose of the tool centre point in the base frame and dp, dR the command, the pose wanted
     is p + dp, dR q; inverse kinematics gives joint positions (the measured ones where it fails), and a jerk-limited
@@ -124,35 +128,34 @@ class PlannedController(Controller):
     the plan starts from the measured state. A command under 1e-3 rad keeps what was wanted before.
     """
 
-    def __init__(self, env):
+    def __init__(self, env, model=None):
         _ruckig()
-        self._robot = env.agent.robot._objs[0]
-        self._tcp = env.agent.tcp._objs[0]
-        names = [joint.name for joint in env.agent.robot.active_joints]
+        robot, self._count, self._hz = env.agent.robot, env._sim_steps_per_control, env.sim_freq
+        names, links = ([one.name for one in some] for some in (robot.active_joints, robot.links))
         self._arm = np.array([names.index(name) for name in ARM])
-        self._fingers = np.array([names.index(name) for name in FINGERS])
-        self._joints = self._robot.active_joints
+        self.fingers = np.array([names.index(name) for name in FINGERS])
         # SAPIEN 2 (PhysX 4) clips drive targets to the joints' limits, SAPIEN 3 (PhysX 5) does not.
-        self._low, self._high = self._robot.get_qlimits().T
-        self._count, self._hz = env._sim_steps_per_control, env.sim_freq
-        links = [link.name for link in env.agent.robot.links]
-        self._kinematics = kinematics(Path(env.agent.urdf_path), names, links)
+        self._low, self._high = robot._objs[0].get_qlimits().T
+        self.model = model or kinematics(Path(env.agent.urdf_path), names, links)
         self._link = links.index(env.agent.tcp.name)
-        self._moved = np.isin(np.arange(len(self._joints)), self._arm)
-        self.reset()
+        self._moved = np.isin(np.arange(len(names)), self._arm)
 
-    def reset(self) -> None:
+    def reset(self, qpos: np.ndarray) -> None:
+        """Forgets the last plan; ``qpos`` [J] is where the joints stand."""
         self._end = None  # of the arm's last plan: positions and velocities
-        self._wanted = self._stands = self._robot.qpos[self._fingers].astype(np.float64)
-        self._step = 0
+        self.wanted = self.stands = qpos[self.fingers].astype(np.float64)
 
-    def apply(self, command: np.ndarray) -> None:
-        qpos, qvel = self._robot.qpos, self._robot.qvel
-        measured = self._robot.root_pose.inv() * self._tcp.entity_pose
-        turned = sapien.Pose(q=quaternion(command[3:6])) * sapien.Pose(q=measured.q)
-        solution, solved, _ = self._kinematics.compute_inverse_kinematics(
+    def plan(
+        self, command: np.ndarray, qpos: np.ndarray, qvel: np.ndarray, tip: sapien.Pose
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Positions [K + 1, J] of all joints and velocities [K + 1, 2] of the fingers, now and after each of K steps.
+
+        qpos, qvel: [J], measured; tip: of the tool centre point in the base frame
+        """
+        turned = sapien.Pose(q=quaternion(command[3:6])) * sapien.Pose(q=tip.q)
+        solution, solved, _ = self.model.compute_inverse_kinematics(
             self._link,
-            sapien.Pose(measured.p + command[:3], turned.q),
+            sapien.Pose(tip.p + command[:3], turned.q),
             initial_qpos=qpos,
             active_qmask=self._moved,
             max_iterations=100,
@@ -165,24 +168,87 @@ class PlannedController(Controller):
         change = CLOSED * float(np.clip(command[6], -1, 1))
         if abs(change) >= 1e-3:
             margin = 0.01
-            low, high = self._low[self._fingers] - margin, self._high[self._fingers] + margin
-            self._wanted = np.clip(self._stands + change, low, high)
-        velocity = np.clip(qvel[self._fingers], -FINGER_PLAN[0], FINGER_PLAN[0])
-        fingers = plan(qpos[self._fingers], velocity, self._wanted, FINGER_PLAN, self._count, self._hz)
-        self._stands = fingers[0][-1]
-        self._positions = np.empty((self._count + 1, len(self._joints)))
-        self._positions[:, self._arm], self._positions[:, self._fingers] = arm[0], fingers[0]
-        self._positions = self._positions.clip(self._low, self._high)
-        self._velocities = fingers[1]
+            low, high = self._low[self.fingers] - margin, self._high[self.fingers] + margin
+            self.wanted = np.clip(self.stands + change, low, high)
+        velocity = np.clip(qvel[self.fingers], -FINGER_PLAN[0], FINGER_PLAN[0])
+        fingers = plan(qpos[self.fingers], velocity, self.wanted, FINGER_PLAN, self._count, self._hz)
+        self.stands = fingers[0][-1]
+        positions = np.empty((self._count + 1, len(qpos)))
+        positions[:, self._arm], positions[:, self.fingers] = arm[0], fingers[0]
+        return positions.clip(self._low, self._high), fingers[1]
+
+
+class PlannedController(Controller):
+    """``Planner``'s targets for one CPU environment; what gravity and its motion do to the robot is made up for."""
+
+    def __init__(self, env):
+        self.planner = Planner(env)
+        self._robot, self._tcp = env.agent.robot._objs[0], env.agent.tcp._objs[0]
+        self._joints = self._robot.active_joints
+        self.reset()
+
+    def reset(self) -> None:
+        self.planner.reset(self._robot.qpos)
+        self._step = 0
+
+    def apply(self, command: np.ndarray) -> None:
+        tip = self._robot.root_pose.inv() * self._tcp.entity_pose
+        self._positions, self._velocities = self.planner.plan(command, self._robot.qpos, self._robot.qvel, tip)
         self._step = 0
 
     def before_simulation_step(self) -> None:
-        self._step = min(self._step + 1, self._count)
+        self._step = min(self._step + 1, len(self._positions) - 1)
         for joint, position in zip(self._joints, self._positions[self._step], strict=True):
             joint.set_drive_target(position)
-        for index, velocity in zip(self._fingers, self._velocities[self._step], strict=True):
+        for index, velocity in zip(self.planner.fingers, self._velocities[self._step], strict=True):
             self._joints[index].set_drive_velocity_target(velocity)
         self._robot.set_qf(self._robot.compute_passive_force(gravity=True, coriolis_and_centrifugal=True))
+
+
+class BatchedPlannedController(BatchedController):
+    """``Planner``'s targets for N environments: each planned on the CPU, and told to the physics wherever that is.
+
+    A batch's links have no weight, in place of forces that carry it (``GoogleRobot._controller_configs``). Coriolis
+    and centrifugal forces are not made up for: PhysX does not tell them on a GPU.
+    """
+
+    def __init__(self, env):
+        self._env, self._robot, self._tcp = env, env.agent.robot, env.agent.tcp
+        first = Planner(env)
+        self._planners = [first, *(Planner(env, first.model) for _ in range(env.num_envs - 1))]
+        self._joints = self._robot.active_joints
+        self._fingers = [self._joints[index] for index in first.fingers]
+        self.begin(torch.arange(env.num_envs))
+
+    def begin(self, slots: torch.Tensor) -> None:
+        qpos = self._robot.get_qpos().cpu().numpy()
+        for slot in slots.tolist():
+            self._planners[slot].reset(qpos[slot])
+
+    def apply(self, commands: torch.Tensor) -> None:
+        qpos, qvel = (values.cpu().numpy() for values in (self._robot.get_qpos(), self._robot.get_qvel()))
+        tips = (self._robot.pose.inv() * self._tcp.pose).raw_pose.cpu().numpy()
+        plans = [
+            planner.plan(command, *measured, sapien.Pose(tip[:3], tip[3:]))
+            for planner, command, *measured, tip in zip(
+                self._planners, commands.cpu().numpy().astype(np.float64), qpos, qvel, tips, strict=True
+            )
+        ]
+        # [K + 1, N, J] and [K + 1, N, 2]
+        self._targets = [
+            torch.from_numpy(np.stack(rows, axis=1).astype(np.float32)).to(commands.device)
+            for rows in zip(*plans, strict=True)
+        ]
+        self._step = 0
+
+    def before_simulation_step(self) -> None:
+        self._step = min(self._step + 1, len(self._targets[0]) - 1)
+        positions, velocities = (rows[self._step] for rows in self._targets)
+        self._robot.set_joint_drive_targets(positions, self._joints)
+        self._robot.set_joint_drive_velocity_targets(velocities, self._fingers)
+        if self._env.gpu_sim_enabled:
+            self._env.scene.px.gpu_apply_articulation_target_position()
+            self._env.scene.px.gpu_apply_articulation_target_velocity()
 
 
 def plan(

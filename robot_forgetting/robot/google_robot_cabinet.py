@@ -13,7 +13,7 @@ from robot_forgetting.robot.assets import COLOURS
 from robot_forgetting.robot.google_robot import CAMERA
 from robot_forgetting.robot.google_robot_scenes import INFO, GoogleScene, folder, glow
 from robot_forgetting.robot.google_robot_tasks import APPLE, place_sentences
-from robot_forgetting.robot.grasp import contacts
+from robot_forgetting.robot.grasp import TOUCH
 from robot_forgetting.robot.grid import dealt
 
 # name: x, y, yaw of the robot's base; each has its photo
@@ -58,10 +58,10 @@ class Cabinet(GoogleScene):
         builder = loader.parse(str(folder() / "custom" / "mk_station_recolor.urdf"))["articulation_builders"][0]
         builder.initial_pose = sapien.Pose([-0.295, 0, 0.017])
         self.cabinet = builder.build(name="cabinet")
-        joints = self.cabinet._objs[0].active_joints
-        for joint in joints:
-            joint.set_friction(0.05)
-            joint.set_drive_property(0, 1)
+        for one in self.cabinet._objs:
+            for joint in one.active_joints:
+                joint.set_friction(0.05)
+                joint.set_drive_property(0, 1)
         self.index = [joint.name for joint in self.cabinet.active_joints].index(f"{self.drawer}_drawer_joint")
         self.remove_object_from_greenscreen(self.cabinet)
         self.remove_object_from_greenscreen(self.agent.robot)
@@ -83,13 +83,17 @@ class Cabinet(GoogleScene):
         self._place_robot(x, y, yaw)
 
     def front(self) -> np.ndarray:
-        """World position [3] of the middle of the drawer's front."""
+        """World position [3] of the middle of the drawer's front, in the only environment."""
         pose = self.cabinet.links_map[f"{self.drawer}_drawer"]._objs[0].entity_pose
         return np.asarray((pose * sapien.Pose([0.3125, 0.0, 0.0])).p)
 
+    def openings(self) -> torch.Tensor:
+        """[N] metres by which the drawer is open."""
+        return self.cabinet.get_qpos()[:, self.index]
+
     def opening(self) -> float:
-        """Metres by which the drawer is open."""
-        return float(self.cabinet._objs[0].qpos[self.index])
+        """Of the only environment."""
+        return float(self.openings()[0])
 
 
 def drawer_state(number: int | None, rng: np.random.Generator, stations: tuple) -> tuple[int, str, str]:
@@ -112,22 +116,23 @@ class Drawer(Cabinet):
         self.closing = closing
         super().__init__(station, drawer, tuple(STATIONS), **kwargs)
 
-    def _initialize_episode(self, env_idx: torch.Tensor, options: dict):
+    def _begin(self, options: dict) -> None:
         number, rng = self.draw(options)
-        self.configuration, station, colours = drawer_state(number, rng, self.stations)
-        self._show(options.get("colours", colours))
+        self.configuration[0], station, colours = drawer_state(number, rng, self.stations)
+        self.colouring[0] = COLOURS.index(options.get("colours", colours))
         self._set_opening(0.2 if self.closing else 0.0)
         self._stand(options.get("station", station), rng if number is None and "station" not in options else None)
 
     def evaluate(self) -> dict:
-        success = self.opening() <= 0.05 if self.closing else self.opening() >= 0.15
-        return {"success": torch.tensor([success]), "configuration": torch.tensor([self.configuration])}
+        success = self.openings() <= 0.05 if self.closing else self.openings() >= 0.15
+        return {"success": success, "configuration": self.configuration}
 
 
 PLACE_STATIONS = ("a0", "b0", "c0")
 APPLES = np.array([[x, y] for x in np.linspace(-0.08, -0.02, 3) for y in np.linspace(-0.02, 0.08, 3)])
 SPAWN = np.array([[-0.10, -0.04], [-0.02, 0.10]])  # of the apple in training, x and y from and to
 HELD_OUT = 0.01  # metres around the evaluation's places where no apple lies in training
+RADIUS = 0.036  # metres, of the apple
 TOLD = 100  # steps after which the original moves on to the second instruction, whatever has happened
 
 
@@ -171,53 +176,67 @@ class PlaceInDrawer(Cabinet):
     def _load_scene(self, options: dict):
         super()._load_scene(options)
         about = json.loads((folder() / INFO).read_text())[APPLE]
-        self.apple = self._object(APPLE, about["density"])
+        self.apple = self._object(APPLE, about["density"], [*APPLES[4], 1.0])
         glow(self.apple)
         self.objs, self.source_obj_name = {APPLE: self.apple}, APPLE
-        self._drawer = self.cabinet.links_map[f"{self.drawer}_drawer"]._objs[0]
+        self._drawer = self.cabinet.links_map[f"{self.drawer}_drawer"]
         (self._floor,) = (
-            shape for shape in self._drawer.collision_shapes if np.allclose(shape.local_pose.p, [0.0, 0.0, -0.06])
+            shape
+            for shape in self._drawer._objs[0].collision_shapes
+            if np.allclose(shape.local_pose.p, [0.0, 0.0, -0.06])
         )
+        # Of an episode: whether the drawer was open by 15 cm once, and the apple on its floor.
+        self.was_open, self.was_in = self._rows(dtype=torch.bool), self._rows(dtype=torch.bool)
 
-    def _initialize_episode(self, env_idx: torch.Tensor, options: dict):
+    def _begin(self, options: dict) -> None:
         number, rng = self.draw(options)
-        self.configuration, station, place, colours = place_state(number, rng, self.stations)
-        self._show(options.get("colours", colours))
+        self.configuration[0], station, place, colours = place_state(number, rng, self.stations)
+        self.colouring[0] = COLOURS.index(options.get("colours", colours))
         self._set_opening(0.0)
         self._drop([(self.apple, options.get("place", place), [1.0, 0.0, 0.0, 0.0])])
         self._stand(options.get("station", station), rng if number is None and "station" not in options else None)
-        self._was_open, self._was_in, self._held = False, False, 0
+        self.was_open[0] = self.was_in[0] = False
 
     @property
-    def placing(self) -> bool:
-        """Whether the second instruction holds."""
-        return int(self._elapsed_steps[0]) > self.told
+    def placing(self) -> torch.Tensor:
+        """[N] bool: whether the second instruction holds."""
+        return self._elapsed_steps > self.told
+
+    @property
+    def instructions(self) -> list[str]:
+        """Of every environment, at its present step."""
+        return [place_sentences(self.drawer)[placing] for placing in self.placing.tolist()]
 
     @property
     def instruction(self) -> str:
-        return place_sentences(self.drawer)[self.placing]
+        return self.instructions[0]
 
-    def inside(self) -> bool:
-        """Whether the apple presses the drawer's floor."""
+    def inside(self) -> torch.Tensor:
+        """[N] bool: whether the apple presses the drawer's floor."""
+        if self.gpu_sim_enabled:
+            return self.low()
         push = np.zeros(3)
         for contact in self.scene.px.get_contacts():
             if self._floor in contact.shapes and self.apple._bodies[0].entity in [b.entity for b in contact.bodies]:
                 push += np.sum([point.impulse for point in contact.points], axis=0)
-        return bool(np.linalg.norm(push) > 1e-6)
+        return torch.tensor([bool(np.linalg.norm(push) > TOUCH)])
+
+    def low(self) -> torch.Tensor:
+        """[N] bool: whether the apple presses the drawer and is down to 2 mm over its floor. On a GPU contacts can be
+        had of two bodies, and not of two shapes."""
+        floor = self._drawer.pose.p[:, 2] + float(self._floor.local_pose.p[2] + self._floor.half_size[2])
+        return self.touches(self._drawer, self.apple) & (self.apple.pose.p[:, 2] - floor < RADIUS + 0.002)
 
     def evaluate(self) -> dict:
         """The original's flags after a control step: the drawer was open by 15 cm once, the apple was on its floor
         once; success, with the second instruction, is an apple that was there and a drawer at least 5 cm open."""
-        opening = self.opening()
-        self._was_open |= opening >= 0.15
-        self._was_in |= self.inside()
-        held = self.pressed(contacts(self.scene, self.apple._bodies[0].entity))
-        self._held = self._held + 1 if held else 0
-        flags = {
-            "is_grasped": held,
-            "is_drawer_open": self._was_open,
-            "has_contact": self._was_in,
-            "success": self.placing and opening >= 0.05 and self._was_in,
+        opening, stepped = self.openings(), self._stepped()
+        self.was_open |= stepped & (opening >= 0.15)
+        self.was_in |= stepped & self.inside()
+        return {
+            "is_grasped": self._hold(self.apple, stepped),
+            "is_drawer_open": self.was_open,
+            "has_contact": self.was_in,
+            "success": self.placing & (opening >= 0.05) & self.was_in,
+            "configuration": self.configuration,
         }
-        flags = {name: torch.tensor([bool(value)]) for name, value in flags.items()}
-        return {**flags, "configuration": torch.tensor([self.configuration])}

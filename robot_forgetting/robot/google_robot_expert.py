@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from robot_forgetting.robot.grasp import contacts
-
 CLOSE, OPEN, KEEP = 1.0, -1.0, 0.0
 GAIN = 0.5  # of the way per step
 STEP, TURN = 0.08, 0.3  # at most so many metres and radians per step
@@ -43,9 +41,9 @@ def pick_can(env) -> np.ndarray:
     across = np.array([-axis[1], axis[0], 0.0]) if lying else np.array([*frame[:2, 1], 0.0])
     turn = _turn_to(frame, across, _lean(env, frame))
     away = grip - hand.p
-    held = env.pressed(contacts(env.scene, env.can._bodies[0].entity))
-    risen = can.p[2] - env._height
-    if held and (env._held >= 2 or risen > 0.005):  # the fingers have come to rest on it
+    held = bool(env.pressed(env.can)[0])
+    risen = can.p[2] - float(env.height[0])
+    if held and (env.held[0] >= 2 or risen > 0.005):  # the fingers have come to rest on it
         return command(env, np.array([0.0, 0.0, max(0.0, LIFT - risen)]), turn, KEEP)
     return _grasp(env, held, away, turn, away + [0.0, 0.0, HOVER], np.inf)
 
@@ -61,15 +59,15 @@ def move_near(env) -> np.ndarray:
     narrow = turned[:, 0]  # across this axis of its own a sponge is narrow; the others are round
     across = np.array([*(narrow if env.source_obj_name in FLAT else frame[:, 1])[:2], 0.0])
     turn = _turn_to(frame, across, _lean(env, frame))
-    held = env.pressed(contacts(env.scene, thing.entity))
-    risen = at[2] - env._starts[env.source_obj_name][2]
+    held = bool(env.pressed(env.objs[env.source_obj_name])[0])
+    risen = at[2] - env.start(env.source_obj_name)[2]
     way = np.asarray(target.entity_pose.p, dtype=np.float64)[:2] - at[:2]
     left = float(np.linalg.norm(way)) - BESIDE  # metres still to carry it
     clear = max(_top(env, name) for name in env.shown) + HOVER - PALM  # here the hand passes over all of them
     if not held and left < 0.02:  # it stands there
         up = max(0.0, clear + HOVER - hand.p[2])
         return command(env, np.array([0.0, 0.0, up]), np.zeros(3), _open(env))
-    if held and (env._held >= 2 or risen > 0.005):
+    if held and (env.held[0] >= 2 or risen > 0.005):
         if left < 0.01 and risen < 0.004:
             return command(env, np.zeros(3), np.zeros(3), OPEN)
         high = float(np.clip(2 * left - 0.02, 0.0, CARRY))
@@ -119,18 +117,18 @@ def place_in_drawer(env) -> np.ndarray:
     lift it, carry it over the open drawer, down a little, open, up."""
     apple, hand = env.apple._bodies[0], env.agent.tcp._objs[0].entity_pose
     at, frame = np.asarray(apple.entity_pose.p, dtype=np.float64), hand.to_transformation_matrix()[:3, :3]
-    held = env.pressed(contacts(env.scene, apple.entity))
+    held = bool(env.pressed(env.apple)[0])
     fallen = at[2] < BOARD[1] and not held
-    if not (held or fallen) and env.opening() < (0.1 if env.placing else ENOUGH):
+    if not (held or fallen) and env.opening() < (0.1 if env.placing[0] else ENOUGH):
         return open_drawer(env)
     mouth = (BOARD[0] + env.front()[0] - 0.0375) / 2  # x of its middle: the drawer's front wall is as thick
     rest = np.array([mouth, at[1], BOARD[1] + REST])
     turn = _turn_to(frame, np.array([0.0, 1.0, 0.0]), _lean(env, frame))
-    if fallen or not env.placing:
+    if fallen or not env.placing[0]:
         if rest[2] - hand.p[2] > 0.05:  # out of the drawer first
             return command(env, np.array([0.0, 0.0, rest[2] - hand.p[2]]), np.zeros(3), KEEP if held else _open(env))
         return command(env, rest - hand.p, turn, _open(env))
-    if held and (env._held >= 2 or at[2] > BOARD[1] + APPLE + 0.005):
+    if held and (env.held[0] >= 2 or at[2] > BOARD[1] + APPLE + 0.005):
         left, risen = mouth - at[0], at[2] - APPLE - BOARD[1]
         if abs(left) > 0.02:
             return command(env, np.array([left * (risen > RAISED - 0.03), 0.0, RAISED - risen]), turn, KEEP)

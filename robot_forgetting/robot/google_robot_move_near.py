@@ -14,7 +14,6 @@ from robot_forgetting.robot.google_robot_scenes import HELD_OUT, INFO, Tabletop,
 from robot_forgetting.robot.google_robot_tasks import MOVE_NEAR_OBJECTS as OBJECTS
 from robot_forgetting.robot.google_robot_tasks import MOVE_NEAR_TRIPLETS as TRIPLETS
 from robot_forgetting.robot.google_robot_tasks import move_near_sentence
-from robot_forgetting.robot.grasp import contacts
 from robot_forgetting.robot.grid import dealt
 
 PHOTO = "google_move_near_real_eval_1.png"
@@ -36,6 +35,8 @@ PATTERNS = np.array(
 )
 PAIRS = tuple(permutations(range(3), 2))  # (source, target) in a triplet
 EPISODES = len(TRIPLETS) * len(PATTERNS) * len(PAIRS)
+SHOWN = torch.tensor([[OBJECTS.index(name) for name in names] for names in TRIPLETS])  # [triplet, 3]
+ASIDE = [-30.0, 0.0, -5.0]  # metres: where the other five are, each a metre beside the next
 SPREAD = 0.04  # metres per axis by which training moves each object from its place
 
 
@@ -82,77 +83,107 @@ class MoveNear(Tabletop):
     def _load_objects(self) -> None:
         about = json.loads((folder() / INFO).read_text())
         self.objs, self.sizes = {}, {}
-        for name in OBJECTS:
-            self.objs[name] = thing = self._object(name, DENSITIES.get(name, about[name].get("density", 1000)))
+        for index, name in enumerate(OBJECTS):
+            density = DENSITIES.get(name, about[name].get("density", 1000))
+            self.objs[name] = thing = self._object(name, density, _aside(index))
             self.sizes[name] = np.subtract(about[name]["bbox"]["max"], about[name]["bbox"]["min"])
             glow(thing)
-            for material in materials(looks(thing)):  # nothing shines in the original
-                material.roughness, material.metallic, material.specular = 1.0, 0.0, 0.0
+            for body in looks(thing):
+                for material in materials(body):  # nothing shines in the original
+                    material.roughness, material.metallic, material.specular = 1.0, 0.0, 0.0
+        if self.gpu_sim_enabled:  # where they cannot be held in the air
+            builder = self.scene.create_actor_builder()
+            builder.add_box_collision(half_size=[10.0, 1.0, 0.1])
+            builder.initial_pose = sapien.Pose(np.array(ASIDE) - [len(OBJECTS) / 2, 0.0, 0.3])
+            builder.build_static(name="shelf")
+        # Of an episode: triplet, pair, and of its three objects the places at the start and half of their diagonals.
+        self.triplet, self.pair = self._rows(dtype=torch.int64), self._rows(dtype=torch.int64)
+        self.starts, self.radii = self._rows(3, 3), self._rows(3)
+        self._mass_centres = [self.objs[name].cmass_local_pose for name in OBJECTS]  # before the GPU takes over
 
-    def _initialize_episode(self, env_idx: torch.Tensor, options: dict):
+    def _begin(self, options: dict) -> None:
         number, rng = self.draw(options)
-        self.configuration, triplet, pair, places, colours = move_near_state(number, rng)
-        self._show(options.get("colours", colours))
-        names = TRIPLETS[triplet]
+        self.configuration[0], triplet, pair, places, colours = move_near_state(number, rng)
+        self.colouring[0] = COLOURS.index(options.get("colours", colours))
         for index, name in enumerate(OBJECTS):
             _put_away(self.objs[name]._bodies[0], index)
+        names = TRIPLETS[triplet]
         self._drop([(self.objs[n], place, TURNS.get(n, UPRIGHT)) for n, place in zip(names, places, strict=True)])
         self._place_robot(0.35, 0.21, -0.09)
-        self.source_obj_name, self.target_obj_name = (names[index] for index in pair)
-        self.shown = names
-        self.instruction = move_near_sentence(self.source_obj_name, self.target_obj_name)
-        self._held = 0
-        self._starts = {name: self._place(name) for name in names}
-        # As in the original: the size, turned as a vector, at the start; half of its diagonal over the table.
-        self._radii = {
-            name: float(np.linalg.norm((_frame(self.objs[name]) @ self.sizes[name])[:2])) / 2 for name in names
-        }
+        self.triplet[0], self.pair[0] = triplet, PAIRS.index(pair)
+        for index, name in enumerate(names):
+            pose = self.objs[name]._bodies[0].entity_pose
+            self.starts[0, index] = torch.from_numpy(np.array(pose.p))
+            # As in the original: the size, turned as a vector, at the start; half of its diagonal over the table.
+            turned = pose.to_transformation_matrix()[:3, :3] @ self.sizes[name]
+            self.radii[0, index] = float(np.linalg.norm(turned[:2])) / 2
 
-    def _place(self, name: str) -> np.ndarray:
-        """Of the object's origin, [3], in the world."""
-        return np.array(self.objs[name]._bodies[0].entity_pose.p, dtype=np.float64)
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """The only environment's objects, of which ``source_obj_name`` is to be moved near ``target_obj_name``."""
+        return TRIPLETS[int(self.triplet[0])]
 
-    def _centre(self, name: str) -> np.ndarray:
-        """Of the object's mass, [3], in the world."""
-        body = self.objs[name]._bodies[0]
-        return np.array((body.entity_pose * body.cmass_local_pose).p, dtype=np.float64)
+    @property
+    def source_obj_name(self) -> str:
+        return self.shown[PAIRS[int(self.pair[0])][0]]
+
+    @property
+    def target_obj_name(self) -> str:
+        return self.shown[PAIRS[int(self.pair[0])][1]]
+
+    @property
+    def instruction(self) -> str:
+        return move_near_sentence(self.source_obj_name, self.target_obj_name)
+
+    def start(self, name: str) -> np.ndarray:
+        """World position [3] at which one of the only environment's objects began."""
+        return self.starts[0, self.shown.index(name)].numpy()
 
     def evaluate(self) -> dict:
         """The original's flags: source moved by more than 3 cm and more than the others, nothing fallen, source within
         10 cm (plus both radii) of the target, and no farther from it than from the third object (plus 1 cm)."""
-        source, target = self.source_obj_name, self.target_obj_name
-        (third,) = (name for name in self.shown if name not in (source, target))
-        fallen = {name: self._starts[name][2] - self._centre(name)[2] for name in (source, target)}
-        keep = max(fallen.values()) < 0.15 and self._starts[third][2] - self._place(third)[2] < 0.02
-        moved = {name: float(np.linalg.norm((self._place(name) - self._starts[name])[:2])) for name in self.shown}
-        others = [moved[target], moved[third]]
-        correct = moved[source] > 0.03 and max(others) < moved[source]
-        distance = float(np.linalg.norm((self._centre(source) - self._centre(target))[:2]))
-        near = distance < self._radii[source] + self._radii[target] + 0.10
-        to_others = (np.linalg.norm((self._centre(source) - self._place(name))[:2]) for name in (target, third))
-        closest = all(distance < other + 0.01 for other in to_others)
-        held = self.pressed(contacts(self.scene, self.objs[source]._bodies[0].entity))
-        self._held = self._held + 1 if held else 0
-        flags = {
-            "is_grasped": held,
+        stepped, device = self._stepped(), self.device
+        every = [self.objs[name].pose for name in OBJECTS]
+        places, centres = (
+            torch.stack([pose.p for pose in poses], dim=1)
+            for poses in (every, [pose * own for pose, own in zip(every, self._mass_centres, strict=True)])
+        )
+        row = torch.arange(self.num_envs, device=device)[:, None]
+        pairs = torch.tensor(PAIRS, device=device)[self.pair]
+        order = torch.cat([pairs, 3 - pairs.sum(dim=1, keepdim=True)], dim=1)  # source, target, third
+        objects = SHOWN.to(device)[self.triplet][row, order]  # [N, 3]
+        places, centres = places[row, objects], centres[row, objects]  # [N, 3, 3]
+        starts, radii = self.starts[row, order], self.radii[row, order]
+        moved = (places - starts)[..., :2].norm(dim=2)  # [N, 3]
+        others = moved[:, 1:].max(dim=1).values
+        fallen = (starts - centres)[:, :2, 2].max(dim=1).values
+        keep = (fallen < 0.15) & ((starts - places)[:, 2, 2] < 0.02)
+        correct = (moved[:, 0] > 0.03) & (others < moved[:, 0])
+        distance = (centres[:, 0] - centres[:, 1])[:, :2].norm(dim=1)
+        near = distance < radii[:, 0] + radii[:, 1] + 0.10
+        to_others = (centres[:, :1] - places[:, 1:])[..., :2].norm(dim=2)  # as the original has it, from their origins
+        closest = (distance[:, None] < to_others + 0.01).all(dim=1)
+        holding = torch.stack([self.pressed(self.objs[name]) for name in OBJECTS], dim=1)[row[:, 0], objects[:, 0]]
+        self.held = torch.where(stepped, torch.where(holding, self.held + 1, 0), self.held)
+        return {
+            "is_grasped": holding,
             "all_obj_keep_height": keep,
             "moved_correct_obj": correct,
-            "moved_wrong_obj": max(others) > 0.03 and max(others) > moved[source],
+            "moved_wrong_obj": (others > 0.03) & (others > moved[:, 0]),
             "near_tgt_obj": near,
             "is_closest_to_tgt": closest,
-            "success": keep and correct and near and closest,
+            "success": keep & correct & near & closest,
+            "configuration": self.configuration,
         }
-        flags = {name: torch.tensor([bool(value)]) for name, value in flags.items()}
-        return {**flags, "configuration": torch.tensor([self.configuration])}
 
 
-def _frame(thing) -> np.ndarray:
-    return thing._bodies[0].entity_pose.to_transformation_matrix()[:3, :3]
+def _aside(index: int) -> np.ndarray:
+    return np.array(ASIDE) - [index, 0.0, 0.0]
 
 
 def _put_away(body, index: int) -> None:
     """Out of the picture, where nothing moves."""
-    body.entity.set_pose(sapien.Pose([-30.0 - index, 0.0, -5.0]))
+    body.entity.set_pose(sapien.Pose(_aside(index)))
     body.set_locked_motion_axes([True] * 6)
     body.set_linear_velocity(np.zeros(3))
     body.set_angular_velocity(np.zeros(3))

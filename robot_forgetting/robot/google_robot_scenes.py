@@ -1,7 +1,10 @@
 """SimplerEnv's Google-robot scenes on SAPIEN 3: what all share, tables, and a can on a table.
 
 Physics, initial states, cameras, lights and success tests of ManiSkill2_real2sim (Li et al. 2024, arXiv:2405.05941).
-ManiSkill3 has none of these tasks. CPU simulation only.
+ManiSkill3 has none of these tasks.
+
+Flags, and what a scene keeps of an episode, are tensors with a row per environment: one on the CPU, as many as a batch
+has on a GPU (``batched.py``), whose episodes start from states that a CPU environment has made.
 """
 
 from __future__ import annotations
@@ -11,13 +14,13 @@ import sapien
 import torch
 from mani_skill.envs.tasks.digital_twins.base_env import BaseDigitalTwinEnv
 from mani_skill.sensors.camera import CameraConfig
-from mani_skill.utils.structs.types import DefaultMaterialsConfig, SceneConfig, SimConfig
+from mani_skill.utils.structs.types import DefaultMaterialsConfig, GPUMemoryConfig, SceneConfig, SimConfig
 
 from robot_forgetting.errors import unknown
 from robot_forgetting.robot import assets
 from robot_forgetting.robot.assets import COLOURS
 from robot_forgetting.robot.google_robot import CAMERA, FINGERS, GoogleRobot, urdf
-from robot_forgetting.robot.grasp import contacts, presses
+from robot_forgetting.robot.grasp import TOUCH, presses_batched
 from robot_forgetting.robot.grid import STREAM, TEST_START, dealt
 from robot_forgetting.robot.settling import drop
 
@@ -36,23 +39,25 @@ def folder():
 
 
 def materials(body):
-    """Of a render body's shapes."""
+    """Of a render body's shapes, in their order."""
     for shape in body.render_shapes:
         for part in shape.parts if hasattr(shape, "parts") else [shape]:
             yield part.material
 
 
-def looks(thing):
-    """An actor's render body."""
-    return thing._bodies[0].entity.find_component_by_type(sapien.render.RenderBodyComponent)
+def looks(thing) -> list:
+    """Render bodies of an actor or a link, one per environment; none where nothing of it is to be seen."""
+    found = [body.entity.find_component_by_type(sapien.render.RenderBodyComponent) for body in thing._bodies]
+    return [body for body in found if body is not None]
 
 
 def glow(thing) -> None:
     """A baked texture glows as it is: SAPIEN 3 multiplies it by the file's emission, which is black; SAPIEN 2 puts the
     texture in its place."""
-    for material in materials(looks(thing)):
-        if material.emission_texture is not None:
-            material.emission = [1.0, 1.0, 1.0, 1.0]
+    for body in looks(thing):
+        for material in materials(body):
+            if material.emission_texture is not None:
+                material.emission = [1.0, 1.0, 1.0, 1.0]
 
 
 class GoogleScene(BaseDigitalTwinEnv):
@@ -61,7 +66,7 @@ class GoogleScene(BaseDigitalTwinEnv):
     photo: in ``real_inpainting``; an episode may show another. needs: files beside the bundle's, in ``folder()``
     """
 
-    SUPPORTED_OBS_MODES = ["rgb+segmentation"]
+    SUPPORTED_OBS_MODES = ["rgb+segmentation", "none"]
     SUPPORTED_REWARD_MODES = ["none"]
     SUPPORTED_ROBOTS = [GoogleRobot.uid]
 
@@ -71,21 +76,28 @@ class GoogleScene(BaseDigitalTwinEnv):
         self.rgb_overlay_paths = {CAMERA: str(folder() / "real_inpainting" / photo)}
         # ManiSkill's are the class's, and so every environment's
         self._rgb_overlay_images, self._objects_to_remove_from_greenscreen = {}, []
-        self.configuration = -1
         super().__init__(**{**kwargs, "robot_uids": GoogleRobot})
 
     @property
     def _default_sim_config(self):
+        on_gpu = self.device.type == "cuda"  # where PhysX makes contacts by PCM only
         scene = SceneConfig(
             contact_offset=0.02,
             solver_position_iterations=25,
             solver_velocity_iterations=0,  # with 1, as in the original, PhysX 5 lets stiffly driven fingers chatter
-            enable_pcm=False,
+            enable_pcm=on_gpu,
             enable_tgs=True,
         )
         friction = DefaultMaterialsConfig(static_friction=1.0, dynamic_friction=1.0)
         return SimConfig(
-            sim_freq=513, control_freq=3, spacing=20, scene_config=scene, default_materials_config=friction
+            sim_freq=513,
+            control_freq=3,
+            spacing=5 if on_gpu else 20,  # see ``BridgeScene``, also for the buffers
+            scene_config=scene,
+            default_materials_config=friction,
+            gpu_memory_config=GPUMemoryConfig(
+                collision_stack_size=2**26, max_rigid_contact_count=2**21, max_rigid_patch_count=2**19
+            ),
         )
 
     @property
@@ -99,34 +111,63 @@ class GoogleScene(BaseDigitalTwinEnv):
         names = [joint.name for joint in self.agent.robot.active_joints]
         self.fingers, self.wrist = [names.index(name) for name in FINGERS], names.index("joint_wrist")
         self._add_colours()
+        # Of an episode: the evaluation's configuration (-1 in training), the robot's colouring, for how many control
+        # steps the fingers have held what counts; and ``_elapsed_steps`` when ``evaluate`` was last asked.
+        self.configuration, self.colouring = self._rows(dtype=torch.int64) - 1, self._rows(dtype=torch.int64)
+        self.held, self._counted = self._rows(dtype=torch.int64), self._rows(dtype=torch.int64)
+
+    def _rows(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Zeros [N, *shape]: what a scene keeps of an episode. ``Simulation.initial_state`` hands such tensors on."""
+        return torch.zeros(self.num_envs, *shape, dtype=dtype, device=self.device)
 
     def _add_colours(self) -> None:
-        """The links' shapes in every colouring, of which each episode shows one."""
-        links = {name: link._objs[0].entity for name, link in self.agent.robot.links_map.items()}
-        self._shapes = {name: [] for name in COLOURS}
-        for entity in links.values():
-            body = entity.find_component_by_type(sapien.render.RenderBodyComponent)
-            if body is not None:
-                self._shapes[COLOURS[0]].append(body)
-        for name in COLOURS[1:]:
-            loader = self.scene.create_urdf_loader()
-            for builder in loader.parse(str(urdf(name)))["articulation_builders"][0].link_builders:
+        """Textures of every link in each colouring. Colourings differ in nothing else, so that an episode's is given to
+        the shapes that are there (on a GPU none can be added, hidden or shown)."""
+        self._textures = {colours: {} for colours in COLOURS}
+        for colours, textures in self._textures.items():
+            parsed = self.scene.create_urdf_loader().parse(str(urdf(colours)))
+            for builder in parsed["articulation_builders"][0].link_builders:
                 if builder.visual_records:
                     body = builder.build_render_component()
-                    links[builder.name].add_component(body)
-                    self._shapes[name].append(body)
+                    textures[builder.name] = [material.base_color_texture for material in materials(body)]
 
-    def _show(self, colours: str) -> None:
-        for name, bodies in self._shapes.items():
-            for body in bodies:
-                body.visibility = float(name == colours)
+    def dress(self, slots: list[int]) -> None:
+        """Gives the robots of some environments the colouring of their episode."""
+        for name, link in self.agent.robot.links_map.items():
+            bodies = looks(link)
+            for slot in slots if bodies else ():
+                textures = self._textures[COLOURS[int(self.colouring[slot])]][name]
+                for material, texture in zip(materials(bodies[slot]), textures, strict=True):
+                    material.base_color_texture = texture
 
     def _polish(self) -> None:
         """The robot's surfaces as the original has them over tables."""
-        for bodies in self._shapes.values():
-            for body in bodies:
+        for link in self.agent.robot.links_map.values():
+            for body in looks(link):
                 for material in materials(body):
                     material.specular, material.roughness = 0.9, 0.3
+
+    def _initialize_episode(self, env_idx: torch.Tensor, options: dict):
+        if not self.gpu_sim_enabled:  # else a CPU environment's state follows
+            self._begin(options)
+            self.held[0] = 0
+            self.dress([0])
+
+    def _begin(self, options: dict) -> None:
+        """Sets the only environment to its episode's initial state."""
+        raise NotImplementedError
+
+    def _stepped(self) -> torch.Tensor:
+        """[N] bool: which have moved since the flags were last asked for. A reset of one asks for the flags of all."""
+        stepped = self._elapsed_steps != self._counted
+        self._counted[:] = self._elapsed_steps
+        return stepped
+
+    def _hold(self, thing, stepped: torch.Tensor) -> torch.Tensor:
+        """[N] bool: whether the fingers hold an object; counts for how many steps on end they do."""
+        holding = self.pressed(thing)
+        self.held = torch.where(stepped, torch.where(holding, self.held + 1, 0), self.held)
+        return holding
 
     def _place_robot(self, x: float, y: float, yaw: float) -> None:
         half = yaw / 2
@@ -141,25 +182,30 @@ class GoogleScene(BaseDigitalTwinEnv):
             number = seed - TEST_START
         return None if number is None else int(number), np.random.default_rng([seed, STREAM])
 
-    def pressed(self, touching: list) -> bool:
-        """Whether both fingers press what ``touching`` (see ``grasp.contacts``) is about, as the original asks it."""
-        links = self.agent.robot.links_map
-        return all(
-            presses([links[f"link_finger_tip_{side}"], links[f"link_finger_{side}"]], 1.0, touching, 1e-6, 80)
-            for side in ("left", "right")
-        )
+    def pressed(self, thing) -> torch.Tensor:
+        """[N] bool: whether both fingers press an object, as the original asks it."""
+        links, found = self.agent.robot.links_map, []
+        for side in ("left", "right"):
+            finger = [links[f"link_finger_tip_{side}"], links[f"link_finger_{side}"]]
+            found.append(presses_batched(self.scene, finger, 1.0, thing, TOUCH, 80))
+        return found[0] & found[1]
 
-    def _object(self, name: str, density: float):
-        """One of the assets' models; contacts yield, see ``STIFFNESS``."""
+    def touches(self, one, other) -> torch.Tensor:
+        """[N] bool: whether two things press each other."""
+        return self.scene.get_pairwise_contact_impulses(one, other).norm(dim=1) > TOUCH
+
+    def _object(self, name: str, density: float, place: list[float]):
+        """One of the assets' models, built at ``place`` [3]; contacts yield, see ``STIFFNESS``."""
         model = folder() / "custom" / "models" / name
         builder = self.scene.create_actor_builder()
         builder.add_multiple_convex_collisions_from_file(
             str(model / "collision.obj"), material=sapien.physx.PhysxMaterial(0.5, 0.5, -STIFFNESS), density=density
         )
         builder.add_visual_from_file(str(assets.visual(model)))
-        builder.initial_pose = sapien.Pose([0, 0, 2])
+        builder.initial_pose = sapien.Pose(place)
         thing = builder.build(name=name)
-        thing._bodies[0].linear_damping = thing._bodies[0].angular_damping = 0.1
+        for body in thing._bodies:
+            body.linear_damping = body.angular_damping = 0.1
         self.remove_object_from_greenscreen(thing)
         return thing
 
@@ -225,7 +271,7 @@ class Tabletop(GoogleScene):
         else:
             builder.add_box_collision(half_size=[0.5, 1.0, 0.02])
             builder.initial_pose = sapien.Pose([-0.55, 0.2, TABLE_HEIGHT - 0.02])
-        builder.build_static(name="table")
+        self.table_top = builder.build_static(name="table")
         self._load_objects()
         self.remove_object_from_greenscreen(self.agent.robot)
 
@@ -249,39 +295,37 @@ class PickCan(Tabletop):
         super().__init__("google_coke_can_real_eval_1.png", table=table, **kwargs)
 
     def _load_objects(self) -> None:
-        self.can = self._object(CAN, 50)
+        self.can = self._object(CAN, 50, [*PLACES[0], TABLE_HEIGHT + 0.1])
         self.objs, self.source_obj_name = {CAN: self.can}, CAN
+        # Its height at the start, metres; whether it has been lifted since; steps on which it was higher than 2 cm.
+        self.height, self.lifted = self._rows(), self._rows(dtype=torch.bool)
+        self.high = self._rows(dtype=torch.int64)
 
-    def _initialize_episode(self, env_idx: torch.Tensor, options: dict):
+    def _begin(self, options: dict) -> None:
         number, rng = self.draw(options)
         orientation = str(rng.choice(list(ORIENTATIONS))) if self.orientation == "any" else self.orientation
         orientation = options.get("orientation", orientation)
-        self.configuration, place, colours = can_state(number, rng)
-        self._show(options.get("colours", colours))
+        self.configuration[0], place, colours = can_state(number, rng)
+        self.colouring[0] = COLOURS.index(options.get("colours", colours))
         self._drop([(self.can, options.get("place", place), ORIENTATIONS[orientation])])
         self._place_robot(0.35, 0.20, 0.0)
-        self._held, self._lifted, self._high = 0, False, 0  # steps held, lifted since, steps higher than 2 cm
-        self._height = float(self.can._bodies[0].entity_pose.p[2])
+        self.height[0], self.lifted[0], self.high[0] = float(self.can.pose.p[0, 2]), False, 0
 
     def evaluate(self) -> dict:
         """The original's flags after a control step; success is a can lifted by 1 cm with nothing but the robot
         touching it while it is held, or one that was 2 cm up in five steps of the episode."""
-        body = self.can._bodies[0]
-        touching = contacts(self.scene, body.entity)
-        held = self.pressed(touching)
-        self._held = self._held + 1 if held else 0
-        robot = {link.entity for link in self.agent.robot._objs[0].links}
-        free = all(other in robot or np.linalg.norm(impulse) <= 1e-6 for other, impulse in touching)
-        risen = float(body.entity_pose.p[2]) - self._height
-        self._lifted = (held and self._lifted) or (free and risen > 0.01)
-        high = self._lifted and risen > 0.02
-        self._high += high
-        flags = {
+        stepped = self._stepped()
+        held = self._hold(self.can, stepped)
+        free = ~self.touches(self.table_top, self.can)
+        risen = self.can.pose.p[:, 2] - self.height
+        self.lifted = torch.where(stepped, (held & self.lifted) | (free & (risen > 0.01)), self.lifted)
+        high = self.lifted & (risen > 0.02)
+        self.high += stepped & high
+        return {
             "is_grasped": held,
-            "consecutive_grasp": self._held >= 5,
-            "lifted_object": self._lifted,
+            "consecutive_grasp": self.held >= 5,
+            "lifted_object": self.lifted,
             "lifted_object_significantly": high,
-            "success": self._lifted or self._high >= 5,
+            "success": self.lifted | (self.high >= 5),
+            "configuration": self.configuration,
         }
-        flags = {name: torch.tensor([bool(value)]) for name, value in flags.items()}
-        return {**flags, "configuration": torch.tensor([self.configuration])}

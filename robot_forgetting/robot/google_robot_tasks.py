@@ -10,6 +10,7 @@ from robot_forgetting.robot.task import ManiSkillTask
 
 GOOGLE_ROBOT = Robot(
     controller="robot_forgetting.robot.google_robot.PlannedController",
+    batched="robot_forgetting.robot.google_robot.BatchedPlannedController",
     control_mode="planned",
     rotation="axis_angle",
     gripper="+1 closes",
@@ -65,6 +66,7 @@ def google_robot_task(
     statistics: str = "fractal20220817_data",
     noise: dict | None = None,
     processes: int | None = None,
+    simulation: str = "cpu",
 ) -> ManiSkillTask:
     """A task at 3 Hz with a photo for the background; success as it stands when the time is up.
 
@@ -87,6 +89,7 @@ def google_robot_task(
         noise=noise or GOOGLE_NOISE,
         statistics=statistics,
         processes=processes,
+        simulation=simulation,
         robot="robot_forgetting.robot.google_robot_tasks.GOOGLE_ROBOT",
         overlay=True,
         full_pictures=full_pictures,

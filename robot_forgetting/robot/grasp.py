@@ -45,10 +45,20 @@ def pressing_fingers(agent, actor, *, least_impulse: float = TOUCH, max_angle: f
 
 def pressing_fingers_batched(agent, actor) -> torch.Tensor:
     """``pressing_fingers`` of SimplerEnv's WidowX in N environments, [N] bool, on the CPU or the GPU."""
-    both = []
-    for link, side in ((agent.finger1_link, 1.0), (agent.finger2_link, -1.0)):
-        push = agent.scene.get_pairwise_contact_impulses(link, actor)
+    one, other = (
+        presses_batched(agent.scene, [link], side, actor, TOUCH, LEANING)
+        for link, side in ((agent.finger1_link, 1.0), (agent.finger2_link, -1.0))
+    )
+    return one & other
+
+
+def presses_batched(scene, links, side: float, actor, least_impulse: float, max_angle: float) -> torch.Tensor:
+    """``presses`` in N environments, [N] bool, on the CPU or the GPU; ``actor``: what a finger's links may press."""
+    pressing = []
+    for link in links:
+        push = scene.get_pairwise_contact_impulses(link, actor)
         size = push.norm(dim=1)
         opening = link.pose.to_transformation_matrix()[:, :3, 1] * side
-        both.append((size >= TOUCH) & ((opening * push).sum(dim=1) >= np.cos(np.deg2rad(LEANING)) * size))
-    return both[0] & both[1]
+        leans = (opening * push).sum(dim=1) < np.cos(np.deg2rad(max_angle)) * size
+        pressing.append((size >= least_impulse) & ~leans)
+    return torch.stack(pressing).any(dim=0)

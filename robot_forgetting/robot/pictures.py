@@ -80,8 +80,17 @@ class BatchedCamera:
             texture, self._channel = segmentation_of(sensor.config.shader_pack == "minimal")
             self._textures.append(texture)
             self._photo, self._background = torch.from_numpy(overlay.photo), torch.from_numpy(overlay.background)
+            self._photos = {}  # by file, of the camera's size
         if (own := (self._camera.width, self._camera.height)) != size:
             self._area = [torch.from_numpy(area_weights(*pixels)) for pixels in zip(own, size, strict=True)]
+
+    def change_photos(self, paths: list[str]) -> None:
+        """Other photos for the backgrounds from now on, one per environment."""
+        size = self._camera.width, self._camera.height
+        for path in set(paths) - self._photos.keys():
+            self._photos[path] = torch.from_numpy(read_photo(path, size))
+        alike = len(set(paths)) == 1
+        self._photo = self._photos[paths[0]] if alike else torch.stack([self._photos[path] for path in paths])
 
     def take(self) -> np.ndarray:
         """uint8 [N, height, width, 3]; the scene's render state must be up to date."""

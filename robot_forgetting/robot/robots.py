@@ -42,6 +42,9 @@ class BatchedController(ABC):
     def apply(self, commands: torch.Tensor) -> None:
         """Sets the drive targets for commands [N, 7] float32, finite, in the units that the robot declares."""
 
+    # As ``Controller.before_simulation_step``; it applies its targets itself, where they are a GPU's.
+    before_simulation_step = None
+
 
 @dataclass(frozen=True)
 class Robot:

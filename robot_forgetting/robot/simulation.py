@@ -127,6 +127,7 @@ class Simulation:
 
         state: ManiSkill's state dictionary
         buffers: the tensors that the task itself keeps of an episode (a goal that is no object, say)
+        photo: the background's file, where there is one
         """
         self._start(seed)
         kept = {key: value for key, value in vars(self.env).items() if isinstance(value, torch.Tensor)}
@@ -135,7 +136,8 @@ class Simulation:
         state = {kind: {key: row.numpy() for key, row in rows.items()} for kind, rows in state_of(self.env).items()}
         for rows in state.get("articulations", {}).values():  # PhysX tells a base's place 2e-8 m off where it was put,
             rows[:, :3] = rows[:, :3].round(6)  # which contacts would magnify
-        return {"state": state, "buffers": buffers, "instruction": self.instruction}
+        photo = photo_of(self.env) if self.spec.overlay else None
+        return {"state": state, "buffers": buffers, "instruction": self.instruction, "photo": photo}
 
     def observe(self) -> dict:
         """Pictures (uint8 [H, W, 3]) and the instruction; ``frame`` is the larger one for videos, where asked for."""
