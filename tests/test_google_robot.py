@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from robot_tasks import CONFIGS, configured
 
 from robot_forgetting.conformance.recordings import allowed, complaints, recordings_of
@@ -113,9 +114,9 @@ def test_the_gripper_keeps_what_it_was_told(players, blind):
     simulation.reset(1_000_000)
     controller, wanted = simulation._controller, []
     for command in (1.0, 0.0, -1.0, 0.0005):
-        stands = controller._stands
+        stands = controller.planner.stands
         simulation.step([0, 0, 0, 0, 0, 0, command])
-        wanted.append(controller._wanted)
+        wanted.append(controller.planner.wanted)
     assert wanted[0] == pytest.approx(1.31, abs=1e-3)  # 0.01 over the joint's limit
     assert np.array_equal(wanted[1], wanted[0])
     assert wanted[2] == pytest.approx(np.maximum(stands - 1.31, -0.0101), abs=1e-3)
@@ -143,18 +144,17 @@ HISTORIES = {  # (held, metres risen, touching something else) per step -> lifte
 def test_flags_of_a_can(players, blind, monkeypatch, steps, expected):
     import sapien
 
-    env = players(CAN).simulation.env
-    env._held, env._lifted, env._high, env._height = 0, False, 0, 0.9
-    body = env.can._bodies[0]
-    other = sapien.Entity()
+    simulation = players(CAN).simulation
+    simulation.reset(0)
+    env, body = simulation.env, simulation.env.can._bodies[0]
+    env.height[0] = 0.9
     for held, risen, touching in steps:
-        monkeypatch.setattr(env, "pressed", lambda touches, held=held: held)
-        contacts = [(other, np.array([0, 0, 1e-3]))] * touching
-        monkeypatch.setattr(
-            "robot_forgetting.robot.google_robot_scenes.contacts", lambda scene, entity, found=contacts: found
-        )
+        monkeypatch.setattr(env, "pressed", lambda thing, held=held: torch.tensor([held]))
+        monkeypatch.setattr(env, "touches", lambda one, other, touching=touching: torch.tensor([touching]))
         body.entity.set_pose(sapien.Pose([-0.2, 0.2, 0.9 + risen]))
+        env._elapsed_steps += 1
         flags = env.evaluate()
+        assert env.evaluate() == flags  # asked twice, of the same step
     assert (bool(flags["lifted_object"]), bool(flags["consecutive_grasp"]), bool(flags["success"])) == expected
 
 
@@ -186,8 +186,8 @@ def test_flags_of_move_near(players, blind, moves, expected):
         body = env.objs[name]._bodies[0]
         place, pose = (SOURCE, TARGET, THIRD)[index], body.entity_pose
         offset = (body.entity_pose * body.cmass_local_pose).p - pose.p  # of the mass's centre from the origin
-        shift = np.array([*place, 0.0]) - [*env._starts[name][:2], 0] - [*offset[:2], 0]
-        env._starts[name] = env._starts[name] + shift
+        shift = np.array([*place, 0.0]) - [*env.start(name)[:2], 0] - [*offset[:2], 0]
+        env.starts[0, index] += torch.from_numpy(shift).float()
         for moved, to in moves:
             if moved == index:
                 shift = shift + np.array(to) - [*place, 0]
@@ -282,7 +282,7 @@ def test_move_near_shows_what_it_names(players, bundle):
     assert set(said) < set(configured(NEAR).instructions) and len(configured(NEAR).instructions) == 26
     env = simulation.env
     aside = [name for name in env.objs if name not in env.shown]
-    assert len(aside) == 5 and all(env._place(name)[0] <= -30 for name in aside)
+    assert len(aside) == 5 and all(env.objs[name].pose.p[0, 0] <= -30 for name in aside)
 
 
 def test_test_seeds_are_the_evaluation_configurations(players, blind):
@@ -294,8 +294,23 @@ def test_test_seeds_are_the_evaluation_configurations(players, blind):
         assert env.configuration == (88 if seed > 5 else -1)
     assert np.array_equal(lying[0], lying[1]) and np.linalg.norm(lying[0] - lying[2]) > 0.01
     assert np.abs(lying[0][:2] - [-0.235, 0.31]).max() < 0.01  # it may roll a little
-    shown = [name for name, bodies in env._shapes.items() if bodies[0].visibility]
-    assert len(shown) == 1
+
+
+def test_each_colouring_has_its_textures(players, blind):
+    """A seed's; a link that is the same in all has its own, and other robots of the process keep theirs."""
+    from robot_forgetting.robot.google_robot_scenes import looks, materials
+
+    def worn(simulation) -> dict[str, str]:
+        links = simulation.env.agent.robot.links_map
+        found = {name: list(materials(looks(links[name])[0])) for name in ("link_bicep", "link_torso")}
+        return {name: material.base_color_texture.filename.split("/")[-2] for name, (material,) in found.items()}
+
+    simulation, other = players(CAN).simulation, players(NEAR).simulation
+    other.reset(1_000_000)
+    for number, folder in enumerate(["3obj", *(f"3obj_{colours}" for colours in assets.COLOURS[1:]), "3obj"]):
+        simulation.reset(1_000_000 + number)
+        assert worn(simulation) == {"link_bicep": folder, "link_torso": "3obj"}
+        assert worn(other)["link_bicep"] == "3obj"
 
 
 def test_a_start_does_not_depend_on_the_episode_before(players, blind):
@@ -430,4 +445,5 @@ def test_expert_moves_an_apple(players, blind, monkeypatch):
     while len(flags) < 80 and not (len(flags) > 1 and flags[-2]["is_grasped"] and not flags[-1]["is_grasped"]):
         flags.append(simulation.step(simulation.expert_command())[4])
     assert flags[-1]["success"] and sum(flag["is_grasped"] for flag in flags) > 10
-    assert np.linalg.norm((env._place("baked_apple_v2") - env._place("baked_sponge_v2"))[:2]) < 0.19
+    apple, sponge = (env.objs[name].pose.p[0, :2] for name in ("baked_apple_v2", "baked_sponge_v2"))
+    assert (apple - sponge).norm() < 0.19

@@ -132,7 +132,7 @@ PLACE_STATIONS = ("a0", "b0", "c0")
 APPLES = np.array([[x, y] for x in np.linspace(-0.08, -0.02, 3) for y in np.linspace(-0.02, 0.08, 3)])
 SPAWN = np.array([[-0.10, -0.04], [-0.02, 0.10]])  # of the apple in training, x and y from and to
 HELD_OUT = 0.01  # metres around the evaluation's places where no apple lies in training
-RADIUS = 0.036  # metres, of the apple
+LOW = 0.045  # metres of the apple's middle over a floor that it lies on, at most: it is no perfect ball
 TOLD = 100  # steps after which the original moves on to the second instruction, whatever has happened
 
 
@@ -222,10 +222,10 @@ class PlaceInDrawer(Cabinet):
         return torch.tensor([bool(np.linalg.norm(push) > TOUCH)])
 
     def low(self) -> torch.Tensor:
-        """[N] bool: whether the apple presses the drawer and is down to 2 mm over its floor. On a GPU contacts can be
-        had of two bodies, and not of two shapes."""
+        """[N] bool: whether the apple presses the drawer and is as low as one that lies on its floor. On a GPU contacts
+        can be had of two bodies, and not of two shapes."""
         floor = self._drawer.pose.p[:, 2] + float(self._floor.local_pose.p[2] + self._floor.half_size[2])
-        return self.touches(self._drawer, self.apple) & (self.apple.pose.p[:, 2] - floor < RADIUS + 0.002)
+        return self.touches(self._drawer, self.apple) & (self.apple.pose.p[:, 2] - floor < LOW)
 
     def evaluate(self) -> dict:
         """The original's flags after a control step: the drawer was open by 15 cm once, the apple was on its floor

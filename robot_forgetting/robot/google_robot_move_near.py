@@ -91,11 +91,10 @@ class MoveNear(Tabletop):
             for body in looks(thing):
                 for material in materials(body):  # nothing shines in the original
                     material.roughness, material.metallic, material.specular = 1.0, 0.0, 0.0
-        if self.gpu_sim_enabled:  # where they cannot be held in the air
-            builder = self.scene.create_actor_builder()
-            builder.add_box_collision(half_size=[10.0, 1.0, 0.1])
-            builder.initial_pose = sapien.Pose(np.array(ASIDE) - [len(OBJECTS) / 2, 0.0, 0.3])
-            builder.build_static(name="shelf")
+        builder = self.scene.create_actor_builder()  # for a GPU, where nothing can be held in the air
+        builder.add_box_collision(half_size=[10.0, 1.0, 0.1])
+        builder.initial_pose = sapien.Pose(np.array(ASIDE) - [len(OBJECTS) / 2, 0.0, 0.3])
+        builder.build_static(name="shelf")
         # Of an episode: triplet, pair, and of its three objects the places at the start and half of their diagonals.
         self.triplet, self.pair = self._rows(dtype=torch.int64), self._rows(dtype=torch.int64)
         self.starts, self.radii = self._rows(3, 3), self._rows(3)

@@ -133,10 +133,11 @@ class GoogleScene(BaseDigitalTwinEnv):
 
     def dress(self, slots: list[int]) -> None:
         """Gives the robots of some environments the colouring of their episode."""
+        colouring = self.colouring.tolist()
         for name, link in self.agent.robot.links_map.items():
             bodies = looks(link)
             for slot in slots if bodies else ():
-                textures = self._textures[COLOURS[int(self.colouring[slot])]][name]
+                textures = self._textures[COLOURS[colouring[slot]]][name]
                 for material, texture in zip(materials(bodies[slot]), textures, strict=True):
                     material.base_color_texture = texture
 
