@@ -29,6 +29,9 @@ from robot_forgetting.robot.widowx import WidowXFlatTable, WidowXSink
 DROP_HEIGHT = 0.87 + 0.5  # of the table, and how far above it objects are let go
 CAMERA = "3rd_view_camera"
 SPOON = "bridge_spoon_generated_modified"
+# Of the original's flags: metres by which a thing has moved, and by which the source's middle may be outside the
+# target's box; control steps of one grasp.
+MOVED, ASIDE, LONG = 0.03, 0.003, 5
 
 
 class BridgeScene(BaseBridgeEnv):
@@ -157,10 +160,10 @@ class BridgeScene(BaseBridgeEnv):
         on_target = self._is_above() and not (self._nothing_else and self._touches_others())
         flags = {
             "is_src_obj_grasped": grasped,
-            "consecutive_grasp": self.consecutive_grasp >= 5,
+            "consecutive_grasp": self.consecutive_grasp >= LONG,
             "src_on_target": on_target,
-            "moved_correct_obj": moved[source] > 0.03 and moved[target] < moved[source],
-            "moved_wrong_obj": moved[target] > 0.03 and moved[target] > moved[source],
+            "moved_correct_obj": moved[source] > MOVED and moved[target] < moved[source],
+            "moved_wrong_obj": moved[target] > MOVED and moved[target] > moved[source],
             "success": on_target,
         }
         flags = {name: torch.tensor([bool(value)]) for name, value in flags.items()}
@@ -176,7 +179,7 @@ class BridgeScene(BaseBridgeEnv):
         source, target = self.obj_names
         offset = self.centre(source) - self.centre(target)
         halves = self.extents[0].numpy() / 2
-        sideways = np.linalg.norm(offset[:2]) <= np.linalg.norm(halves[1][:2]) + 0.003
+        sideways = np.linalg.norm(offset[:2]) <= np.linalg.norm(halves[1][:2]) + ASIDE
         return bool(sideways and 0 < offset[2] <= self._height + halves[0][2] + halves[1][2])
 
     def _touches_others(self) -> bool:
@@ -208,17 +211,17 @@ class BridgeScene(BaseBridgeEnv):
         self.consecutive_grasp = torch.where(stepped, held, self.consecutive_grasp)
         self._counted = self._elapsed_steps.clone()
         offset, halves = centres[0] - centres[1], self.extents / 2
-        on_target = offset[:, :2].norm(dim=1) <= halves[:, 1, :2].norm(dim=1) + 0.003
+        on_target = offset[:, :2].norm(dim=1) <= halves[:, 1, :2].norm(dim=1) + ASIDE
         on_target &= (0 < offset[:, 2]) & (offset[:, 2] <= self._height + halves[:, 0, 2] + halves[:, 1, 2])
         if self._nothing_else:
             arena = self.scene.get_pairwise_contact_impulses(self.scene.actors["arena"], source)
             on_target &= arena.norm(dim=1) <= TOUCH
         return {
             "is_src_obj_grasped": grasped,
-            "consecutive_grasp": self.consecutive_grasp >= 5,
+            "consecutive_grasp": self.consecutive_grasp >= LONG,
             "src_on_target": on_target,
-            "moved_correct_obj": (moved[:, 0] > 0.03) & (moved[:, 1] < moved[:, 0]),
-            "moved_wrong_obj": (moved[:, 1] > 0.03) & (moved[:, 1] > moved[:, 0]),
+            "moved_correct_obj": (moved[:, 0] > MOVED) & (moved[:, 1] < moved[:, 0]),
+            "moved_wrong_obj": (moved[:, 1] > MOVED) & (moved[:, 1] > moved[:, 0]),
             "success": on_target,
             "configuration": self.configuration,
         }

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from robot_forgetting.errors import UserError
+from robot_forgetting.robot.batched_kinematics import BatchedKinematics
 from robot_forgetting.robot.grasp import pressing_fingers
 from robot_forgetting.robot.robots import BatchedController, Controller
 
@@ -71,26 +72,15 @@ class BatchedEndEffectorController(BatchedController):
     come nearer, since the CPU's solver is no more precise.
     """
 
-    ITERATIONS = 2
-    UNSOLVED = 0.02  # metres off the target: ManiSkill holds the arm where it is
-
     def __init__(self, env):
         self._arm, self._gripper = _arm_and_gripper(env)
-        self._kinematics = self._arm.kinematics
-        if not self._kinematics.use_gpu_ik:  # a CPU environment
-            self._kinematics._setup_gpu()
+        self._kinematics = BatchedKinematics(self._arm, iterations=2, unsolved=0.02)
 
     def apply(self, commands: torch.Tensor) -> None:
-        arm, kinematics = self._arm, self._kinematics
+        arm = self._arm
         start = arm.articulation.get_qpos()
         target = arm.compute_target_pose(arm.ee_pose_at_base, arm._preprocess_action(commands[:, :6]))
-        joints = start.clone()
-        for _ in range(self.ITERATIONS):
-            joints[:, arm.active_joint_indices] = kinematics.compute_ik(target, joints)
-        chain = joints[:, kinematics.active_ancestor_joint_idxs]
-        reached = kinematics.pk_chain.forward_kinematics(chain).get_matrix()[:, :3, 3]
-        solved = (reached - target.p).norm(dim=1, keepdim=True) < self.UNSOLVED
-        arm.set_drive_targets(torch.where(solved, joints, start)[:, arm.active_joint_indices])
+        arm.set_drive_targets(self._kinematics.solve(target, start))
         self._gripper.set_action(commands[:, 6:])
 
 

@@ -22,6 +22,7 @@ from mani_skill.utils.geometry.rotation_conversions import (
 )
 from mani_skill.utils.structs import Pose
 
+from robot_forgetting.robot.batched_kinematics import BatchedKinematics
 from robot_forgetting.robot.robots import BatchedController, Controller
 
 FINGER = {"material": "gripper", "patch_radius": 0.01, "min_patch_radius": 0.01}
@@ -99,21 +100,11 @@ class EndEffectorController(Controller):
 
 
 class BatchedEndEffectorController(BatchedController):
-    """The same arithmetic for N environments at once, each with its own target.
-
-    Inverse kinematics is ManiSkill's batched Newton step, repeated. Far from the target a full step
-    overshoots, so that each joint's is limited to ``STEP``. The arm stays where it is if its place stays ``UNSOLVED``.
-    """
-
-    ITERATIONS = 10
-    STEP, ENOUGH = 0.3, 1e-4  # radians of a joint in one of them, and in the last
-    UNSOLVED = 0.005  # metres off the target
+    """The same arithmetic for N environments at once, each with its own target."""
 
     def __init__(self, env):
         self._arm, self._gripper = (env.agent.controller.controllers[key] for key in ("arm", "gripper"))
-        self._kinematics = self._arm.kinematics
-        if not self._kinematics.use_gpu_ik:  # a CPU environment
-            self._kinematics._setup_gpu()
+        self._kinematics = BatchedKinematics(self._arm, iterations=10, unsolved=0.005, longest=0.3, enough=1e-4)
         limits = env.agent.robot.qlimits  # [N, joints, 2]
         self._arm_limits = limits[:, self._arm.active_joint_indices].unbind(-1)
         self._finger_limits = limits[:, self._gripper.active_joint_indices].unbind(-1)
@@ -125,29 +116,14 @@ class BatchedEndEffectorController(BatchedController):
     def apply(self, commands: torch.Tensor) -> None:
         arm, gripper = self._arm, self._gripper
         start = arm.articulation.get_qpos()
-        target = moved(self.target, self._tip(start)[:, :3, 3], commands[:, :6])
+        target = moved(self.target, self._kinematics.tip(start)[:, :3, 3], commands[:, :6])
         sound = target.isfinite().all(dim=1, keepdim=True)  # a turn of 1e30 radians has no quaternion in float32
         self.target = torch.where(sound, target, self.target)
-        arm.set_drive_targets(self.joints(start).clamp(*self._arm_limits))
+        joints = self._kinematics.solve(Pose.create(self.target), start)
+        arm.set_drive_targets(joints.clamp(*self._arm_limits))
         low, high = gripper.config.lower, gripper.config.upper
         width = low + (commands[:, 6:].clamp(-1, 1) + 1) / 2 * (high - low)
         gripper.set_drive_targets(width.clamp(*self._finger_limits))
-
-    def joints(self, start: torch.Tensor) -> torch.Tensor:
-        """Joint positions of the arms [N, 6] for the targets, near ``start`` [N, joints], or those of ``start``."""
-        joints, target, arm = start.clone(), Pose.create(self.target), self._arm.active_joint_indices
-        for _ in range(self.ITERATIONS):
-            step = self._kinematics.compute_ik(target, joints) - joints[:, arm]
-            joints[:, arm] += step.clamp(-self.STEP, self.STEP)
-            if step.abs().max() < self.ENOUGH:
-                break
-        off = (self._tip(joints)[:, :3, 3] - target.p).norm(dim=1, keepdim=True)
-        return torch.where(off < self.UNSOLVED, joints, start)[:, arm]
-
-    def _tip(self, joints: torch.Tensor) -> torch.Tensor:
-        """The tool centre point's pose in the robot's base frame [N, 4, 4]."""
-        chain = joints[:, self._kinematics.active_ancestor_joint_idxs]
-        return self._kinematics.pk_chain.forward_kinematics(chain).get_matrix()
 
 
 def moved(target: torch.Tensor, measured: torch.Tensor, commands: torch.Tensor) -> torch.Tensor:
