@@ -162,7 +162,9 @@ class MoveNear(Tabletop):
         near = distance < radii[:, 0] + radii[:, 1] + 0.10
         to_others = (centres[:, :1] - places[:, 1:])[..., :2].norm(dim=2)  # as the original has it, from their origins
         closest = (distance[:, None] < to_others + 0.01).all(dim=1)
-        holding = torch.stack([self.pressed(self.objs[name]) for name in OBJECTS], dim=1)[row[:, 0], objects[:, 0]]
+        holding = torch.zeros_like(stepped)
+        for index in objects[:, 0].unique().tolist():  # contacts of what is no slot's source need not be looked up
+            holding |= (objects[:, 0] == index) & self.pressed(self.objs[OBJECTS[index]])
         self.held = torch.where(stepped, torch.where(holding, self.held + 1, 0), self.held)
         return {
             "is_grasped": holding,
