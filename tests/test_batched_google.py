@@ -72,7 +72,7 @@ def state(simulation) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("name, seed, steps", [(CAN, 1_000_007, 40), (NEAR, 1_000_015, 62), (DRAWER, 1_000_013, 55)])
 def test_an_episode_is_that_of_the_one_slot_path(pairs, name, seed, steps, monkeypatch):
-    """The expert's commands; the first picture is the same to the bit, with its photo and colouring.
+    """The expert's commands; the first picture is the same but for single pixels, with its photo and colouring.
 
     Measured: joints to 0.004 rad (0.03 at the drawer), things to 3 mm, the same flags at every step.
     """
