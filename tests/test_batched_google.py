@@ -346,11 +346,11 @@ def test_each_slot_wears_its_colouring(pairs):
         builder.add_visual_from_file(str(urdf().parent / "3obj" / "link_bicep.3obj.obj"))
         entity.add_component(builder.build_render_component())
         bodies.append(types.SimpleNamespace(entity=entity))
-    links = {"link_bicep": types.SimpleNamespace(_bodies=bodies), "link_camera": types.SimpleNamespace(_bodies=[])}
+    links = {"link_bicep": types.SimpleNamespace(_bodies=bodies)}
     scene = types.SimpleNamespace(
         agent=types.SimpleNamespace(robot=types.SimpleNamespace(links_map=links)),
         colouring=torch.tensor([2, 1, 3]),
-        _textures=env._textures,
+        _textures={colours: {"link_bicep": textures["link_bicep"]} for colours, textures in env._textures.items()},
     )
 
     def worn() -> list[str]:

@@ -45,10 +45,14 @@ def materials(body):
             yield part.material
 
 
+def look(body):
+    """The render body of a rigid body; None where nothing of it is to be seen."""
+    return body.entity.find_component_by_type(sapien.render.RenderBodyComponent)
+
+
 def looks(thing) -> list:
     """Render bodies of an actor or a link, one per environment; none where nothing of it is to be seen."""
-    found = [body.entity.find_component_by_type(sapien.render.RenderBodyComponent) for body in thing._bodies]
-    return [body for body in found if body is not None]
+    return [found for found in map(look, thing._bodies) if found is not None]
 
 
 def glow(thing) -> None:
@@ -133,12 +137,10 @@ class GoogleScene(BaseDigitalTwinEnv):
 
     def dress(self, slots: list[int]) -> None:
         """Gives the robots of some environments the colouring of their episode."""
-        colouring = self.colouring.tolist()
-        for name, link in self.agent.robot.links_map.items():
-            bodies = looks(link)
-            for slot in slots if bodies else ():
-                textures = self._textures[COLOURS[colouring[slot]]][name]
-                for material, texture in zip(materials(bodies[slot]), textures, strict=True):
+        colouring, links = self.colouring.tolist(), self.agent.robot.links_map
+        for slot in slots:
+            for name, textures in self._textures[COLOURS[colouring[slot]]].items():
+                for material, texture in zip(materials(look(links[name]._bodies[slot])), textures, strict=True):
                     material.base_color_texture = texture
 
     def _polish(self) -> None:
