@@ -200,6 +200,7 @@ class Line:
 
     def apply(self, commands):
         self.wanted = commands
+        return {slot: "no way" for slot in range(3) if commands[slot, 1] > 0}
 
     def begin(self, slots):
         self.began.append((slots.tolist(), self.states[slots, 0].tolist()))  # once their states are there
@@ -322,6 +323,11 @@ def test_slots_start_and_end_on_their_own(line):
     answers = dict(batch.finish({0: start_at(0.0, 10)}))
     assert answers[2]["done"] and "Line-v1 was given a command that is not finite" in answers[2]["error"]
     assert env.states[:, 0].tolist() == pytest.approx([0.0, 0.3, 0.8])
+
+    batch.finish({2: start_at(0.0, 11)})
+    batch.step({2: np.array([0.5, 1, 0, 0, 0, 0, 1])})  # so does one that its controller cannot execute
+    ((slot, answer),) = batch.finish({})
+    assert (slot, answer["done"], answer["error"], "success" in answer) == (2, True, "no way", False)
 
     for steps in (2, 3, 4):  # the time limit is an episode's own
         batch.step({0: move(0.1), 1: move(0.0)})

@@ -197,6 +197,50 @@ def test_every_slot_has_its_own_plan(pairs, monkeypatch):
     assert together._planners[1]._end is None and [together._planners[slot]._end for slot in (0, 2)] == ends[::2]
 
 
+def test_a_slot_that_is_nowhere_and_targets_on_a_gpu(pairs, monkeypatch):
+    """It alone fails, and stands still. ManiSkill's buffers of targets have a row per articulation, of which the robots
+    are some: here 1 and 3, the fingers' joints being the last two."""
+    from mani_skill.utils.structs import Pose
+
+    env, many = pairs(CAN)[1].env, pairs(CAN)[1]._controller
+    qpos = env.agent.robot.get_qpos()
+    nowhere = torch.cat([qpos, torch.full_like(qpos, torch.nan)])
+    targets = types.SimpleNamespace(torch=lambda: buffer), types.SimpleNamespace(torch=lambda: velocities)
+    buffer, velocities, applied = torch.zeros(4, 12), torch.zeros(4, 12), []
+    px = types.SimpleNamespace(
+        cuda_articulation_target_qpos=targets[0],
+        cuda_articulation_target_qvel=targets[1],
+        gpu_apply_articulation_target_position=lambda: applied.append("positions"),
+        gpu_apply_articulation_target_velocity=lambda: applied.append("velocities"),
+    )
+
+    def place(joints: list) -> tuple:
+        columns = torch.tensor([env.agent.robot.active_joints.index(joint) for joint in joints])
+        return tuple(torch.meshgrid(torch.tensor([1, 3]), columns, indexing="ij"))
+
+    robot = types.SimpleNamespace(
+        get_qpos=lambda: nowhere,
+        get_qvel=lambda: torch.zeros_like(nowhere),
+        pose=Pose.create(env.agent.robot.pose.raw_pose.repeat(2, 1)),
+        get_joint_target_indices=place,
+    )
+    monkeypatch.setattr(many, "_robot", robot)
+    tip = Pose.create(env.agent.tcp.pose.raw_pose.repeat(2, 1))
+    monkeypatch.setattr(many, "_tcp", types.SimpleNamespace(pose=tip))
+    monkeypatch.setattr(many, "_planners", many._planners * 2)
+    monkeypatch.setattr(many, "_env", types.SimpleNamespace(gpu_sim_enabled=True, scene=types.SimpleNamespace(px=px)))
+    many.begin(torch.tensor([0]))
+    failed = many.apply(torch.tensor([[0.02, 0, 0, 0, 0, 0, 1.0]]).repeat(2, 1))
+    assert list(failed) == [1] and "Error: " in failed[1]
+    for _ in range(80):
+        many.before_simulation_step()
+    assert applied == ["positions", "velocities"] * 80 and not buffer[[0, 2]].any() and not buffer[:, 11].any()
+    assert torch.equal(buffer[1, :11], many._targets[0][80, 0]) and (buffer[1, :11] - qpos[0]).abs().max() > 0.005
+    limits = env.agent.robot.qlimits[0].T
+    assert torch.equal(buffer[3, :11], torch.zeros(11).clamp(*limits)) and not velocities[3].any()
+    assert velocities[1].nonzero()[:, 0].tolist() == many._planners[0].fingers.tolist()
+
+
 # ---- several slots: flags
 
 

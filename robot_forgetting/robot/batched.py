@@ -66,9 +66,9 @@ class BatchedSimulation:
     """``count`` slots in one ManiSkill environment; what the batch's worker holds.
 
     Commands are those of ``Simulation``. All slots move in every step; one without a command stays where it is and
-    does with its gripper what it did before (at first: open). A slot's instruction is the one at its episode's start,
-    unless the environment has ``instructions`` for the present step. An environment's method ``dress(slots)`` gives
-    some slots the looks of their episodes, where a state does not.
+    does with its gripper what it did before (at first: open), or ``Robot.gripper_still``. A slot's instruction is the
+    one at its episode's start, unless the environment has ``instructions`` for the present step. An
+    environment's method ``dress(slots)`` gives some slots the looks of their episodes, where a state does not.
     """
 
     def __init__(self, spec: SimulationSpec, count: int, backend: str):
@@ -87,8 +87,9 @@ class BatchedSimulation:
             self._cameras["frame"] = self._camera(self.env._human_render_cameras, VIDEO_PIXELS)
         self._seeds, self._steps, self._instructions = [0] * count, [0] * count, [spec.instruction] * count
         self._photos = [photo_of(self.env)] * count if spec.overlay else None
-        self._opens = robot.gripper == "+1 opens"  # else a command is a motion, and 0 keeps what there is
-        self._grippers = np.full(count, float(self._opens), np.float32)
+        self._still = robot.gripper_still
+        self._open = 1.0 if self._still is None else self._still
+        self._grippers = np.full(count, self._open, np.float32)
         self._stepped: dict[int, dict] = {}
 
     def _camera(self, sensors: dict, pixels: int) -> BatchedCamera:
@@ -108,9 +109,10 @@ class BatchedSimulation:
                 self._stepped[slot] = {"done": True, "error": str(error)}
             else:
                 moves[slot] = self._boundaries[slot].to_robot(values)
-        if self._opens:
+        if self._still is None:
             self._grippers = moves[:, 6].copy()
-        self._controller.apply(torch.from_numpy(moves).to(env.device))
+        failed = self._controller.apply(torch.from_numpy(moves).to(env.device)) or {}
+        self._stepped |= {slot: {"done": True, "error": why} for slot, why in failed.items() if slot in commands}
         if env.gpu_sim_enabled:
             env.scene.px.gpu_apply_articulation_target_position()
         env._step_action(None)
@@ -143,7 +145,7 @@ class BatchedSimulation:
         for slot, start in starts.items():
             self._seeds[slot], self._steps[slot], self._instructions[slot] = start["seed"], 0, start["instruction"]
             self._boundaries[slot].reset()
-            self._grippers[slot] = float(self._opens)
+            self._grippers[slot] = self._open
         if not env.gpu_sim_enabled:
             renew_physics(env)
         env.reset(seed=self._seeds, options={"env_idx": slots})  # what the task keeps of an episode begins anew
@@ -191,7 +193,7 @@ class BatchedSimulation:
         """Pictures and the instruction of every slot."""
         self.env.scene.update_render(update_sensors=True, update_human_render_cameras=self.spec.video)
         pictures = {key: camera.take() for key, camera in self._cameras.items()}
-        told = getattr(self.env, "instructions", self._instructions)
+        told = self.env.instructions if hasattr(type(self.env), "instructions") else self._instructions
         return [
             {key: rows[slot] for key, rows in pictures.items()} | {"instruction": told[slot]}
             for slot in range(self.count)

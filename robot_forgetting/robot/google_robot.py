@@ -177,6 +177,11 @@ class Planner:
         positions[:, self._arm], positions[:, self.fingers] = arm[0], fingers[0]
         return positions.clip(self._low, self._high), fingers[1]
 
+    def stay(self, qpos: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As ``plan`` has it: where the joints stand, or 0 for one that is nowhere."""
+        here = np.nan_to_num(qpos, posinf=0.0, neginf=0.0).clip(self._low, self._high)
+        return np.repeat(here[None], self._count + 1, axis=0), np.zeros((self._count + 1, len(self.fingers)))
+
 
 class PlannedController(Controller):
     """``Planner``'s targets for one CPU environment; what gravity and its motion do to the robot is made up for."""
@@ -208,8 +213,8 @@ class PlannedController(Controller):
 class BatchedPlannedController(BatchedController):
     """``Planner``'s targets for N environments: each planned on the CPU, and told to the physics wherever that is.
 
-    A batch's links have no weight, in place of forces that carry it (``GoogleRobot._controller_configs``). Coriolis
-    and centrifugal forces are not made up for: PhysX does not tell them on a GPU.
+    On a GPU links have no weight, in place of forces that carry it (``GoogleRobot._controller_configs``). Coriolis and
+    centrifugal forces are not made up for: PhysX does not tell them there.
     """
 
     def __init__(self, env):
@@ -225,30 +230,37 @@ class BatchedPlannedController(BatchedController):
         for slot in slots.tolist():
             self._planners[slot].reset(qpos[slot])
 
-    def apply(self, commands: torch.Tensor) -> None:
-        qpos, qvel = (values.cpu().numpy() for values in (self._robot.get_qpos(), self._robot.get_qvel()))
-        tips = (self._robot.pose.inv() * self._tcp.pose).raw_pose.cpu().numpy()
-        plans = [
-            planner.plan(command, *measured, sapien.Pose(tip[:3], tip[3:]))
-            for planner, command, *measured, tip in zip(
-                self._planners, commands.cpu().numpy().astype(np.float64), qpos, qvel, tips, strict=True
-            )
-        ]
+    def apply(self, commands: torch.Tensor) -> dict[int, str]:
+        measured = [self._robot.get_qpos(), self._robot.get_qvel(), (self._robot.pose.inv() * self._tcp.pose).raw_pose]
+        rows = [values.cpu().numpy() for values in (commands.double(), *measured)]
+        plans, failed = [], {}
+        for slot, (planner, command, qpos, qvel, tip) in enumerate(zip(self._planners, *rows, strict=True)):
+            try:
+                plans.append(planner.plan(command, qpos, qvel, sapien.Pose(tip[:3], tip[3:])))
+            except Exception as error:  # Ruckig's own, for a state that is not finite, say
+                failed[slot] = f"{type(error).__name__}: {error}"
+                plans.append(planner.stay(qpos))
         # [K + 1, N, J] and [K + 1, N, 2]
         self._targets = [
-            torch.from_numpy(np.stack(rows, axis=1).astype(np.float32)).to(commands.device)
-            for rows in zip(*plans, strict=True)
+            torch.from_numpy(np.stack(parts, axis=1).astype(np.float32)).to(commands.device)
+            for parts in zip(*plans, strict=True)
         ]
         self._step = 0
+        return failed
 
     def before_simulation_step(self) -> None:
         self._step = min(self._step + 1, len(self._targets[0]) - 1)
         positions, velocities = (rows[self._step] for rows in self._targets)
-        self._robot.set_joint_drive_targets(positions, self._joints)
-        self._robot.set_joint_drive_velocity_targets(velocities, self._fingers)
-        if self._env.gpu_sim_enabled:
-            self._env.scene.px.gpu_apply_articulation_target_position()
-            self._env.scene.px.gpu_apply_articulation_target_velocity()
+        if not self._env.gpu_sim_enabled:
+            self._robot.set_joint_drive_targets(positions, self._joints)
+            self._robot.set_joint_drive_velocity_targets(velocities, self._fingers)
+            return
+        px, place = self._env.scene.px, self._robot.get_joint_target_indices
+        # As ManiSkill's setters do it, without their mask of slots, which makes the CPU wait for the GPU.
+        px.cuda_articulation_target_qpos.torch()[place(self._joints)] = positions
+        px.cuda_articulation_target_qvel.torch()[place(self._fingers)] = velocities
+        px.gpu_apply_articulation_target_position()
+        px.gpu_apply_articulation_target_velocity()
 
 
 def plan(

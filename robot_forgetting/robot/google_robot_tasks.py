@@ -16,6 +16,7 @@ GOOGLE_ROBOT = Robot(
     gripper="+1 closes",
     control_hz=3.0,
     statistics="fractal20220817_data",
+    gripper_still=0.0,
 )
 # The robot's camera: [fx, fy, cx, cy] in pixels of its 640 x 512.
 GOOGLE_CAMERA = {"size": [640, 512], "intrinsic": [425.0, 425.0, 320.0, 256.0]}

@@ -39,8 +39,11 @@ class BatchedController(ABC):
         """After the states of some environments (indices [S]) were replaced; only controllers with a memory act."""
 
     @abstractmethod
-    def apply(self, commands: torch.Tensor) -> None:
-        """Sets the drive targets for commands [N, 7] float32, finite, in the units that the robot declares."""
+    def apply(self, commands: torch.Tensor) -> dict[int, str] | None:
+        """Sets the drive targets for commands [N, 7] float32, finite, in the units that the robot declares.
+
+        May tell of slots that cannot execute theirs, and why; it ends their episodes, and nobody else's.
+        """
 
     # As ``Controller.before_simulation_step``; it applies its targets itself, where they are a GPU's.
     before_simulation_step = None
@@ -55,6 +58,7 @@ class Robot:
     control_mode: ManiSkill's name of the joint drives it uses; None: the robot's only one
     rotation: what numbers 4 to 6 are, "euler_xyz" or "axis_angle" (both in radians times ``radians_per_unit``)
     metres_per_unit: of the first three numbers; scales the commands that checks and experts give
+    gripper_still: the gripper's command that changes nothing; None: its last one, again
     """
 
     controller: str
@@ -65,6 +69,7 @@ class Robot:
     statistics: str
     metres_per_unit: float = 1.0
     batched: str | None = None
+    gripper_still: float | None = None
 
 
 ROBOTS = {
