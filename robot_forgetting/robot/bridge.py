@@ -64,9 +64,14 @@ class BridgeScene(BaseBridgeEnv):
         BaseDigitalTwinEnv.__init__(self, robot_uids=WidowXSink if sink else WidowXFlatTable, **kwargs)
 
     @property
+    def _on_gpu(self) -> bool:
+        return self.device.type == "cuda"  # where PhysX makes contacts by PCM only
+
+    @property
     def _default_sim_config(self):
-        on_gpu = self.device.type == "cuda"  # where PhysX makes contacts by PCM only
-        scene = SceneConfig(contact_offset=0.005, solver_position_iterations=25, enable_pcm=on_gpu, enable_tgs=True)
+        scene = SceneConfig(
+            contact_offset=0.005, solver_position_iterations=25, enable_pcm=self._on_gpu, enable_tgs=True
+        )
         friction = DefaultMaterialsConfig(static_friction=1.0, dynamic_friction=1.0)
         # On a GPU: far from the middle of a batch places are coarse (160 m: 15 micrometres), so that slow things would
         # not move; and a contact too many for its buffers is one that PhysX forgets.
@@ -76,7 +81,7 @@ class BridgeScene(BaseBridgeEnv):
         return SimConfig(
             sim_freq=500,
             control_freq=5,
-            spacing=5 if on_gpu else 20,
+            spacing=5 if self._on_gpu else 20,
             scene_config=scene,
             default_materials_config=friction,
             gpu_memory_config=buffers,
