@@ -61,8 +61,8 @@ def pairs(bundle):
 def state(simulation) -> tuple[np.ndarray, np.ndarray]:
     """Joint positions [11], and the places of what counts [3 * M]."""
     env = simulation.env
-    shown = env.shown if isinstance(simulation, Simulation) and hasattr(env, "shown") else getattr(env, "objs", {})
-    places = [env.objs[name].pose.p[0].numpy() for name in getattr(env, "shown", shown)]
+    shown = getattr(env, "shown", getattr(env, "objs", ()))
+    places = [env.objs[name].pose.p[0].numpy() for name in shown]
     opening = [env.openings().numpy()] if hasattr(env, "openings") else []
     return env.agent.robot._objs[0].qpos.copy(), np.concatenate([*places, *opening])
 
@@ -149,7 +149,7 @@ def test_an_apple_in_the_drawer_and_what_is_said(pairs, monkeypatch):
 # ---- several slots: the controller
 
 
-def test_every_slot_has_its_own_plan(pairs, monkeypatch):
+def test_every_slot_has_its_own_plan(pairs):
     """Three arms in one controller, each as it would be alone; the kinematics are real, the arms stand-ins."""
     from mani_skill.utils.structs import Pose
 
@@ -253,7 +253,7 @@ class Scene:
         self._counted, self.held = torch.zeros(2, count, dtype=torch.int64)
         self.configuration = torch.arange(count)
         self.grasps: dict[str, torch.Tensor] = {}
-        for name in ("_stepped", "_hold", "evaluate"):
+        for name in ("_stepped", "_count_held", "evaluate"):
             setattr(self, name, types.MethodType(getattr(kind, name), self))
         vars(self).update(rows)
 

@@ -88,8 +88,8 @@ class BatchedSimulation:
         self._seeds, self._steps, self._instructions = [0] * count, [0] * count, [spec.instruction] * count
         self._photos = [photo_of(self.env)] * count if spec.overlay else None
         self._still = robot.gripper_still
-        self._open = 1.0 if self._still is None else self._still
-        self._grippers = np.full(count, self._open, np.float32)
+        self._idle = 1.0 if self._still is None else self._still
+        self._grippers = np.full(count, self._idle, np.float32)
         self._stepped: dict[int, dict] = {}
 
     def _camera(self, sensors: dict, pixels: int) -> BatchedCamera:
@@ -145,7 +145,7 @@ class BatchedSimulation:
         for slot, start in starts.items():
             self._seeds[slot], self._steps[slot], self._instructions[slot] = start["seed"], 0, start["instruction"]
             self._boundaries[slot].reset()
-            self._grippers[slot] = self._open
+            self._grippers[slot] = self._idle
         if not env.gpu_sim_enabled:
             renew_physics(env)
         env.reset(seed=self._seeds, options={"env_idx": slots})  # what the task keeps of an episode begins anew

@@ -230,11 +230,12 @@ class PlaceInDrawer(Cabinet):
     def evaluate(self) -> dict:
         """The original's flags after a control step: the drawer was open by 15 cm once, the apple was on its floor
         once; success, with the second instruction, is an apple that was there and a drawer at least 5 cm open."""
-        opening, stepped = self.openings(), self._stepped()
+        opening, holding, stepped = self.openings(), self.pressed(self.apple), self._stepped()
+        self._count_held(holding, stepped)
         self.was_open |= stepped & (opening >= 0.15)
         self.was_in |= stepped & self.inside()
         return {
-            "is_grasped": self._hold(self.apple, stepped),
+            "is_grasped": holding,
             "is_drawer_open": self.was_open,
             "has_contact": self.was_in,
             "success": self.placing & (opening >= 0.05) & self.was_in,

@@ -165,7 +165,7 @@ class MoveNear(Tabletop):
         holding = torch.zeros_like(stepped)
         for index in objects[:, 0].unique().tolist():  # contacts of what is no slot's source need not be looked up
             holding |= (objects[:, 0] == index) & self.pressed(self.objs[OBJECTS[index]])
-        self.held = torch.where(stepped, torch.where(holding, self.held + 1, 0), self.held)
+        self._count_held(holding, stepped)
         return {
             "is_grasped": holding,
             "all_obj_keep_height": keep,

@@ -171,11 +171,9 @@ class GoogleScene(BaseDigitalTwinEnv):
         self._counted[:] = self._elapsed_steps
         return stepped
 
-    def _hold(self, thing, stepped: torch.Tensor) -> torch.Tensor:
-        """[N] bool: whether the fingers hold an object; counts for how many steps on end they do."""
-        holding = self.pressed(thing)
+    def _count_held(self, holding: torch.Tensor, stepped: torch.Tensor) -> None:
+        """Counts for how many steps on end the fingers hold what counts; both [N] bool."""
         self.held = torch.where(stepped, torch.where(holding, self.held + 1, 0), self.held)
-        return holding
 
     def _place_robot(self, x: float, y: float, yaw: float) -> None:
         half = yaw / 2
@@ -320,10 +318,12 @@ class PickCan(Tabletop):
         self.height[0], self.lifted[0], self.high[0] = float(self.can.pose.p[0, 2]), False, 0
 
     def evaluate(self) -> dict:
-        """The original's flags after a control step; success is a can lifted by 1 cm with nothing but the robot
-        touching it while it is held, or one that was 2 cm up in five steps of the episode."""
+        """The original's flags after a control step; success is a can 1 cm up and off the table, now or earlier in the
+        present grasp, or one that was so and 2 cm up in five steps of the episode. The original asks that nothing but
+        the robot touches it, which in these scenes is the table."""
         stepped = self._stepped()
-        held = self._hold(self.can, stepped)
+        held = self.pressed(self.can)
+        self._count_held(held, stepped)
         free = ~self.touches(self.table_top, self.can)
         risen = self.can.pose.p[:, 2] - self.height
         self.lifted = torch.where(stepped, (held & self.lifted) | (free & (risen > 0.01)), self.lifted)

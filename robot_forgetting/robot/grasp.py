@@ -20,25 +20,22 @@ def contacts(scene, entity) -> list[tuple]:
     return found
 
 
-def presses(links, side: float, touching: list[tuple], least_impulse: float, max_angle: float) -> bool:
-    """Whether one of a finger's links presses what ``touching`` (see ``contacts``) is about: by at least
-    ``least_impulse``, within ``max_angle`` degrees of the link's y axis times ``side``."""
-    for link in links:
-        finger = link._objs[0].entity
-        pushes = [impulse for other, impulse in touching if other == finger]
-        push = np.sum(pushes, axis=0) if pushes else np.zeros(3)
-        size = float(np.linalg.norm(push))
-        opening = finger.pose.to_transformation_matrix()[:3, 1] * side
-        if size >= least_impulse and opening @ push >= np.cos(np.deg2rad(max_angle)) * size:
-            return True
-    return False
+def presses(link, side: float, touching: list[tuple], least_impulse: float, max_angle: float) -> bool:
+    """Whether a finger's link presses what ``touching`` (see ``contacts``) is about: by at least ``least_impulse``,
+    within ``max_angle`` degrees of the link's y axis times ``side``."""
+    finger = link._objs[0].entity
+    pushes = [impulse for other, impulse in touching if other == finger]
+    push = np.sum(pushes, axis=0) if pushes else np.zeros(3)
+    size = float(np.linalg.norm(push))
+    opening = finger.pose.to_transformation_matrix()[:3, 1] * side
+    return bool(size >= least_impulse and opening @ push >= np.cos(np.deg2rad(max_angle)) * size)
 
 
 def pressing_fingers(agent, actor, *, least_impulse: float = TOUCH, max_angle: float = LEANING) -> bool:
     """Whether both fingers of a Panda or a WidowX press the object; the defaults are those of SimplerEnv's WidowX."""
     touching = contacts(agent.scene, actor._bodies[0].entity)
     return all(
-        presses([link], side, touching, least_impulse, max_angle)
+        presses(link, side, touching, least_impulse, max_angle)
         for link, side in ((agent.finger1_link, 1.0), (agent.finger2_link, -1.0))
     )
 
@@ -53,7 +50,7 @@ def pressing_fingers_batched(agent, actor) -> torch.Tensor:
 
 
 def presses_batched(scene, links, side: float, actor, least_impulse: float, max_angle: float) -> torch.Tensor:
-    """``presses`` in N environments, [N] bool, on the CPU or the GPU; ``actor``: what a finger's links may press."""
+    """Whether one of a finger's links ``presses`` an actor in N environments, [N] bool, on the CPU or the GPU."""
     pressing = []
     for link in links:
         push = scene.get_pairwise_contact_impulses(link, actor)

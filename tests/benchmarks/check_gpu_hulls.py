@@ -57,19 +57,23 @@ def expert(name: str) -> None:
 
 def recordings(folder: Path) -> None:
     for name in ("google_robot_pick_coke_can", *RUNNABLE):
-        player = Player(configured(name))
-        for file in recordings_of(configured(name), folder):
+        task = configured(name)
+        player = Player(task)
+        for file in recordings_of(task, folder):
             print(f"{file.stem}: {player.replay(file)}", flush=True)
         player.close()
 
 
 def main() -> None:
-    what, *rest = sys.argv[2:] or ["experts"]
     BridgeScene._on_gpu = GoogleScene._on_gpu = ON_GPU  # the settings of the physics
-    if what == "recordings":
-        recordings(Path(rest[0]))
-    for name in (rest or TASKS) if what == "experts" else ():
-        expert(name)
+    match sys.argv[1:]:
+        case ["gpu" | "cpu", "recordings", folder]:
+            recordings(Path(folder))
+        case ["gpu" | "cpu", "experts", *names]:
+            for name in names or TASKS:
+                expert(name)
+        case _:
+            sys.exit(__doc__)
 
 
 if __name__ == "__main__":
