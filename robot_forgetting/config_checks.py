@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 from robot_forgetting.errors import UserError
 
+GROUPS = ("task", "method", "policy", "penalty", "budget", "reproduce")
+
 ROOT_TYPES = {
     "seed": int, "episodes": int | None, "seed_start": int | None, "num_envs": int, "processes": int, "render": str,
     "simulation": str, "image_size": int, "full_pictures": bool,
