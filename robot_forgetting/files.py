@@ -56,17 +56,22 @@ def follow_umask(path: Path) -> None:
 
 
 def plain(value):
-    """Plain JSON values: numpy and torch scalars become numbers, paths strings, non-finite numbers null."""
+    """Plain JSON values: numpy and torch scalars become numbers, paths strings, non-finite numbers null.
+
+    A text with half of a surrogate pair, which a model's program can raise and no file can hold, shows it as \\ud800.
+    """
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {plain(str(key)): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset, range)):
         return [plain(item) for item in (sorted(value) if isinstance(value, (set, frozenset)) else value)]
-    if value is None or isinstance(value, (str, bool, int)):
+    if isinstance(value, str):
+        return value if value.isascii() else value.encode("utf-8", "backslashreplace").decode("utf-8")
+    if value is None or isinstance(value, (bool, int)):
         return value
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     if isinstance(value, Path):
-        return str(value)
+        return plain(str(value))
     if hasattr(value, "tolist"):
         return plain(value.tolist())
     raise TypeError(f"cannot record a {type(value).__name__}: {value!r}")

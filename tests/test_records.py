@@ -292,6 +292,19 @@ def test_find_runs_passes_over_what_lies_beside_the_folders(tmp_path):
         find_runs([tmp_path / "a", tmp_path / "nothing"])
 
 
+@pytest.mark.parametrize("text", ["\ud800", "before \udfff after é", "\udce9", "\0\x1b[31m\u2028", "😀"])
+def test_any_text_can_be_recorded_and_read_back(tmp_path, text):
+    shown = text.encode("utf-8", "backslashreplace").decode()
+    with RunFolder.create(tmp_path / "a", config={**CONFIG, "policy": text}, run={"name": text}) as folder:
+        folder.append("episodes", {"flags": {"why": text, text: 1}}, {"flags": [text], "error": Path(text)})
+        folder.keep("episodes", lambda row: "error" not in row)
+        folder.update(error=text)
+        folder.finish({"success": [text]})
+    run = RunFolder(tmp_path / "a")
+    assert run.episodes() == [{"flags": {"why": shown, shown: 1}}]
+    assert (run.run["name"], run.summary()["success"], run.config()["policy"]) == (shown, [shown], shown)
+
+
 def test_plain():
     assert plain({"a": np.float32(0.5), "b": np.arange(2), "c": (1, None), "d": Path("x"), 1: np.inf}) == {
         "a": 0.5,
