@@ -21,6 +21,7 @@ from robot_forgetting.cli_arguments import Arguments
 from robot_forgetting.cli_errors import complain
 from robot_forgetting.config_checks import GROUPS, ROOT_TYPES, by_kind, replacing
 from robot_forgetting.errors import UserError, unknown
+from robot_forgetting.user_modules import search
 
 # Verb: (function, what it does). The function's parameter names say what it is given (see ``Arguments``).
 VERBS = {
@@ -41,6 +42,9 @@ VERBS = {
     "list": ("robot_forgetting.cli:list_choices", "the tasks, methods, policies, penalties and budgets there are"),
     "doctor": ("robot_forgetting.doctor:doctor", "what is missing on this machine, and what to type"),
 }
+
+# Only these build objects, and so need a user's own modules; the others never look into the working folder for code.
+BUILDING = {"run", "evaluate", "record", "pretrain", "reproduce", "check"}
 
 EXAMPLES = """\
 examples:
@@ -141,13 +145,15 @@ def _hydra_main(verb: str, overrides: list[str], folders: list[Path], debug: boo
     def job(config) -> None:
         # Caught here and not by hydra, so that one failing point of a sweep does not end the others.
         try:
-            code = Arguments(verb, config, folders, HydraConfig.get()).call(_load(VERBS[verb][0]))
+            given = Arguments(verb, config, folders, HydraConfig.get())
+            if verb in BUILDING:
+                search([os.getcwd(), *given.sources[1:]])
+            code = given.call(_load(VERBS[verb][0]))
             codes.append(code if type(code) is int else 0)
         except Exception as error:
             codes.append(complain(error, overrides, debug, point=" ".join(HydraConfig.get().overrides.task)))
 
     configs = importlib.import_module("robot_forgetting.configs")
-    sys.path.insert(0, os.getcwd())  # so that `_target_` finds a user's own modules
     program, before = f"robot-forgetting {verb}", sys.argv
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
         stack.callback(setattr, sys, "argv", before)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -31,8 +30,6 @@ class Arguments:
         self._overrides = list(hydra_config.overrides.task)
         self._hydra_overrides = [text for text in hydra_config.overrides.hydra if "searchpath" in text]
         self.sources = [Path(source.path) for source in hydra_config.runtime.config_sources if source.schema == "file"]
-        for folder in self.sources[1:]:
-            sys.path.append(str(folder.resolve()))
         self.names = {group: hydra_config.runtime.choices.get(group) for group in GROUPS}
         self.run_folders = run_folders
         self.plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)

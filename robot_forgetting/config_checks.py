@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
 import types
@@ -10,6 +9,7 @@ import typing
 from collections.abc import Sequence
 
 from robot_forgetting.errors import UserError
+from robot_forgetting.user_modules import load_object
 
 GROUPS = ("task", "method", "policy", "penalty", "budget", "reproduce")
 
@@ -107,7 +107,7 @@ def check_node(node, path: str, where: str) -> None:
         check_node(value, f"{path}.{key}", where)
     if "_target_" not in node:
         return
-    target = _locate(str(node["_target_"]), where)
+    target = load_object(str(node["_target_"]), where)
     given = {key: value for key, value in node.items() if not key.startswith("_")}
     try:
         parameters = inspect.signature(target, eval_str=True).parameters
@@ -122,17 +122,6 @@ def check_node(node, path: str, where: str) -> None:
         needed = parameter.default is parameter.empty and parameter.kind in (0, 1, 3)
         if needed and key not in given and not node.get("_partial_"):
             raise UserError(f"{where} lacks '{key}', which {target.__name__} needs; add it to its yaml")
-
-
-def _locate(dotted: str, where: str):
-    module, _, name = dotted.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except Exception as error:  # a user's module may fail in any way while it is imported
-        raise UserError(
-            f"{where}: cannot import '{dotted}' ({' '.join(str(error).split())}); "
-            "modules are found in the current folder and in those of hydra.searchpath"
-        ) from error
 
 
 def fits(value, kind) -> bool:

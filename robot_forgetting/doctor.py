@@ -90,7 +90,7 @@ def packages() -> Check:
 
 def libraries() -> Check:
     """mani-skill imports opencv, which opens system libraries that a bare machine lacks."""
-    result = subprocess.run([sys.executable, "-c", "import cv2"], capture_output=True, text=True, timeout=60)
+    result = subprocess.run([sys.executable, "-P", "-c", "import cv2"], capture_output=True, text=True, timeout=60)
     if result.returncode:
         said = (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1]
         return Check("libraries", "FAIL", said, "type: make setup, or apt-get install libgl1 libglib2.0-0")

@@ -27,7 +27,7 @@ def probe() -> dict:
 
     Returns {"device", "driver", "version", "icd", "blank": bool, "seconds"} or, where that failed, {"error": one line}.
     """
-    command = [sys.executable, "-m", "robot_forgetting.vulkan"]
+    command = [sys.executable, "-P", "-m", "robot_forgetting.vulkan"]  # -P: no modules from the working folder
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
     except subprocess.TimeoutExpired:

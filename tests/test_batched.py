@@ -23,11 +23,11 @@ from robot_forgetting.errors import UserError
 from robot_forgetting.robot import batched
 from robot_forgetting.robot.batched import CPU, BatchedSimulation, BatchedVectorEnv, initial_states
 from robot_forgetting.robot.panda import EndEffectorController
-from robot_forgetting.robot.robots import load_object
 from robot_forgetting.robot.simulation import Simulation, SimulationSpec, flags_of
 from robot_forgetting.robot.task import ManiSkillTask
 from robot_forgetting.robot.workers import POOL, ManiSkillVectorEnv, demonstrate
 from robot_forgetting.rollout import EpisodeKey, rollout
+from robot_forgetting.user_modules import load_object
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The 'warn' method is deprecated:DeprecationWarning:mani_skill"),

@@ -192,7 +192,7 @@ EXPERT_SEEDS = {"widowx_carrot_on_plate": (1_000_001, 7), "widowx_spoon_on_towel
 
 @pytest.mark.parametrize("name", RUNNABLE)
 def test_expert(players, blind, monkeypatch, name):
-    from robot_forgetting.robot.robots import load_object
+    from robot_forgetting.user_modules import load_object
 
     simulation = players(name).simulation
     monkeypatch.setattr(simulation, "expert", load_object(configured(name).spec.expert))

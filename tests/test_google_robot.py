@@ -422,7 +422,7 @@ def test_when_an_expert_has_nothing_left_to_do(task, forwards, gripper, idle):
 
 
 def test_expert_picks_up_a_can(players, blind, monkeypatch):
-    from robot_forgetting.robot.robots import load_object
+    from robot_forgetting.user_modules import load_object
 
     simulation = players(CAN).simulation
     monkeypatch.setattr(simulation, "expert", load_object(configured(CAN).spec.expert))
@@ -435,7 +435,7 @@ def test_expert_picks_up_a_can(players, blind, monkeypatch):
 
 
 def test_expert_moves_an_apple(players, blind, monkeypatch):
-    from robot_forgetting.robot.robots import load_object
+    from robot_forgetting.user_modules import load_object
 
     simulation = players(NEAR).simulation
     monkeypatch.setattr(simulation, "expert", load_object(configured(NEAR).spec.expert))

@@ -170,7 +170,7 @@ def test_unknown_names_of_a_drawer(renderer, bundle, override, words):
 
 
 def test_expert_closes_a_drawer(players, blind, monkeypatch):
-    from robot_forgetting.robot.robots import load_object
+    from robot_forgetting.user_modules import load_object
 
     simulation = players(DRAWER).simulation
     monkeypatch.setattr(simulation.env, "closing", True)
@@ -202,7 +202,7 @@ def test_the_small_policy_closes_a_drawer(players):
 
 
 def test_expert_opens_a_drawer(players, blind, monkeypatch):
-    from robot_forgetting.robot.robots import load_object
+    from robot_forgetting.user_modules import load_object
 
     simulation = players(DRAWER).simulation
     monkeypatch.setattr(simulation, "expert", load_object(configured(DRAWER).spec.expert))
@@ -213,7 +213,7 @@ def test_expert_opens_a_drawer(players, blind, monkeypatch):
 
 def test_expert_places_an_apple(players, blind, monkeypatch):
     """Into a drawer that is open already: the rest is the test above."""
-    from robot_forgetting.robot.robots import load_object
+    from robot_forgetting.user_modules import load_object
 
     simulation = players(PLACE).simulation
     monkeypatch.setattr(simulation, "expert", load_object(configured(PLACE).spec.expert))

@@ -22,7 +22,7 @@ import torch
 from robot_forgetting.errors import UserError
 from robot_forgetting.robot.conventions import Boundary
 from robot_forgetting.robot.pictures import BatchedCamera
-from robot_forgetting.robot.robots import find_robot, load_object
+from robot_forgetting.robot.robots import find_robot
 from robot_forgetting.robot.simulation import (
     VIDEO_PIXELS,
     CommandError,
@@ -39,6 +39,7 @@ from robot_forgetting.robot.simulation import (
 )
 from robot_forgetting.robot.workers import POOL, WorkerDied, blank, guarded
 from robot_forgetting.task import Transition, VectorEnv
+from robot_forgetting.user_modules import load_object
 
 GPU, CPU = "physx_cuda", "physx_cpu"  # ManiSkill's names; the second holds one environment, for tests
 ELSE = "use simulation=cpu, with processes= for more cores"

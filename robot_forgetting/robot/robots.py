@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 
 from robot_forgetting.errors import UserError, unknown
+from robot_forgetting.user_modules import load_object
 
 
 class Controller(ABC):
@@ -114,12 +114,3 @@ def find_robot(name: str) -> Robot:
     if not isinstance(robot, Robot):
         raise UserError(f"'{name}' is a {type(robot).__name__}; a robot is a robot_forgetting.robot.robots.Robot")
     return robot
-
-
-def load_object(dotted: str):
-    """The object a dotted path names."""
-    module, _, name = dotted.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"cannot import '{dotted}' ({error}); give it as package.module.name") from error

@@ -6,7 +6,6 @@ physics, and takes the picture directly. Success is always the environment's own
 
 from __future__ import annotations
 
-import importlib
 import logging
 from dataclasses import dataclass, field
 
@@ -16,7 +15,8 @@ import torch
 from robot_forgetting.errors import UserError
 from robot_forgetting.robot.conventions import Boundary
 from robot_forgetting.robot.pictures import Camera, Overlay, read_photo
-from robot_forgetting.robot.robots import find_robot, load_object
+from robot_forgetting.robot.robots import find_robot
+from robot_forgetting.user_modules import PLACES, hidden, import_module, load_object
 
 VIDEO_PIXELS = 256
 STILL = 0.01  # metres; a commanded step under it is no motion
@@ -204,13 +204,12 @@ def make_environment(spec: SimulationSpec, num_envs: int = 1, backend: str = "ph
         low_poly.install()
     elif low_poly.installed() and spec.robot == "panda":
         raise UserError("this process already draws low_poly and cannot draw stock too; start another one for it")
-    for module in spec.modules:
+    for module in (*spec.modules, *spec.env_id.split(":")[:-1]):  # "my_module:MyTask-v1" is gymnasium's own way
         try:
-            importlib.import_module(module)
+            import_module(module)
         except Exception as error:  # a user's module may fail in any way while it is imported
             raise UserError(
-                f"cannot import '{module}' ({type(error).__name__}: {error}); modules are found in the current "
-                "folder and in those of hydra.searchpath"
+                f"cannot import '{module}' ({type(error).__name__}: {error}); {hidden(module) or PLACES}"
             ) from error
     robot = find_robot(spec.robot)
     if obs_mode is None:

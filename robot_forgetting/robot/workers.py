@@ -12,10 +12,12 @@ import contextlib
 import multiprocessing
 import os
 import traceback
+from collections.abc import Sequence
 from multiprocessing.connection import Connection, wait
 
 import numpy as np
 
+from robot_forgetting import user_modules
 from robot_forgetting.errors import UserError
 from robot_forgetting.robot.simulation import CommandError, Simulation, SimulationSpec
 from robot_forgetting.task import Transition, VectorEnv
@@ -32,8 +34,9 @@ class Worker:
         self.index = index
         self.connection, child = SPAWN.Pipe()
         # One thread each: several processes share the cores, and two torch threads on a busy core are slower than one.
-        with _environment(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1"):
-            self.process = SPAWN.Process(target=_serve, args=(child,), daemon=True)
+        # The safe path: a spawned Python would look for its own modules in the working folder first.
+        with _environment(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", PYTHONSAFEPATH="1"):
+            self.process = SPAWN.Process(target=_serve, args=(child, user_modules.folders), daemon=True)
             self.process.start()
         child.close()
         self.render: str | None = None  # the option this process draws with, once it does
@@ -224,8 +227,8 @@ def demonstrate(spec: SimulationSpec, seeds: list[int], noise: dict, processes: 
         yield seed, *answer
 
 
-def _serve(connection: Connection) -> None:
-    """A worker's main loop. Requests are answered in order, one answer each."""
+def _serve(connection: Connection, folders: Sequence[str] = ()) -> None:
+    """A worker's main loop. Requests are answered in order, one answer each. folders: of the user's own modules"""
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business; it closes the pipe
@@ -234,6 +237,7 @@ def _serve(connection: Connection) -> None:
 
     from robot_forgetting.robot import batched
 
+    user_modules.search(folders)
     torch.set_num_threads(1)
     # Lavapipe's threads. Workers are what fills the cores; two of two threads each on two cores took 1.8 times as long
     # for a step of the WidowX's.
