@@ -18,6 +18,7 @@ from typing import Self
 
 import yaml
 
+from robot_forgetting.children import undisturbed
 from robot_forgetting.errors import UserError
 from robot_forgetting.files import disk, has_writer, plain, read_json, release_lock, take_lock, write_atomic, write_json
 
@@ -237,14 +238,12 @@ class RunFolder:
 
     def __exit__(self, kind, error, traceback) -> None:
         """An exception is recorded as the run's end: Ctrl-C as "interrupted", anything else as "failed"."""
-        try:
+        with undisturbed(), contextlib.closing(self):
             if kind is not None and not self.finished:
                 status = "interrupted" if issubclass(kind, KeyboardInterrupt) else "failed"
                 text = " ".join(str(error).split()) if isinstance(error, UserError) else f"{kind.__name__}: {error}"
                 with contextlib.suppress(UserError):  # a full disk must not hide the first error
                     self.update(status=status, error=None if status == "interrupted" else " ".join(text.split()))
-        finally:
-            self.close()
 
     def _must_write(self) -> None:
         if self._lock is None:

@@ -6,6 +6,7 @@ Two torch threads in one process slow small matrices down as soon as anything el
 
 from __future__ import annotations
 
+import mmap
 import multiprocessing
 import os
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from multiprocessing.connection import Connection
 import torch
 from torch import Tensor
 
+from robot_forgetting import children
 from robot_forgetting.errors import UserError
 from robot_forgetting.method import Batch
 
@@ -35,15 +37,18 @@ class Replicas:
             return
         torch.set_num_threads(1)
         for parameter in parameters:
-            parameter.data.share_memory_()
+            parameter.data = _shared(parameter.data)
         context = multiprocessing.get_context("fork")  # the child needs the method, its data and the policy as they are
-        for _ in range(count):
-            gradients = torch.zeros(sum(p.numel() for p in parameters)).share_memory_()
-            ours, theirs = context.Pipe()
-            process = context.Process(target=self._serve, args=(theirs, ours, gradients), daemon=True)
-            process.start()
-            theirs.close()
-            self._children.append((ours, process, gradients))
+        try:
+            for _ in range(count):
+                gradients = _shared(torch.zeros(sum(p.numel() for p in parameters)))
+                ours, theirs = context.Pipe()
+                process = children.start(context, self._serve, theirs, ours, gradients)
+                theirs.close()
+                self._children.append((ours, process, gradients))
+        except BaseException:
+            self.close()
+            raise
 
     def __call__(self, batch: Batch) -> tuple[float, float]:
         """Leaves the batch's mean gradient in ``parameter.grad``; returns its mean loss and penalty."""
@@ -73,10 +78,9 @@ class Replicas:
         return loss, penalty
 
     def close(self) -> None:
-        for connection, process, _ in self._children:
+        children.end(*(process for _, process, _ in self._children))
+        for connection, _, _ in self._children:
             connection.close()
-            process.kill()
-            process.join()
         self._children.clear()
 
     @staticmethod
@@ -88,16 +92,11 @@ class Replicas:
         )
 
     def _serve(self, connection: Connection, parents_end: Connection, gradients: Tensor) -> None:
-        import signal
-
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
-        parents_end.close()  # an inherited copy would keep this process waiting after the parent's death
-        for inherited, _, _ in self._children:
-            inherited.close()
+        parents_end.close()
         while True:
             try:
                 part, share = connection.recv()
-            except (EOFError, OSError):
+            except (EOFError, OSError):  # the parent is gone
                 os._exit(0)
             try:
                 for parameter in self._parameters:
@@ -109,5 +108,20 @@ class Replicas:
                 answer = f"{type(error).__name__} in a training process: {error}"
             try:
                 connection.send(answer)
-            except (BrokenPipeError, OSError):
+            except OSError:
                 os._exit(0)
+
+
+def _shared(values: Tensor) -> Tensor:
+    """A copy in memory that forked processes see too.
+
+    Not ``share_memory_``: that is in /dev/shm, of which a container has 64 MB.
+    """
+    storage = values.untyped_storage()
+    try:
+        memory = mmap.mmap(-1, max(storage.nbytes(), values.element_size()))
+    except OSError as error:
+        megabytes = round(storage.nbytes() / 1e6)
+        raise UserError(f"no memory for {megabytes} MB that processes share; processes=1 needs none") from error
+    copy = torch.frombuffer(memory, dtype=values.dtype)
+    return copy.as_strided(values.size(), values.stride(), values.storage_offset()).copy_(values)

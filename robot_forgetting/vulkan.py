@@ -16,6 +16,8 @@ import sys
 import time
 from pathlib import Path
 
+from robot_forgetting import children
+
 TIMEOUT_SECONDS = 90
 LAVAPIPE_NEEDED = (24, 3)
 ICD_FOLDERS = ("/etc/vulkan/icd.d", "/usr/local/share/vulkan/icd.d", "/usr/share/vulkan/icd.d")
@@ -27,7 +29,8 @@ def probe() -> dict:
 
     Returns {"device", "driver", "version", "icd", "blank": bool, "seconds"} or, where that failed, {"error": one line}.
     """
-    command = [sys.executable, "-P", "-m", "robot_forgetting.vulkan"]  # -P: no modules from the working folder
+    # -P: no modules from the working folder
+    command = [sys.executable, "-P", "-m", "robot_forgetting.vulkan", str(os.getpid())]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
     except subprocess.TimeoutExpired:
@@ -162,5 +165,7 @@ def physical_devices() -> list[dict]:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:]:  # a driver that hangs would outlive who asked
+        children.end_with(int(sys.argv[1]))
     print(json.dumps(render()), flush=True)
     os._exit(0)  # some drivers crash while they are unloaded, after all is said

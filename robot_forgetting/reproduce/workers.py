@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import queue
-import signal
 import traceback
 from collections.abc import Callable, Sequence
 
 import torch
 
+from robot_forgetting import children
 from robot_forgetting.errors import UserError
 
 Tell = Callable[[int], None]  # units of work done
@@ -30,11 +30,10 @@ def work_through(jobs: Sequence[Callable[[Tell], None]], processes: int, advance
     todo, messages = context.Queue(), context.Queue()
     for index in range(len(jobs)):
         todo.put(index)
-    workers = [context.Process(target=_serve, args=(jobs, todo, messages), daemon=True) for _ in range(processes)]
-    for worker in workers:
-        worker.start()
-    left = len(jobs)
+    workers, left = [], len(jobs)
     try:
+        for _ in range(min(processes, len(jobs))):
+            workers.append(children.start(context, _serve, jobs, todo, messages))
         while left:
             try:
                 kind, value = messages.get(timeout=1.0)
@@ -48,9 +47,7 @@ def work_through(jobs: Sequence[Callable[[Tell], None]], processes: int, advance
             else:
                 raise UserError(value) if kind == "user_error" else RuntimeError(value)
     finally:
-        for worker in workers:
-            worker.kill()
-            worker.join()
+        children.end(*workers)
 
 
 def _check_alive(workers) -> None:
@@ -63,7 +60,6 @@ def _check_alive(workers) -> None:
 
 
 def _serve(jobs, todo, messages) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
     torch.set_num_threads(1)
     while True:
         index = todo.get()

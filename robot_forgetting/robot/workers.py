@@ -7,7 +7,6 @@ holds the environments of one task at a time. Pictures come back through the pip
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import multiprocessing
 import os
@@ -17,7 +16,7 @@ from multiprocessing.connection import Connection, wait
 
 import numpy as np
 
-from robot_forgetting import user_modules
+from robot_forgetting import children, user_modules
 from robot_forgetting.errors import UserError
 from robot_forgetting.robot.simulation import CommandError, Simulation, SimulationSpec
 from robot_forgetting.task import Transition, VectorEnv
@@ -36,8 +35,7 @@ class Worker:
         # One thread each: several processes share the cores, and two torch threads on a busy core are slower than one.
         # The safe path: a spawned Python would look for its own modules in the working folder first.
         with _environment(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", PYTHONSAFEPATH="1"):
-            self.process = SPAWN.Process(target=_serve, args=(child, user_modules.folders), daemon=True)
-            self.process.start()
+            self.process = children.start(SPAWN, _serve, child, user_modules.folders)
         child.close()
         self.render: str | None = None  # the option this process draws with, once it does
         self._unanswered = 0
@@ -71,9 +69,8 @@ class Worker:
         return answer
 
     def close(self) -> None:
+        children.end(self.process)
         self.connection.close()
-        self.process.kill()
-        self.process.join()
 
     def _epitaph(self) -> str:
         self.process.join(timeout=5)
@@ -126,7 +123,6 @@ class WorkerPool:
 
 
 POOL = WorkerPool()
-atexit.register(POOL.close)
 
 
 class _environment:
@@ -229,10 +225,6 @@ def demonstrate(spec: SimulationSpec, seeds: list[int], noise: dict, processes: 
 
 def _serve(connection: Connection, folders: Sequence[str] = ()) -> None:
     """A worker's main loop. Requests are answered in order, one answer each. folders: of the user's own modules"""
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business; it closes the pipe
-
     import torch
 
     from robot_forgetting.robot import batched

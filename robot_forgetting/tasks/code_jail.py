@@ -50,9 +50,10 @@ def main() -> int:
     with open(__file__, encoding="utf-8") as own:
         source = own.read()  # once the jail is built, this file is out of reach
     libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+    if libc is not None:
+        _prctl(libc, DEATH_SIGNAL, signal.SIGKILL)
     if not settings["confine"]:
         _locked(settings, libc, None, source)
-    _prctl(libc, DEATH_SIGNAL, signal.SIGKILL)
     uid = _namespaces(libc)
     first = os.fork()
     if first:
