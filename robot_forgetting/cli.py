@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from robot_forgetting import children
-from robot_forgetting.cli_arguments import Arguments
+from robot_forgetting.cli_arguments import CHECKPOINT_VERBS, Arguments
 from robot_forgetting.cli_errors import complain
 from robot_forgetting.config_checks import GROUPS, ROOT_TYPES, by_kind, replacing
 from robot_forgetting.errors import UserError, unknown
@@ -138,7 +138,7 @@ def _hydra_main(verb: str, overrides: list[str], folders: list[Path], debug: boo
     from hydra.core.hydra_config import HydraConfig
 
     register_resolvers()
-
+    overrides = [*overrides, *_policy_of_checkpoint(verb, overrides)]
     codes = []
 
     def job(config) -> None:
@@ -166,6 +166,18 @@ def _hydra_main(verb: str, overrides: list[str], folders: list[Path], debug: boo
         main_dir = str(Path(configs.__file__).parent)
         hydra.main(version_base="1.3", config_path=main_dir, config_name="config")(job)()
     return max(codes, default=0)
+
+
+def _policy_of_checkpoint(verb: str, overrides: Sequence[str]) -> list[str]:
+    """`policy=NAME` of checkpoint=RUN where keys of it follow, which hydra must know; else `Arguments` finds it."""
+    given = {text.lstrip("+~").partition("=")[0]: text.partition("=")[2] for text in overrides}
+    run = given.get("checkpoint", "null").strip("'\"")
+    keys = any(key.startswith("policy.") for key in given)
+    if verb not in CHECKPOINT_VERBS or not keys or "policy" in given or run == "null" or "," in run:
+        return []
+    from robot_forgetting.run_policy import policy_chosen
+
+    return policy_chosen(run)
 
 
 def register_resolvers() -> None:

@@ -12,6 +12,7 @@ from robot_forgetting.errors import UserError
 
 # Keys that a run's id says in a word of its own, or that change nothing in its results.
 NOT_IN_ID = {*GROUPS, "seed", "sweep", "debug", "run_dir", "output", "device", "processes"}
+CHECKPOINT_VERBS = ("run", "evaluate", "record")  # that go on with a run's policy: checkpoint=RUN
 
 
 class Arguments:
@@ -29,9 +30,19 @@ class Arguments:
         self._config = config
         self._overrides = list(hydra_config.overrides.task)
         self._hydra_overrides = [text for text in hydra_config.overrides.hydra if "searchpath" in text]
+        self._recorded = None  # the policy of checkpoint=RUN
         self.sources = [Path(source.path) for source in hydra_config.runtime.config_sources if source.schema == "file"]
         self.names = {group: hydra_config.runtime.choices.get(group) for group in GROUPS}
         self.run_folders = run_folders
+        if config.checkpoint is not None:
+            from robot_forgetting.run_policy import RecordedPolicy
+
+            if verb not in CHECKPOINT_VERBS:
+                raise UserError(f"{verb} does not use checkpoint=; {', '.join(CHECKPOINT_VERBS)} do")
+            self._recorded = RecordedPolicy.of(config.checkpoint)
+        if self._recorded is not None:
+            self._config = config = self._composed(self._overrides)
+            self.names["policy"] = self._recorded.name
         self.plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         check_root(self.plain)
 
@@ -85,13 +96,20 @@ class Arguments:
             del config["hydra"]
         return Arguments("run", config, [], chosen)
 
-    def named(self, group: str, name: str):
-        """Builds another entry of a group, as this command's other keys would have it (`prior: [pick_cube, ...]`)."""
+    def _composed(self, overrides: Sequence[str]):
+        """The configuration that overrides make, with the policy of checkpoint=RUN where there is one."""
         import hydra
 
+        def compose(texts: Sequence[str]):
+            return hydra.compose("config", overrides=[*self._hydra_overrides, *texts])
+
+        return compose(overrides) if self._recorded is None else self._recorded.configuration(overrides, compose)
+
+    def named(self, group: str, name: str):
+        """Builds another entry of a group, as this command's other keys would have it (`prior: [pick_cube, ...]`)."""
         # Not the overrides meant for the chosen entry (task.spawn=near): the named one may not know them.
         shared = [text for text in self._overrides if not text.lstrip("+~").startswith((group + ".", group + "="))]
-        config = hydra.compose("config", overrides=[*self._hydra_overrides, *shared, f"{group}={name}"])
+        config = self._composed([*shared, f"{group}={name}"])
         return self._build(group, config[group], name)
 
     def _build(self, group: str, node, name: str | None = None):

@@ -7,31 +7,14 @@ from pathlib import Path
 from robot_forgetting.episode_rows import check_same_base, evaluate_into, fingerprint
 from robot_forgetting.errors import UserError
 from robot_forgetting.evaluate import check_conventions, success_line, test_seeds
-from robot_forgetting.experiment import FINAL_STAGE, benchmarks, open_run, record
-from robot_forgetting.files import read_json
+from robot_forgetting.experiment import benchmarks, open_run, record
 from robot_forgetting.policy import Policy
 from robot_forgetting.progress import say
-from robot_forgetting.records import RunFolder
+from robot_forgetting.run_policy import with_checkpoint
 from robot_forgetting.scored import SCORED, ScoredTask
 from robot_forgetting.summary import summarise
 from robot_forgetting.task import Task
-from robot_forgetting.train import load_weights, trained_checkpoint
 from robot_forgetting.video import Recording, write_grid
-
-
-def with_checkpoint(policy: Policy, run: str | None) -> dict:
-    """Loads the fine-tuned weights of a run folder into its base policy, if asked.
-
-    Returns what the policy now is: {"who", "checkpoint", "stage", "iteration", "trained_on"}.
-    """
-    if run is None:
-        return {"who": "base", "checkpoint": None, "stage": 0, "iteration": 0, "trained_on": []}
-    folder = RunFolder(run)
-    checkpoint = trained_checkpoint(folder)
-    load_weights(policy, checkpoint)
-    iteration = read_json(checkpoint / "state.json")["iteration"]
-    state = {"stage": FINAL_STAGE, "iteration": iteration, "trained_on": folder.run["roles"]["new"]}
-    return {"who": folder.run["method"], "checkpoint": str(run), **state}
 
 
 def evaluate_command(
@@ -60,7 +43,7 @@ def evaluate_command(
     header["fingerprint"] = fingerprint(policy, [task])
     check_same_base(run_dir, header["fingerprint"])
     header |= {"decode": {"temperature": temperature}, "roles": {"new": [task.name], "prior": [], "held_out": []}}
-    header |= benchmarks([task])
+    header |= benchmarks([task]) | {key: state[key] for key in ("checkpoint_state",) if key in state}
     with open_run(run_dir, config, header) as folder:
         for decode, degree in [(SCORED, None)] if scored else [("sampled", temperature), ("greedy", 0.0)]:
             fields = {key: state[key] for key in ("stage", "iteration", "trained_on")} | {

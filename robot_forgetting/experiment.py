@@ -31,13 +31,13 @@ from robot_forgetting.policy import Policy
 from robot_forgetting.progress import bar, say
 from robot_forgetting.records import RunFolder
 from robot_forgetting.rollout import Episode
+from robot_forgetting.run_policy import FINAL_STAGE, check_settings, check_trained, with_checkpoint
 from robot_forgetting.scored import SCORED, ScoredTask, measurable
 from robot_forgetting.summary import summarise
 from robot_forgetting.task import Task
 from robot_forgetting.train import train
 from robot_forgetting.video import video_name, write_episode
 
-FINAL_STAGE = 1
 # Divergence is measured on states of their own, neither trained on nor counted in a success rate.
 DIVERGENCE_SEED = 500_000
 VIDEO_SEED = 600_000
@@ -50,6 +50,7 @@ class Setup:
     budget: episodes, greedy_episodes, interim_points, interim_episodes, divergence_episodes, divergence_states, videos
     names: group -> the name chosen in it, for the records; config: the resolved configuration, kept with them
     held_out_text: see ``layers.held_out_texts``; None, or without a source: a policy's layers are not compared
+    checkpoint: a finished run whose fine-tuned policy is this one's base; None: the policy as it is
     temperature: of the sampled decode; episodes: per task, None for the budget's; seed_start: first initial state, None
         for the first of the test split
     """
@@ -71,12 +72,14 @@ class Setup:
     num_envs: int
     processes: int
     held_out_text: dict | None = None
+    checkpoint: str | None = None
 
 
 def run(setup: Setup) -> int:
     """Fine-tunes the policy on the task and records what it gained and forgot; continues an unfinished run."""
     prior, left_out = measurable(setup.prior)
-    experiment = Experiment(replace(setup, prior=prior))
+    started = start_from(setup)
+    experiment = Experiment(replace(setup, prior=prior), started)
     left_out |= experiment.without
     for reason in left_out.values():
         say(f"left out: {reason}")
@@ -91,6 +94,23 @@ def run(setup: Setup) -> int:
             return 0
         experiment.go(folder)
     return 0
+
+
+def start_from(setup: Setup) -> dict:
+    """Makes the policy of ``setup.checkpoint`` the base, if asked; returns what ``with_checkpoint`` says of it.
+
+    The runs that this one goes on from, or whose policy is its teacher, must be trained to their end: what they say
+    may not change between two starts.
+    """
+    method = setup.config.get("method")
+    teacher = method.get("teacher_run") if isinstance(method, dict) else None
+    if teacher is not None:
+        check_settings(RunFolder(teacher), setup.config, "method.teacher_run")
+        check_trained(RunFolder(teacher), f"method.teacher_run={teacher}")
+    started = with_checkpoint(setup.policy, setup.checkpoint, trained=True)
+    if setup.checkpoint is not None:
+        setup.policy.keep_as_base()
+    return started
 
 
 def assign_roles(task: Task, prior: Sequence[Task], held_out: Sequence[Task]) -> dict[str, list[Task]]:
@@ -120,8 +140,9 @@ class Experiment:
 
     folder: RunFolder  # set by ``go``
 
-    def __init__(self, setup: Setup):
-        self.setup, self.policy, self.task, self.method = setup, setup.policy, setup.task, setup.method
+    def __init__(self, setup: Setup, started: dict):
+        self.started, self.setup = started, setup
+        self.policy, self.task, self.method = setup.policy, setup.task, setup.method
         self.roles = assign_roles(setup.task, setup.prior, setup.held_out)
         self.tasks = [task for tasks in self.roles.values() for task in tasks]
         self.budget = setup.budget
@@ -161,6 +182,7 @@ class Experiment:
             "iterations": self.method.iterations,
             "instructions": {task.name: task.instruction for task in self.tasks},
             **benchmarks(self.tasks),
+            **({key: self.started[key] for key in ("checkpoint", "checkpoint_state")} if self.setup.checkpoint else {}),
         }
 
     def go(self, folder: RunFolder) -> None:
@@ -256,7 +278,7 @@ class Experiment:
             num_envs=self.setup.num_envs,
             stage=stage,
             iteration=iteration,
-            trained_on=[self.task.name] if stage else [],
+            trained_on=[*self.started["trained_on"], *([self.task.name] if stage else [])],
             role=role,
             decode=decode,
         )

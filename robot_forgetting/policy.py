@@ -172,6 +172,12 @@ class Policy(nn.Module, ABC):
     def base(self) -> AbstractContextManager:
         """Inside the context this object *is* the frozen base policy (LoRA: adapters off; else: swapped weights)."""
 
+    def keep_as_base(self) -> None:
+        """Makes the weights of now the base's, for a run that goes on from another one's (`checkpoint=`)."""
+        raise UserError(
+            f"policy '{self.name}' cannot go on from a finished run: it lacks `keep_as_base`; leave checkpoint= out"
+        )
+
     @abstractmethod
     def convention(self) -> ConventionSpec:
         """What this policy assumes of a task."""

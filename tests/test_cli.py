@@ -259,7 +259,9 @@ def test_ctrl_c(capsys, monkeypatch):
          ["pretrain-stack_cube-demonstrations_pick_cube__3_-seed0"]),
     ],
 )  # fmt: skip
-def test_run_id_says_whatever_changes_the_result(capsys, monkeypatch, arguments, ids):
+def test_run_id_says_whatever_changes_the_result(capsys, monkeypatch, tmp_path, arguments, ids):
+    monkeypatch.chdir(tmp_path)
+    RunFolder.create("runs/a/b", config={}).close()
     monkeypatch.setattr(cli.Arguments, "call", lambda self, _: print(self.value("run_dir").name))
     monkeypatch.setattr(cli, "_load", lambda _: None)
     assert cli.main(arguments) == 0

@@ -92,6 +92,9 @@ class ToyPolicy(Policy):
         finally:
             self._swap()
 
+    def keep_as_base(self) -> None:
+        self._kept = [parameter.detach().clone() for parameter in self.parameters()]
+
     def _swap(self) -> None:
         for index, parameter in enumerate(self.parameters()):
             parameter.data, self._kept[index] = self._kept[index], parameter.data

@@ -12,6 +12,7 @@ from robot_forgetting.errors import UserError
 from robot_forgetting.files import disk
 from robot_forgetting.one_step import Repeated
 from robot_forgetting.policies import lora as adapters
+from robot_forgetting.policies.causal_lm_chat import ChatTemplate
 from robot_forgetting.policies.causal_lm_checkpoint import DTYPES, load, quiet
 from robot_forgetting.policies.causal_lm_hidden import Prompts, completion_states
 from robot_forgetting.policies.causal_lm_layers import blocks_of, mean_states, weights_by_layer
@@ -27,7 +28,7 @@ class CausalLM(OwnBase):
     """Reads the column ``messages`` (a list of {"role", "content"} per row) and answers with a text.
 
     An action is a completion: its tokens are indices into the whole vocabulary [N, T], right-padded, and its mask is
-    True up to and including the end-of-text token, if it came before ``max_new_tokens``.
+    True up to and including the token that ends the turn, if it came before ``max_new_tokens``.
 
     checkpoint: a folder, a Hub id, a GGUF file, or one inside an installed package; see ``causal_lm_checkpoint.load``
     max_new_tokens: the longest completion that is sampled; context: the longest prompt with completion, in tokens
@@ -77,10 +78,13 @@ class CausalLM(OwnBase):
         longest = self.model.config.max_position_embeddings
         self.max_new_tokens, self.batch_rows = max_new_tokens, batch_rows
         self.decisions_at_once = batch_rows
-        self.prompts = Prompts(self.tokenizer, min(context or longest, longest), name)
         ends = self.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
         self.stops = {self.tokenizer.eos_token_id, *(end for end in ends if end is not None)}
+        template = ChatTemplate(self.tokenizer, name, self.stops)
+        self.prompts = Prompts(template, min(context or longest, longest))
+        self.turn = template.turn
+        self.stops.add(self.turn.end)
         pad = self.tokenizer.pad_token_id
         self.pad = self.tokenizer.eos_token_id if pad is None else pad
         _without_dropout(self.model)
@@ -108,6 +112,8 @@ class CausalLM(OwnBase):
             "chat_template": self.tokenizer.chat_template,
             "stops": sorted(self.stops),
         }
+        if self.turn.before or self.turn.after:
+            self.config["turn"] = [self.turn.before, self.turn.after]
 
     # ---- Policy
 
@@ -161,14 +167,19 @@ class CausalLM(OwnBase):
         return {name: row.new_zeros(shape).index_put(places, row) for name, row in zip(functions, values, strict=True)}
 
     def decode(self, action: Action, *, statistics: str | None = None) -> list[str]:
-        """Completions without the prompt and without special tokens."""
-        kept = [row[mask].tolist() for row, mask in zip(action.tokens.cpu(), action.mask.cpu(), strict=True)]
-        return self.tokenizer.batch_decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        """Completions as texts: without the tokens that stop or pad them, and what the template writes around answers.
+
+        Other special tokens stay: an answer's tags may be among them.
+        """
+        rows = zip(action.tokens.cpu(), action.mask.cpu(), strict=True)
+        left_out = {*self.stops, self.pad}
+        kept = [[token for token in row[mask].tolist() if token not in left_out] for row, mask in rows]
+        texts = self.tokenizer.batch_decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return [text.removeprefix(self.turn.before).removesuffix(self.turn.after) for text in texts]
 
     def encode(self, commands, *, statistics: str | None = None) -> Action:
-        """Texts to completions that end with the end-of-text token."""
-        end = self.tokenizer.eos_token_id
-        rows = [row + [end] for row in self.prompts.tokens(list(commands))]
+        """Texts to completions that end as the chat template ends an assistant's turn."""
+        rows = self.prompts.answers(list(commands))
         width = max(map(len, rows), default=1)
         tokens = torch.tensor([row + [self.pad] * (width - len(row)) for row in rows], dtype=torch.int64)
         lengths = torch.tensor([len(row) for row in rows])

@@ -76,21 +76,55 @@ def _inside_package(checkpoint: str) -> Path:
 
 
 def _loaded(found: str, checkpoint: str, dtype: torch.dtype) -> tuple[nn.Module, object]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     if Path(found).is_dir() and not (Path(found) / "config.json").is_file():
         raise UserError(f"{found} has no config.json; give a folder in transformers' layout")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(found)
-        model = AutoModelForCausalLM.from_pretrained(found, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(found, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(found, trust_remote_code=False)
+        # What attends and who routes is ours to choose: a folder may name programs of the Hub here.
+        config._attn_implementation = config._experts_implementation = None
+        model, read = AutoModelForCausalLM.from_pretrained(
+            found,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # ``_check_complete`` names them
+        )
+    except Exception as error:  # whatever a folder of somebody else's makes transformers, torch or safetensors raise
         said = " ".join(str(error).split()).split(". ")[0]
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{checkpoint} brings a program of its own, which is never run; choose a model of a kind that "
+                "transformers itself knows"
+            ) from error
         if Path(found).exists():
             raise UserError(f"{checkpoint} cannot be loaded ({said}); download or save it again") from error
         raise UserError(
             f"{checkpoint} is no folder here and cannot be downloaded ({said}); give a folder, a Hub id or a GGUF file"
         ) from error
+    _check_complete(read, checkpoint)
     return model, tokenizer
+
+
+def _check_complete(read: dict, checkpoint: str) -> None:
+    """``UserError`` that names what transformers would leave at random, or leave out, with a warning at most.
+
+    read: its loading info; weights that are tied to others, and buffers that old versions saved, are not in it
+    """
+    problems = [f"missing {name}" for name in sorted(read["missing_keys"])]
+    problems += [f"unexpected {name}" for name in sorted(read["unexpected_keys"])]
+    problems += [
+        f"{name} has shape {list(found)} instead of {list(expected)}"
+        for name, found, expected in sorted(read["mismatched_keys"])
+    ]
+    problems += [" ".join(str(text).split()) for text in read.get("error_msgs") or ()]
+    if problems:
+        shown = "; ".join(problems[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
+        raise UserError(f"{checkpoint}: its weights do not fit its config.json ({shown}); download or save it again")
 
 
 def _check(model: nn.Module, tokenizer, checkpoint: str) -> None:
@@ -160,10 +194,12 @@ def _convert(file: Path, folder: Path) -> None:
     options = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     try:
         with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(**options)
-            model = AutoModelForCausalLM.from_pretrained(**options, dtype=torch.float32)
-    except (OSError, ValueError, KeyError) as error:
+            tokenizer = AutoTokenizer.from_pretrained(**options, trust_remote_code=False)
+            loading = {"dtype": torch.float32, "trust_remote_code": False, "output_loading_info": True}
+            model, read = AutoModelForCausalLM.from_pretrained(**options, **loading)
+    except Exception as error:  # as in ``_loaded``
         raise UserError(f"{file} cannot be read ({' '.join(str(error).split())}); download it again") from error
+    _check_complete(read, str(file))
     config = model.config
     del config.quantization_config  # the weights are plain numbers from here on
     config.dtype = "float32"

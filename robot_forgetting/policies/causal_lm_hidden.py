@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from robot_forgetting.errors import UserError
+from robot_forgetting.policies.causal_lm_chat import ChatTemplate
 from robot_forgetting.policies.causal_lm_sampling import read_prompts
 from robot_forgetting.policy import Action
 
@@ -18,15 +19,16 @@ REMEMBERED = 20_000  # prompts whose tokens are kept
 class Prompts:
     """The chat template and the tokenizer, with memory: a group's rows and a step's passes read the same prompt."""
 
-    def __init__(self, tokenizer, context: int, name: str):
-        self.tokenizer, self.context, self.name = tokenizer, context, name
+    def __init__(self, template: ChatTemplate, context: int):
+        self.template, self.tokenizer, self.name = template, template.tokenizer, template.name
+        self.context = context
         self._known: dict[str, list[int]] = {}
 
     def read(self, chats: Sequence[list[dict]], room: int) -> list[list[int]]:
         """Token ids of each prompt, ready to be answered; ``UserError`` where ``room`` tokens more do not fit."""
         rows = []
         for index, chat in enumerate(chats):
-            text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            text = self.template.render(chat)
             ids = self._known.get(text)
             if ids is None:
                 if len(self._known) >= REMEMBERED:
@@ -51,6 +53,20 @@ class Prompts:
             if not ids:
                 raise UserError(f"policy '{self.name}' makes no token of the text {text!r}; leave it out")
         return [ids[: self.context] for ids in rows]
+
+    def answers(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of whole turns: each text as the template writes an answer, with the token that ends it.
+
+        Read behind a prompt, so that a tokenizer that puts a space before any text does not put one here.
+        """
+        opening, turn = self.template.opening, self.template.turn
+        begun, made = self.tokens([opening])[0], []
+        for text in texts:
+            written = turn.before + text + turn.after
+            whole = self.tokens([opening + written])[0]
+            apart = whole[: len(begun)] != begun  # the text begins with what the tokenizer joins to the prompt's end
+            made.append([*(self.tokens([written])[0] if apart else whole[len(begun) :]), turn.end])
+        return made
 
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of plain texts; the chat template writes special tokens itself."""

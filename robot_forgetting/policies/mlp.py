@@ -167,6 +167,13 @@ class MLPPolicy(Policy):
             self._inside_base = before
 
     @torch.no_grad()
+    def keep_as_base(self) -> None:
+        if self.runs > 1:
+            raise UserError(f"mlp: a stack of {self.runs} networks shares one base; go on from one run")
+        self._base.copy_(self._buffer)
+        self._base_layers = self.layers(self._base.float())
+
+    @torch.no_grad()
     def activations(self, features: np.ndarray | Tensor) -> tuple[list[Tensor], Tensor]:
         """Hidden layers [R, N, width] after their ReLU, and logits [R, N, V], of the same inputs for every network."""
         forward = self._forward(torch.as_tensor(features).unsqueeze(0))

@@ -27,6 +27,7 @@ class OwnBase(Policy):
         self.name, self.lora = name, lora
         self._in_base = False
         self._base_weights: list[Tensor] | None = None
+        self.continues = bool(lora and lora.get("adapter"))  # whether its adapters were trained before
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
@@ -40,10 +41,10 @@ class OwnBase(Policy):
         for parameter in self.model.parameters():
             parameter.requires_grad_(id(parameter) not in unused)
 
-    @property
-    def continues(self) -> bool:
-        """Whether it starts from adapters that were trained before."""
-        return bool(self.lora and self.lora.get("adapter"))
+    def keep_as_base(self) -> None:
+        self.continues = self.lora is not None
+        if self.continues or self._base_weights is not None:  # else: a large policy that keeps no copy
+            self._keep_base()
 
     def _keep_base(self) -> None:
         self._base_weights = [parameter.detach().clone() for parameter in self.trainable_parameters()]
