@@ -162,15 +162,17 @@ ALONG_OWN = {"reverse_kl": distances.reverse_kl}  # at the current policy's
 
 
 @torch.no_grad()
-def measure_divergence(policy: Policy, states: States, *, chunk: int = 256, seed: int = 0) -> list[dict]:
+def measure_divergence(policy: Policy, states: States, *, chunk: int | None = None, seed: int = 0) -> list[dict]:
     """Divergences between base and current policy on given states; rows without stage, task and states.
 
     At each state one decision is sampled from the base and one from the current policy (temperature 1). Along the
     base's tokens, forward KL, total variation and L2 are exact per token; along the current policy's, reverse KL.
+    chunk: states compared at once; None: as many as memory has room for
     Summed over a decision's tokens, the KL terms are unbiased for the KL of whole decisions (chain rule). Standard
     errors treat an episode's states as one cluster.
     """
     policy.eval()
+    chunk = chunk or policy.rows_at_once()
     collected: dict[tuple[str, str], list[torch.Tensor]] = {}
     noise = torch.from_numpy(np.random.default_rng([seed, 0xD1]).random((len(states), 16), dtype=np.float32))
     for start in range(0, len(states), chunk):

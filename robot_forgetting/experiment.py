@@ -85,6 +85,7 @@ def run(setup: Setup) -> int:
         say(f"left out: {reason}")
     check_conventions(setup.policy, experiment.tasks)
     check_data(setup.method, setup.task)
+    setup.policy.check_training()
     setup.method.check(setup.policy, setup.task)
     header = experiment.header() | {"left_out": left_out}
     check_same_base(setup.run_dir, header["fingerprint"])

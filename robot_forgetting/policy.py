@@ -110,6 +110,8 @@ class Policy(nn.Module, ABC):
     max_new_tokens: int | None = None
     # Blocks one above the other whose states and weights can be looked at apart; 0: none, and no ``hidden_states``.
     blocks: int = 0
+    # Rows of one forward pass where memory sets no limit.
+    most_rows: int = 256
 
     @abstractmethod
     def act(self, obs: dict, *, temperature: float = 1.0, noise: Tensor | None = None) -> Action:
@@ -188,6 +190,20 @@ class Policy(nn.Module, ABC):
 
     def _frozen_tensors(self) -> list[Tensor]:
         return [*(parameter for parameter in self.parameters() if not parameter.requires_grad), *self.buffers()]
+
+    def rows_at_once(self, *, gradients: int = 0) -> int:
+        """Rows of a forward pass for which its device has memory, at most ``most_rows``.
+
+        gradients: passes whose activations are kept at once for the backward pass; 0: none (sampling, measuring). Asked
+            before the first step, it leaves room for gradients and the optimiser's moments.
+        """
+        return self.most_rows
+
+    def check_training(self, *, compared: bool = True) -> None:
+        """``UserError``, before anything is measured, where this policy cannot be trained as it is set up.
+
+        compared: whether it will be asked to act as its base too
+        """
 
     def hidden_states(self, obs: dict) -> Tensor:
         """What each layer makes of an observation, one vector each: [1 + blocks, N, D] float32, without gradients.

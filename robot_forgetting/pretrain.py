@@ -143,6 +143,7 @@ def pretrain(
     from robot_forgetting.methods.sft import SFT
     from robot_forgetting.train import Optimiser
 
+    policy.check_training(compared=False)
     output = output or run_dir / "policy"
     with disk(output):  # now, and not after the training
         output.mkdir(parents=True, exist_ok=True)

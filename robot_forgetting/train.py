@@ -36,7 +36,8 @@ class Optimiser:
 
     schedule: "constant" or "cosine" (to zero), after a linear warm-up over ``warmup_steps``
     max_grad_norm: longer gradients are shortened to it; None: they are not
-    micro_batch: rows per forward pass; a larger batch is accumulated over several (same gradient, less memory)
+    micro_batch: rows per forward pass; a larger batch is accumulated over several (same gradient, less memory). None:
+        as many as memory has room for, see ``Policy.rows_at_once``
     """
 
     learning_rate: float
@@ -45,7 +46,7 @@ class Optimiser:
     schedule: str = "constant"
     max_grad_norm: float | None = 1.0
     betas: tuple[float, float] = (0.9, 0.999)
-    micro_batch: int = 256
+    micro_batch: int | None = None
 
     def __post_init__(self):
         if self.schedule not in ("constant", "cosine"):
@@ -112,6 +113,7 @@ def train(
         torch.optim.AdamW(_groups(network, optimiser), lr=optimiser.learning_rate, betas=optimiser.betas, fused=True)
         for network in networks
     ]
+    micro_batch = optimiser.micro_batch or policy.rows_at_once(gradients=1 + len(penalties))
     # The first iteration after a restart must see the base policy the penalties and the method saw at the beginning.
     method.check(policy, task)
     method.begin(policy, task, past)
@@ -124,7 +126,7 @@ def train(
     after_iteration(done)
 
     def backward(part: Batch, share: float) -> tuple[float, float]:
-        return _backward(policy, method, penalties, part, share, optimiser.micro_batch)
+        return _backward(policy, method, penalties, part, share, micro_batch)
 
     alone = policy.device.type != "cpu" or not policy.splits_batches
     gradient = Replicas(list(parameters.values()), backward, 0 if alone else processes - 1)

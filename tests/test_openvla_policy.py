@@ -309,7 +309,7 @@ def test_checkpoints_that_are_not_there(tmp_path, monkeypatch):
 def test_a_model_that_does_not_fit_in_memory_is_refused_before_loading(monkeypatch, capsys):
     with torch.device("meta"):
         model = openvla_checkpoint.OpenVLAModel(openvla_checkpoint.OpenVLAConfig())
-    monkeypatch.setattr(openvla_checkpoint, "_available_bytes", lambda: 20 * 10**9)
+    monkeypatch.setattr(openvla_checkpoint, "free_bytes", lambda device: 20 * 10**9)
     openvla_checkpoint._announce("folder", model, torch.bfloat16, torch.device("cpu"))
     assert "folder: 15.1 GB of weights in bfloat16 on cpu, 20.0 GB are free" in capsys.readouterr().err
     with pytest.raises(UserError, match="30.2 GB of weights in float32"):

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
-from robot_forgetting.errors import UserError
+from robot_forgetting.errors import UserError, unknown
 from robot_forgetting.files import disk
 from robot_forgetting.one_step import Repeated
 from robot_forgetting.policies import lora as adapters
 from robot_forgetting.policies.causal_lm_chat import ChatTemplate
-from robot_forgetting.policies.causal_lm_checkpoint import DTYPES, load, quiet
+from robot_forgetting.policies.causal_lm_checkpoint import load, quiet
 from robot_forgetting.policies.causal_lm_hidden import Prompts, completion_states
 from robot_forgetting.policies.causal_lm_layers import blocks_of, mean_states, weights_by_layer
 from robot_forgetting.policies.causal_lm_sampling import sample
 from robot_forgetting.policies.causal_lm_vllm import Sampler, as_action, importance_ratios
 from robot_forgetting.policies.causal_lm_vocabulary import Head, compare, token_log_probs
-from robot_forgetting.policies.device import parse_device
+from robot_forgetting.policies.device import PRECISIONS, parse_device
 from robot_forgetting.policies.own_base import OwnBase
 from robot_forgetting.policy import Action, ConventionSpec, Policy, Reference
+
+DTYPES = ("float32", "bfloat16", "mixed")
 
 
 class CausalLM(OwnBase):
@@ -62,19 +63,19 @@ class CausalLM(OwnBase):
         chat_template: str | None = None,
         sampler: Sampler | None = None,
     ):
-        super().__init__(name, lora)
+        super().__init__(name, lora, products=torch.bfloat16 if dtype == "mixed" else None)
         if min(max_new_tokens, batch_rows) < 1:
             raise UserError("max_new_tokens and batch_rows must be at least 1")
         if dtype not in DTYPES:
-            raise UserError(f"unknown dtype '{dtype}'; choose one of: {', '.join(DTYPES)}")
+            raise unknown("dtype", dtype, DTYPES)
         place = parse_device(device)
         if threads is not None and place.type == "cpu":
             torch.set_num_threads(threads)
-        loaded = load(checkpoint, dtype=DTYPES[dtype], chat_template=chat_template)
+        loaded = load(checkpoint, dtype=PRECISIONS[dtype].weights, chat_template=chat_template)
         self.source, self.tokenizer = loaded.source, loaded.tokenizer
         self.model = loaded.model.to(place).eval()
         self.dtype = dtype
-        self._mixed = torch.bfloat16 if dtype == "mixed" else None
+        self._mixed = self._product_dtype
         longest = self.model.config.max_position_embeddings
         self.max_new_tokens, self.batch_rows = max_new_tokens, batch_rows
         self.decisions_at_once = batch_rows
@@ -100,9 +101,6 @@ class CausalLM(OwnBase):
         self._choose_trained()
         if hasattr(self.model.get_output_embeddings(), "base_layer"):  # ``_head`` is the weights without it
             raise UserError("an adapter on the output head is not supported; leave it out of policy.lora.targets")
-        if lora is not None:
-            for parameter in self.trainable_parameters():
-                parameter.data = parameter.data.float()
         if self.continues or (lora is None and keep_base):
             self._keep_base()
         # What changes a completion besides the weights: part of a run's fingerprint.
@@ -320,9 +318,6 @@ class CausalLM(OwnBase):
         for start in range(0, len(action), self.batch_rows):
             rows = slice(start, start + self.batch_rows)
             yield {key: column[rows] for key, column in obs.items()}, action[rows]
-
-    def _products(self):
-        return nullcontext() if self._mixed is None else torch.autocast(self.device.type, self._mixed)
 
     def _head(self) -> Head:
         head = self.model.get_output_embeddings()

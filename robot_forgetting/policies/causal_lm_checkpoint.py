@@ -17,8 +17,6 @@ from robot_forgetting.errors import UserError
 from robot_forgetting.files import disk
 from robot_forgetting.progress import say
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "mixed": torch.float32}
-
 
 @dataclass(frozen=True)
 class LoadedModel:

@@ -25,7 +25,7 @@ PREFIX = "base_model.model."  # what peft puts before every name
 def add(
     model: nn.Module, *, rank: int = 32, alpha: int = 16, targets: list | None = None, adapter: str | None = None
 ) -> None:
-    """Freezes the model and adds adapters, initially without effect.
+    """Freezes the model and adds adapters in float32, initially without effect.
 
     targets: endings of layer names ("q_proj", "attn.qkv"); null: every linear layer that is computed, as OpenVLA's
         own fine-tuning does, except the head
@@ -41,8 +41,11 @@ def add(
         parameter.requires_grad_(False)
     inject_adapter_in_model(config, model, ADAPTER)
     model.lora_config = config
+    unused = set(map(id, getattr(model, "unused_parameters", list)()))
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(f".{ADAPTER}." in name)
+        if f".{ADAPTER}." in name:
+            parameter.data = parameter.data.float()  # peft gives them the model's dtype; bfloat16 would lose updates
+            parameter.requires_grad_(id(parameter) not in unused)
     if adapter is not None:
         load_weights(model, Path(adapter))
 
@@ -61,6 +64,13 @@ def _names(model: nn.Module, targets: list | None) -> list[str]:
             endings = sorted({re.sub(r".*\.(\d+|language_model|model|projector)\.", "", name) for name in linear})
             raise UserError(f"lora.targets: no layer is called '{target}'; layers: {', '.join(endings)}")
     return [name for name in linear if any(name == target or name.endswith("." + target) for target in targets)]
+
+
+def without_casts(model: nn.Module) -> None:
+    """Adapters take their input as it is: peft converts it to float32, which would be kept for the backward pass."""
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.cast_input_dtype_enabled = False
 
 
 @contextmanager

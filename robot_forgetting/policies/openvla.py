@@ -11,8 +11,10 @@ from torch import Tensor
 from robot_forgetting.errors import UserError
 from robot_forgetting.policies import lora as adapters
 from robot_forgetting.policies import openvla_checkpoint
-from robot_forgetting.policies.device import parse_device
+from robot_forgetting.policies.device import parse_device, parse_precision
+from robot_forgetting.policies.memory import rows_that_fit
 from robot_forgetting.policies.openvla_checkpoint import Checkpoint, parse_dtype
+from robot_forgetting.policies.openvla_memory import acting_row_bytes, training_row_bytes
 from robot_forgetting.policies.openvla_model import OpenVLAConfig, OpenVLAModel
 from robot_forgetting.policies.openvla_processor import ActionBins, ImageProcessor, Statistics
 from robot_forgetting.policies.openvla_tokenizer import PromptTokenizer, train_small_tokenizer
@@ -30,7 +32,9 @@ class OpenVLAPolicy(OwnBase):
     checkpoint: a Hub id or a folder in the published layout (or what ``openvla_checkpoint.load`` returns)
     statistics: key of the ranges used where ``decode`` and ``encode`` are given none; null: the only one there is
     add_statistics: further ranges, as in dataset_statistics.json: those of tasks that the checkpoint never saw
-    dtype: float32, bfloat16 or float16; device: auto, cpu, cuda, cuda:1 ...
+    dtype: float32; mixed: weights in float32, products in bfloat16; bfloat16, float16: to evaluate, or to fine-tune by
+        LoRA (adapters are float32)
+    device: auto, cpu, cuda, cuda:1 ...
     lora: null for full fine-tuning, or {rank, alpha, targets}; see ``lora.add``
     keep_base: whether full fine-tuning keeps a copy of the base weights for ``base()``; null: up to 2 GB
     action_mode, rotation, gripper, control_hz: what the checkpoint's actions mean, compared with the task's
@@ -55,12 +59,14 @@ class OpenVLAPolicy(OwnBase):
         gradient_checkpointing: bool = False,
         check_images: bool = True,
     ):
-        super().__init__(name, lora)
+        precision = self._precision = parse_precision(dtype)
+        super().__init__(name, lora, products=precision.products)
         place = parse_device(device)
         if not isinstance(checkpoint, Checkpoint):
-            checkpoint = openvla_checkpoint.load(checkpoint, dtype=parse_dtype(dtype), device=place)
+            checkpoint = openvla_checkpoint.load(checkpoint, dtype=precision.weights, device=place)
         self.source, self.tokenizer = checkpoint.source, checkpoint.tokenizer
-        self.model: OpenVLAModel = checkpoint.model.to(place).eval()
+        self.model: OpenVLAModel = checkpoint.model.to(place, precision.weights).eval()
+        self.model.products = precision.products
         config = checkpoint.model.config
         if add_statistics:
             config = checkpoint.model.config = replace(config, norm_stats={**config.norm_stats, **add_statistics})
@@ -91,12 +97,14 @@ class OpenVLAPolicy(OwnBase):
         if temperature:
             noise = torch.rand(len(ids), tokens) if noise is None else noise[:, :tokens]
             noise = noise.to(self.device)
-        bins, log_prob = self.model.generate_actions(ids, mask, pixels, temperature=temperature, noise=noise)
+        with self._products():
+            bins, log_prob = self.model.generate_actions(ids, mask, pixels, temperature=temperature, noise=noise)
         return Action(bins, torch.ones_like(bins, dtype=torch.bool), log_prob)
 
     def logits(self, obs: dict, action: Action) -> Tensor:
         ids, mask, pixels = self._inputs(obs)
-        return self.model.action_logits(ids, mask, pixels, action.tokens.to(self.device))
+        with self._products():
+            return self.model.action_logits(ids, mask, pixels, action.tokens.to(self.device))
 
     def decode(self, action: Action, *, statistics: str | None = None) -> np.ndarray:
         """Commands in the task's units, [N, 7] float32."""
@@ -115,6 +123,16 @@ class OpenVLAPolicy(OwnBase):
     def convention(self) -> ConventionSpec:
         dimensions = self.statistics.dimensions(self.key) if self.key else self.config.action_tokens
         return ConventionSpec(action_dimensions=dimensions, statistics=self.statistics.only_key(), **self._spec)
+
+    def rows_at_once(self, *, gradients: int = 0) -> int:
+        reserved, products = self._autocast_bytes(), self._precision.products or self._precision.weights
+        row = acting_row_bytes(self.config, products)
+        if gradients:
+            reserved += 12 * sum(parameter.numel() for parameter in self.trainable_parameters())
+            dtypes, recompute = (self._precision.weights, products), self.model.gradient_checkpointing
+            kept, once = training_row_bytes(self.config, *dtypes, trained=self.lora is None, recompute=recompute)
+            row = gradients * kept + once
+        return rows_that_fit(row, self.most_rows, self.device, reserved)
 
     # ---- beyond Policy
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from robot_forgetting.errors import UserError
 from robot_forgetting.files import disk, follow_umask, read_json, write_atomic, write_json
+from robot_forgetting.policies.memory import free_bytes
 from robot_forgetting.policies.openvla_model import OpenVLAConfig, OpenVLAModel
 from robot_forgetting.policies.openvla_processor import RESIZE_STRATEGIES
 from robot_forgetting.policies.openvla_tokenizer import load_tokenizer
@@ -234,20 +235,12 @@ def _announce(checkpoint, model: nn.Module, dtype: torch.dtype, device: torch.de
     needed = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     if needed < ANNOUNCED_BYTES:
         return
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _available_bytes()
+    free = free_bytes(device)
     known = "" if free is None else f", {free / 1e9:.1f} GB are free"
     line = f"{checkpoint}: {needed / 1e9:.1f} GB of weights in {str(dtype).removeprefix('torch.')} on {device}{known}"
     if free is not None and free < needed:
         raise UserError(f"{line}; use dtype=bfloat16, another device, or a machine with more memory")
     print(line, file=sys.stderr, flush=True)
-
-
-def _available_bytes() -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
 
 
 # ---- writing

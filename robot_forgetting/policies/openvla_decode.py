@@ -25,7 +25,7 @@ def effective_weight(layer: nn.Module) -> Tensor:
     if not layer.disable_adapters:
         for adapter in layer.active_adapters:
             if adapter in layer.lora_A:
-                weight = weight + layer.get_delta_weight(adapter).to(weight.dtype)
+                weight = weight + layer.get_delta_weight(adapter)
     return weight
 
 

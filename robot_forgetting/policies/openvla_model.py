@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from robot_forgetting.policies.openvla_decode import WIDEST_FUSED, FusedLlama
+from robot_forgetting.policies.openvla_decode import WIDEST_FUSED, FusedLlama, effective_weight
 from robot_forgetting.policies.openvla_vision import DINOV2_LARGE, SIGLIP_SO400M, Projector, TowerConfig, VisionBackbone
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -121,6 +121,7 @@ class OpenVLAModel(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
+        self.products: torch.dtype | None = None  # of matrix products under autocast; None: the weights' dtype
         self.vision_backbone = VisionBackbone(config.dino, config.siglip)
         self.projector = Projector(config.dino.embed_dim + config.siglip.embed_dim, config.hidden_size)
         self.language_model = LlamaForCausalLM(config.llama())
@@ -146,6 +147,10 @@ class OpenVLAModel(nn.Module):
         backbone = self.vision_backbone
         return backbone.featurizer.unused_parameters() + backbone.fused_featurizer.unused_parameters()
 
+    @property
+    def _recompute(self) -> bool:
+        return self.gradient_checkpointing and torch.is_grad_enabled()
+
     def bins_to_ids(self, bins: Tensor) -> Tensor:
         return self.config.text_vocab_size - 1 - bins
 
@@ -155,7 +160,7 @@ class OpenVLAModel(nn.Module):
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """Normalised pictures [N, 6, H, W] to language-model embeddings [N, patches, hidden]."""
-        return self.projector(self.vision_backbone(pixel_values))
+        return self.projector(self.vision_backbone(pixel_values, self._recompute))
 
     def embed(self, input_ids: Tensor, pixel_values: Tensor | None, patches: Tensor | None = None) -> Tensor:
         """Prompt embeddings with the patches inserted after BOS: [N, 1 + patches + L - 1, hidden].
@@ -191,7 +196,7 @@ class OpenVLAModel(nn.Module):
         if mask is not None:
             mask = F.pad(mask, (0, given.shape[1]), value=True)
         hidden = self._run(hidden, mask)
-        return self._head(hidden[:, -bins.shape[1] :], self._head_rows()).float()
+        return self._head(hidden[:, -bins.shape[1] :], self._head_rows())
 
     @torch.no_grad()
     def generate_actions(
@@ -213,14 +218,17 @@ class OpenVLAModel(nn.Module):
         count, prompt_length, width = hidden.shape
         length = prompt_length + count_tokens - 1
         mask = self._mask(attention_mask, prompt_length)
-        cache = hidden.new_empty(self.config.num_layers, 2, count, self.config.num_heads, length, self.config.head_dim)
+        shape = (self.config.num_layers, 2, count, self.config.num_heads, length, self.config.head_dim)
+        cache = hidden.new_empty(shape, dtype=self.products)
         if mask is None:
             position = torch.arange(length, device=hidden.device)
         else:
             mask = F.pad(mask, (0, count_tokens - 1), value=True)
             position = self._positions(mask)
-        rotary = self._rotary(position, hidden.dtype)
-        decoder = self._fused_decode if width <= WIDEST_FUSED else self._plain_decode
+        rotary = self._rotary(position, self.products or hidden.dtype)
+        # Half-precision weights that a norm's scale is folded into would round otherwise than ``action_logits``.
+        fused = width <= WIDEST_FUSED and (self.products or hidden.dtype) == torch.float32
+        decoder = self._fused_decode if fused else self._plain_decode
         state, step_forward = decoder(hidden, mask, rotary, cache)
         rows = self._head_rows()
         bins, log_probs = [], []
@@ -276,7 +284,7 @@ class OpenVLAModel(nn.Module):
             position = torch.arange(hidden.shape[1], device=hidden.device)
         else:
             position = self._positions(mask)
-        cos, sin = self._rotary(position, hidden.dtype)
+        cos, sin = self._rotary(position, self.products or hidden.dtype)
         return self._layers(hidden, cos, sin, None if mask is None else self._causal(mask), None, 0)
 
     def _layers(
@@ -294,7 +302,7 @@ class OpenVLAModel(nn.Module):
         final = len(model.layers) - 1
         for index, layer in enumerate(model.layers):
             arguments = (layer, hidden, cos, sin, mask, None if cache is None else cache[index], start)
-            if self.gradient_checkpointing and torch.is_grad_enabled():
+            if self._recompute:
                 hidden = checkpoint(self._layer, *arguments, use_reentrant=False)
             else:
                 hidden = self._layer(*arguments, last_only=last_only and index == final)
@@ -335,7 +343,8 @@ class OpenVLAModel(nn.Module):
         return hidden + mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x))
 
     def _norm(self, norm: nn.Module, x: Tensor) -> Tensor:
-        return F.rms_norm(x, norm.weight.shape, norm.weight, self.config.rms_norm_eps)
+        x = F.rms_norm(x, norm.weight.shape, norm.weight, self.config.rms_norm_eps)
+        return x if self.products is None else x.to(self.products)  # once, not in each product that reads it
 
     def _rotary(self, position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and signed sines of rotary embeddings, [(N, 1,) L, head_dim]."""
@@ -346,19 +355,18 @@ class OpenVLAModel(nn.Module):
         cos, sin = torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
         return (cos, sin) if position.dim() == 1 else (cos.unsqueeze(1), sin.unsqueeze(1))
 
-    def _head_rows(self) -> Tensor | None:
-        """The head's rows of the action tokens in the order of bins; None where the head is an adapter."""
-        head = self.language_model.lm_head
-        if type(head) is not nn.Linear:
-            return None
+    def _head_rows(self) -> Tensor:
+        """The head's rows of the action tokens in the order of bins, in float32."""
         first = self.config.first_action_id
-        return head.weight[first : first + self.config.action_bins].flip(0)
+        weight = effective_weight(self.language_model.lm_head)
+        return weight[first : first + self.config.action_bins].flip(0).float()
 
-    def _head(self, hidden: Tensor, rows: Tensor | None) -> Tensor:
-        if rows is not None:
+    def _head(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """Logits in float32: in bfloat16 they have steps of 1/16 from 8 on, and so would ratios of probabilities."""
+        if hidden.dtype == torch.float32 and self.products is None:
             return F.linear(hidden, rows)
-        first = self.config.first_action_id
-        return self.language_model.lm_head(hidden)[..., first : first + self.config.action_bins].flip(-1)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden.float(), rows)
 
     def _mask(self, attention_mask: Tensor | None, length: int) -> Tensor | None:
         """Which of ``length`` positions (BOS, patches, text) count, [N, length] bool; None when all do.

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 VIT_EPS = 1e-6
 
@@ -76,6 +77,8 @@ class PatchEmbed(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """[N, 3, H, W] to [N, patches, embed_dim], patches row by row."""
+        if type(self.proj) is not nn.Conv2d:  # an adapter, which computes itself
+            return self.proj(pixels).flatten(2).transpose(1, 2)
         count, channels, height, width = pixels.shape
         patch = self.patch_size
         # A convolution without overlap is a matrix product; on CPU that is several times faster for small batches.
@@ -167,14 +170,14 @@ class VisionTower(nn.Module):
         if config.attention_pool:
             self.attn_pool = AttentionPool(dim, config.mlp_hidden)
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """[N, 3, H, W] to [N, patches, embed_dim]."""
+    def forward(self, pixels: Tensor, recompute: bool = False) -> Tensor:
+        """[N, 3, H, W] to [N, patches, embed_dim]; recompute: gradient checkpointing, block by block."""
         x = self.patch_embed(pixels) + self.pos_embed
         prefix = [token.expand(len(x), -1, -1) for token in self._prefix()]
         if prefix:
             x = torch.cat([*prefix, x], dim=1)
         for block in self.blocks[:-1]:
-            x = block(x)
+            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
         return x[:, self.config.num_prefix_tokens :]
 
     def unused_parameters(self) -> list[nn.Parameter]:
@@ -222,8 +225,8 @@ class ConvolutionTower(nn.Module):
         self.head = nn.Linear(config.channels[-1], config.embed_dim)
         self.pos_embed = nn.Parameter(torch.zeros(1, config.num_patches, config.embed_dim))
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """[N, 3, H, W] to [N, patches, embed_dim]."""
+    def forward(self, pixels: Tensor, recompute: bool = False) -> Tensor:
+        """[N, 3, H, W] to [N, patches, embed_dim]; there is little to recompute."""
         x = pixels.contiguous(memory_format=torch.channels_last)
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):
             x = F.gelu(norm(convolution(x)))
@@ -262,10 +265,10 @@ class VisionBackbone(nn.Module):
         self.featurizer = tower(dino)
         self.fused_featurizer = tower(siglip)
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
+    def forward(self, pixel_values: Tensor, recompute: bool = False) -> Tensor:
         """[N, 6, H, W] to [N, patches, dino + siglip]."""
         dino, siglip = pixel_values.split(3, dim=1)
-        return torch.cat([self.featurizer(dino), self.fused_featurizer(siglip)], dim=-1)
+        return torch.cat([self.featurizer(dino, recompute), self.fused_featurizer(siglip, recompute)], dim=-1)
 
 
 class Projector(nn.Module):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from robot_forgetting.errors import UserError
 from robot_forgetting.policies import lora as adapters
+from robot_forgetting.policies.memory import free_bytes
 from robot_forgetting.policy import Policy
+
+LORA = "'policy.lora={rank: 32, alpha: 16, targets: null}'"
 
 
 class OwnBase(Policy):
@@ -18,13 +21,14 @@ class OwnBase(Policy):
     model, with adapters that were trained before (``lora["adapter"]``) theirs, and none with new adapters.
 
     lora: null for full fine-tuning, or {rank, alpha, targets} of ``lora.add``
+    products: the dtype of matrix products under autocast; None: the weights' own
     """
 
     model: nn.Module
 
-    def __init__(self, name: str, lora: dict | None):
+    def __init__(self, name: str, lora: dict | None, products: torch.dtype | None = None):
         super().__init__()
-        self.name, self.lora = name, lora
+        self.name, self.lora, self._product_dtype = name, lora, products
         self._in_base = False
         self._base_weights: list[Tensor] | None = None
         self.continues = bool(lora and lora.get("adapter"))  # whether its adapters were trained before
@@ -36,6 +40,8 @@ class OwnBase(Policy):
         """LoRA's adapters, or every parameter that is computed."""
         if self.lora is not None:
             adapters.add(self.model, **self.lora)
+            if self._product_dtype is not None:  # autocast converts, to what the product needs
+                adapters.without_casts(self.model)
             return
         unused = set(map(id, getattr(self.model, "unused_parameters", list)()))
         for parameter in self.model.parameters():
@@ -46,7 +52,43 @@ class OwnBase(Policy):
         if self.continues or self._base_weights is not None:  # else: a large policy that keeps no copy
             self._keep_base()
 
+    def _products(self) -> AbstractContextManager:
+        """Inside, matrices are multiplied in the dtype chosen for products, whatever the weights are held in."""
+        dtype = self._product_dtype
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
+
+    def check_training(self, *, compared: bool = True) -> None:
+        """``UserError`` for weights in half precision, no copy of the base to come back to, or too little memory."""
+        weights = self.trainable_parameters()
+        if any(parameter.dtype.itemsize < 4 for parameter in weights):
+            raise UserError(
+                f"policy '{self.name}' would lose small updates: its trained weights are held in "
+                f"{str(weights[0].dtype).removeprefix('torch.')}; use {LORA}, or policy.dtype=mixed"
+            )
+        count, copied = sum(p.numel() for p in weights), compared and self._base_weights is None and self.lora is None
+        parts = {"gradients": 4 * count, "Adam's moments": 8 * count, "a copy of the base": 4 * count * copied}
+        parts["products' copies"] = self._autocast_bytes()
+        self._check_room(f"fine-tuning policy '{self.name}'", {what: size for what, size in parts.items() if size})
+        if copied:
+            self._check_base()
+
+    def _autocast_bytes(self) -> int:
+        """What autocast keeps of trained weights while it computes."""
+        held = sum(p.numel() for p in self.trainable_parameters() if p.dtype == torch.float32)
+        return 0 if self._product_dtype is None else held * self._product_dtype.itemsize
+
+    def _check_room(self, what: str, parts: dict[str, int]) -> None:
+        needed, free = sum(parts.values()), free_bytes(self.device)
+        if free is not None and needed > free:
+            listed = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in parts.items())
+            raise UserError(
+                f"{what} needs {needed / 1e9:.1f} GB besides its weights ({listed}), and {self.device} has "
+                f"{free / 1e9:.1f} GB free; use {LORA}" + (" with a smaller rank" if self.lora else "")
+            )
+
     def _keep_base(self) -> None:
+        size = sum(p.numel() * p.element_size() for p in self.trainable_parameters())
+        self._check_room(f"keeping the base of policy '{self.name}'", {"a copy of the weights": size})
         self._base_weights = [parameter.detach().clone() for parameter in self.trainable_parameters()]
 
     def _frozen_tensors(self) -> list[Tensor]:
@@ -68,7 +110,7 @@ class OwnBase(Policy):
     def _check_base(self) -> None:
         if self._base_weights is None:
             raise UserError(
-                f"policy '{self.name}' keeps no copy of its base weights; use policy.lora or policy.keep_base=true"
+                f"policy '{self.name}' keeps no copy of its base weights; use {LORA}, or policy.keep_base=true"
             )
 
     @contextmanager
