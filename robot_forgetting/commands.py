@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from robot_forgetting.episode_rows import check_same_base, evaluate_into, fingerprint
+from robot_forgetting.episode_rows import check_same_base, evaluate_into, identified
 from robot_forgetting.errors import UserError
 from robot_forgetting.evaluate import check_conventions, success_line, test_seeds
 from robot_forgetting.experiment import benchmarks, open_run, record
@@ -40,8 +40,8 @@ def evaluate_command(
     seeds = test_seeds(task, episodes or (None if scored else budget["episodes"]), seed_start)
     header = {"verb": "evaluate", "policy": names.get("policy"), "task": task.name, "seed": seed}
     header |= {"checkpoint": state["checkpoint"], "instructions": {task.name: task.instruction}}
-    header["fingerprint"] = fingerprint(policy, [task])
-    check_same_base(run_dir, header["fingerprint"])
+    header |= identified(policy, [task])
+    check_same_base(run_dir, header)
     header |= {"decode": {"temperature": temperature}, "roles": {"new": [task.name], "prior": [], "held_out": []}}
     header |= benchmarks([task]) | {key: state[key] for key in ("checkpoint_state",) if key in state}
     with open_run(run_dir, config, header) as folder:

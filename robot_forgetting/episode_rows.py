@@ -8,11 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 
+from robot_forgetting.code_digest import code_of
 from robot_forgetting.errors import UserError
 from robot_forgetting.evaluate import episode_row, evaluate
 from robot_forgetting.policy import Policy
 from robot_forgetting.progress import bar
 from robot_forgetting.records import RunFolder, holds_records
+from robot_forgetting.rollout import rollout
 from robot_forgetting.task import Task
 
 
@@ -76,7 +78,26 @@ def reuse(folder: RunFolder, wanted: dict[tuple, int], role_of: Callable[[str], 
 
 
 def fingerprint(policy: Policy, tasks: Sequence[Task]) -> str:
-    """Identifies a base policy (weights, and what it makes of pictures and tokens) and the tasks it is measured on."""
+    """Identifies a base policy (weights, and what it makes of pictures and tokens), the tasks it is measured on, and
+    the code of both."""
+    return identified(policy, tasks)["fingerprint"]
+
+
+def identified(policy: Policy, tasks: Sequence[Task]) -> dict:
+    """{"fingerprint", "fingerprint_parts"}, for run.json: the parts say what has changed where the whole has.
+
+    parts: "policy", "tasks": {name: of its settings}, "code": {module: see ``code_digest``}
+    """
+    named = [module for task in tasks for module in task.code_modules()]
+    parts = {
+        "policy": _policy_mark(policy),
+        "tasks": {task.name: _task_mark(task) for task in tasks},
+        "code": code_of([policy, *tasks], [*named, rollout.__module__]),
+    }
+    return {"fingerprint": _mark(json.dumps(parts).encode()), "fingerprint_parts": parts}
+
+
+def _policy_mark(policy: Policy) -> str:
     digest, trained_before = hashlib.sha256(), getattr(policy, "continues", False)
     digest.update(_text([policy.convention(), getattr(policy, "config", None)]))
     for name, tensor in sorted(policy.state_dict().items()):
@@ -88,11 +109,17 @@ def fingerprint(policy: Policy, tasks: Sequence[Task]) -> str:
         # them. (Sums would do too, but their rounding depends on the number of threads.)
         step = max(1, tensor.numel() // 4096)
         digest.update(tensor.detach().flatten()[::step].double().cpu().numpy().tobytes())
-    for task in tasks:
-        said = [type(task).__qualname__, task.name, task.instruction, task.max_steps, task.convention()]
-        on_gpu = ["gpu"] * (getattr(task, "simulation", "cpu") == "gpu")  # other physics
-        digest.update(_text([*said, getattr(task, "spec", None), *on_gpu]))
     return digest.hexdigest()[:16]
+
+
+def _task_mark(task: Task) -> str:
+    said = [type(task).__qualname__, task.name, task.instruction, task.max_steps, task.convention()]
+    on_gpu = ["gpu"] * (getattr(task, "simulation", "cpu") == "gpu")  # other physics
+    return _mark(_text([*said, getattr(task, "spec", None), *on_gpu]))
+
+
+def _mark(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _text(settings: list) -> bytes:
@@ -101,12 +128,28 @@ def _text(settings: list) -> bytes:
     return json.dumps(plain, sort_keys=True, default=lambda item: type(item).__qualname__).encode()
 
 
-def check_same_base(run_dir: Path, mark: str) -> None:
-    """``UserError`` where a run began with other weights under the same name, as after training a base policy anew."""
-    if (Path(run_dir) / "run.json").is_file() and holds_records(Path(run_dir)):
-        earlier = RunFolder(run_dir).run.get("fingerprint", mark)
-        if earlier != mark:
-            raise UserError(
-                f"{run_dir} began with another base policy or other tasks (fingerprint {earlier}, now {mark}); "
-                "delete it, or choose another run_dir"
-            )
+def check_same_base(run_dir: Path, now: dict) -> None:
+    """``UserError`` where a run began with other weights under the same name, as after training a base policy anew, or
+    with other code; it names what has changed. ``now``: what ``identified`` says."""
+    if not (Path(run_dir) / "run.json").is_file() or not holds_records(Path(run_dir)):
+        return
+    earlier = RunFolder(run_dir).run
+    if earlier.get("fingerprint", now["fingerprint"]) == now["fingerprint"]:
+        return
+    before, parts = earlier.get("fingerprint_parts"), now["fingerprint_parts"]
+    if before is None:
+        what = "another base policy or other tasks, or under an earlier version, whose records do not identify code"
+    else:
+        tasks, code = (_differing(before[part], parts[part]) for part in ("tasks", "code"))
+        what = ["another base policy"] * (before["policy"] != parts["policy"])
+        what += [f"other settings of task {', '.join(tasks)}"] * bool(tasks)
+        what += [f"other code (changed since: {', '.join(code[:4])}{', ...' if len(code) > 4 else ''})"] * bool(code)
+        what = " and ".join(what) or "its tasks in another order"
+    raise UserError(
+        f"{run_dir} began with {what}; what it would measure now does not belong to its rows: delete it, or choose "
+        "another run_dir"
+    )
+
+
+def _differing(before: dict, now: dict) -> list[str]:
+    return [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from robot_forgetting.episode_rows import check_same_base, evaluate_into, fingerprint, reuse
+from robot_forgetting.episode_rows import check_same_base, evaluate_into, identified, reuse
 from robot_forgetting.errors import UserError
 from robot_forgetting.evaluate import (
     check_conventions,
@@ -88,7 +88,7 @@ def run(setup: Setup) -> int:
     setup.policy.check_training()
     setup.method.check(setup.policy, setup.task)
     header = experiment.header() | {"left_out": left_out}
-    check_same_base(setup.run_dir, header["fingerprint"])
+    check_same_base(setup.run_dir, header)
     with open_run(setup.run_dir, setup.config, header) as folder:
         if folder.finished:
             say(f"{folder.path} is finished already; delete it to measure again")
@@ -179,7 +179,7 @@ class Experiment:
             "seed": setup.seed,
             "decode": {"temperature": setup.temperature},
             "roles": {role: [task.name for task in tasks] for role, tasks in self.roles.items()},
-            "fingerprint": fingerprint(self.policy, self.tasks),
+            **identified(self.policy, self.tasks),
             "iterations": self.method.iterations,
             "instructions": {task.name: task.instruction for task in self.tasks},
             **benchmarks(self.tasks),

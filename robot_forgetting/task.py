@@ -92,6 +92,11 @@ class Task(ABC):
     def convention(self) -> ConventionSpec:
         """What an action and an observation mean here."""
 
+    def code_modules(self) -> Sequence[str]:
+        """Modules by name that its episodes run and that its own module does not import (an environment's, say): when
+        they change, what was measured before is not reused."""
+        return ()
+
     @abstractmethod
     def make_env(self, num_envs: int, *, render: bool = False) -> VectorEnv: ...
 

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from toy import ToyPolicy, ToyTask
-from toy_runs import run, sources, summary
+from toy_runs import BUDGET, run, sources, summary
 
-from robot_forgetting import episode_rows
+from robot_forgetting import code_digest, episode_rows
+from robot_forgetting.code_digest import code_of
+from robot_forgetting.commands import evaluate_command
 from robot_forgetting.conformance import toy
 from robot_forgetting.episode_rows import evaluate_into, fingerprint
+from robot_forgetting.errors import UserError
+from robot_forgetting.policies.mlp import MLPPolicy
 from robot_forgetting.policies.openvla import OpenVLAPolicy
 from robot_forgetting.records import RunFolder
 from robot_forgetting.robot.task import ManiSkillTask
@@ -161,3 +169,123 @@ def test_fingerprint_of_adapters(tmp_path):
         )
         marks.append(fingerprint(again, []))
     assert len(set(marks)) == 3
+
+
+# ---- code
+
+
+OWN = """
+from toy import ToyPolicy, ToyTask
+from {helper} import goal
+
+class OwnTask(ToyTask):
+    '''Walks.'''
+    def goal(self, mark):
+        return goal(mark)
+
+class OwnPolicy(ToyPolicy):
+    pass
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """Writes a user's modules, and imports them as a new process would."""
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "mine"), *sys.path])
+    name = f"own_{tmp_path.name.replace('-', '_')}"
+
+    def written(source: str = OWN, helper: str = "def goal(mark):\n    return mark\n"):
+        (tmp_path / "mine").mkdir(exist_ok=True)
+        (tmp_path / "mine" / f"{name}.py").write_text(source.format(helper=f"{name}_helper"))
+        (tmp_path / "mine" / f"{name}_helper.py").write_text(helper)
+        for module in (name, f"{name}_helper"):
+            sys.modules.pop(module, None)
+        for function in (code_digest.file_of, code_digest._spec, code_digest._installed, code_digest._digest):
+            function.cache_clear()
+        importlib.invalidate_caches()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "dont_write_bytecode", True)
+            return importlib.import_module(name)
+
+    return written
+
+
+@pytest.mark.parametrize(
+    "source, helper, same",
+    [
+        (OWN, "def goal(mark):\n    return mark\n", True),
+        (OWN, '"""Goals."""\n\n\ndef goal(mark):  # where to go\n    """The mark."""\n    return mark\n', True),
+        (OWN, "def goal(mark):\n    return 3 - mark\n", False),
+        (OWN.replace("return goal(mark)", "return 3 - goal(mark)"), "def goal(mark):\n    return mark\n", False),
+        (OWN.replace("    pass", "    temperature = 2"), "def goal(mark):\n    return mark\n", False),
+    ],
+    ids=["the same", "comments", "helper", "task", "policy"],
+)  # fmt: skip
+def test_base_rows_of_other_code_are_not_taken(tmp_path, own, source, helper, same):
+    module = own()
+    run(tmp_path / "first", task=module.OwnTask(), policy=module.OwnPolicy(seed=1))
+    module = own(source, helper)
+    second = run(tmp_path / "second", task=module.OwnTask(), policy=module.OwnPolicy(seed=1))
+    assert sources(second) == ({"first"} if same else {None})
+
+
+def test_a_run_is_not_continued_with_other_code(tmp_path, own):
+    """Neither a run nor an evaluation: their rows would be of two tasks. What changed is named."""
+    made = own()
+    run(tmp_path / "run", task=made.OwnTask())
+    evaluation = {
+        "policy": ToyPolicy(seed=1), "run_dir": tmp_path / "evaluation", "checkpoint": None, "config": {}, "names": {},
+        "seed": 0, "episodes": 5, "seed_start": 20, "temperature": 1.0, "num_envs": 3, "budget": BUDGET,
+    }  # fmt: skip
+    evaluate_command(**evaluation, task=made.OwnTask())
+    made = own(helper="def goal(mark):\n    return 3 - mark\n")
+    words = rf"began with other code \(changed since: {made.__name__}_helper\).* choose another run_dir"
+    with pytest.raises(UserError, match=words):
+        run(tmp_path / "run", task=made.OwnTask())
+    with pytest.raises(UserError, match=words):
+        evaluate_command(**evaluation, task=made.OwnTask())
+    made = own()
+    run(tmp_path / "run", task=made.OwnTask())
+
+
+def test_what_changed_is_named(tmp_path):
+    run(tmp_path / "run")
+    with pytest.raises(UserError, match="began with other settings of task reach;"):
+        run(tmp_path / "run", task=ToyTask(max_steps=9))
+    with pytest.raises(UserError, match="began with another base policy;"):
+        run(tmp_path / "run", policy=ToyPolicy(seed=2))
+    state = json.loads((tmp_path / "run" / "run.json").read_text())
+    del state["fingerprint_parts"]
+    state["fingerprint"] = "of an earlier version"
+    (tmp_path / "run" / "run.json").write_text(json.dumps(state))
+    with pytest.raises(UserError, match="under an earlier version, whose records do not identify code"):
+        run(tmp_path / "run")
+
+
+def test_code_of_environment_expert_and_robot():
+    task = ManiSkillTask("pick", "PickCube-v1", "pick it", expert="robot_forgetting.envs.pick_cube.expert")
+    found = code_of([task], task.code_modules())
+    for module in ("envs.pick_cube", "robot.expert", "robot.panda", "robot.workers", "robot.simulation", "robot.task"):
+        assert f"robot_forgetting.{module}" in found
+    assert not [name for name in found if not name.startswith("robot_forgetting.")]
+    assert not {"robot_forgetting.records", "robot_forgetting.experiment", "robot_forgetting.cli"} & found.keys()
+
+
+def test_code_without_a_source():
+    """A class that was typed into a notebook is known by its compiled functions, and by those that they call."""
+    text = "def goal(mark):\n    return {goal}\n\nclass Typed:\n    def act(self, x): return goal(x) + {plus}\n"
+
+    def typed(**values):
+        space = {"__name__": "a_notebook"}
+        exec(text.format(**{"goal": "mark", "plus": 1} | values), space)
+        return code_of([space["Typed"]()])
+
+    assert list(typed()) == ["a_notebook:Typed"]
+    assert typed() == typed() and typed() != typed(plus=2) and typed() != typed(goal="3 - mark")
+
+
+def test_digests_are_the_same_in_another_process():
+    command = "from robot_forgetting.code_digest import code_of; from robot_forgetting.policies.mlp import MLPPolicy; "
+    command += "import json; print(json.dumps(code_of([MLPPolicy(sizes=(2, 2))])))"
+    other = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
+    assert json.loads(other.stdout) == code_of([MLPPolicy(sizes=(2, 2))])

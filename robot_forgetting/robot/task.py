@@ -103,6 +103,10 @@ class ManiSkillTask(Task):
             statistics=self.statistics,
         )
 
+    def code_modules(self) -> list[str]:
+        named = [self.robot.controller, *([self.spec.robot] if "." in self.spec.robot else [])]
+        return [*self.spec.modules, *(dotted.rpartition(".")[0] for dotted in named)]
+
     def make_env(self, num_envs: int, *, render: bool = False) -> VectorEnv:
         from dataclasses import replace
 
