@@ -10,6 +10,8 @@ GOOGLE_DEMONSTRATIONS := 'pretrain.demonstrations={google_robot_open_top_drawer:
 	google_robot_close_top_drawer: 200, google_robot_pick_standing_coke_can: 80}'
 # One thread per process: environment workers and the policy share the cores, and threads fighting over them are slower.
 export OMP_NUM_THREADS ?= 1
+# Of ROS or another environment: its packages would go before ours.
+unexport PYTHONPATH PYTHONHOME
 
 .PHONY: help setup test demo base three-seeds bridge-base bridge google-base google nano-base benchmark wheel lint clean
 

@@ -14,25 +14,29 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from robot_forgetting import vulkan
+from robot_forgetting import nvidia, vulkan
 from robot_forgetting.errors import UserError
 
-PACKAGES = {  # package: least version, as in pyproject.toml
-    "torch": (2, 6),
-    "transformers": (5,),
-    "mani-skill": (3, 0, 1),
-    "sapien": (3, 0, 3),
-    "peft": (),
-    "gymnasium": (),
-    "numpy": (),
-    "hydra-core": (1, 3, 2),
-    "imageio": (),
-    "imageio-ffmpeg": (),
-    "safetensors": (),
-}
+# Installed versions of these go into run.json: what a result may depend on.
+PACKAGES = (
+    "torch",
+    "transformers",
+    "mani-skill",
+    "sapien",
+    "peft",
+    "gymnasium",
+    "numpy",
+    "hydra-core",
+    "imageio",
+    "imageio-ffmpeg",
+    "safetensors",
+)
 SHIPPED = Path(__file__).parent / "weights"
 GIGABYTE = 10**9
-INSTALL_LAVAPIPE = "type: make setup (it installs Mesa's lavapipe; Debian 12 has it in bookworm-backports)"
+NEEDED = ".".join(map(str, vulkan.LAVAPIPE_NEEDED))
+INSTALL_LAVAPIPE = (
+    f"type: make setup, or apt-get install {vulkan.LAVAPIPE_PACKAGE} ({NEEDED} or newer draws on the CPU)"
+)
 
 
 @dataclass(frozen=True)
@@ -78,14 +82,26 @@ def python() -> Check:
 
 
 def packages() -> Check:
-    found = versions()
-    missing = [name for name in PACKAGES if found[name] is None]
-    old = [f"{name} {found[name]}" for name, least in PACKAGES.items() if found[name] and _numbers(found[name]) < least]
-    if missing or old:
-        words = [f"missing: {', '.join(missing)}"] * bool(missing) + [f"too old: {', '.join(old)}"] * bool(old)
-        return Check("packages", "FAIL", "; ".join(words), "type: make setup")
+    """Everything that pyproject.toml asks for, as the installed package tells it."""
+    from packaging.requirements import Requirement
+
+    wanted = map(Requirement, importlib.metadata.requires("robot-forgetting") or [])
+    missing, unfit = [], []
+    for one in wanted:
+        found = _version(one.name)
+        if one.marker is not None and not one.marker.evaluate({"extra": ""}):
+            continue
+        if found is None:
+            missing.append(one.name)
+        elif not one.specifier.contains(found, prereleases=True):
+            unfit.append(f"{one.name} {found} (needed: {one.specifier})")
+    if missing or unfit:
+        words = [f"missing: {', '.join(missing)}"] * bool(missing) + [f"unfit: {', '.join(unfit)}"] * bool(unfit)
+        return Check(
+            "packages", "FAIL", "; ".join(words), "type: make setup, or python -m pip install robot-forgetting"
+        )
     shown = ("torch", "transformers", "mani-skill", "sapien")
-    return Check("packages", "ok", ", ".join(f"{name} {found[name]}" for name in shown))
+    return Check("packages", "ok", ", ".join(f"{name} {_version(name)}" for name in shown))
 
 
 def libraries() -> Check:
@@ -93,7 +109,9 @@ def libraries() -> Check:
     result = subprocess.run([sys.executable, "-P", "-c", "import cv2"], capture_output=True, text=True, timeout=60)
     if result.returncode:
         said = (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1]
-        return Check("libraries", "FAIL", said, "type: make setup, or apt-get install libgl1 libglib2.0-0")
+        lacking = [package for library, package in vulkan.LIBRARIES.items() if not vulkan.loads(library)]
+        needed = " ".join(lacking or vulkan.LIBRARIES.values())
+        return Check("libraries", "FAIL", said, f"type: make setup, or apt-get install {needed}")
     return Check("libraries", "ok", "opencv finds its system libraries")
 
 
@@ -109,25 +127,45 @@ def torchvision() -> Check:
 
 
 def gpu() -> Check:
-    names = _gpu_names()
-    if names:
+    from robot_forgetting.policies.device import unusable_gpu
+
+    if reason := unusable_gpu():
+        return Check("GPU", "warn", reason)
+    if names := _gpu_names():
         return Check("GPU", "ok", f"{', '.join(names)}; simulation=gpu is untried: docs/gpu_simulation.md")
-    listed = [line for line in _output("nvidia-smi", "-L").splitlines() if line.startswith("GPU")]
-    if listed:
-        found = f"{len(listed)} NVIDIA GPU(s), but torch {_version('torch')} cannot use them"
-        return Check("GPU", "warn", found, "type: make clean setup")
-    return Check("GPU", "ok", f"none; everything runs on {_cores()} CPU cores")
+    code, said = nvidia.nvidia_smi("-L")
+    if code:
+        found = f"nvidia-smi fails: {' '.join(said.split())[:200]}"
+        return Check("GPU", "warn", found, "without a GPU ignore it; with one, install its driver anew, or reboot")
+    hidden = " that CUDA_VISIBLE_DEVICES lets torch see" if said else ""
+    return Check("GPU", "ok", f"none{hidden}; everything runs on {_cores()} CPU cores")
 
 
 def vulkan_device() -> Check:
     found = vulkan.probe()
     drivers = ", ".join(vulkan.installable_drivers()) or "none"
-    if "error" in found:
-        return Check("Vulkan", "FAIL", f"{found['error']} (driver files: {drivers})", INSTALL_LAVAPIPE)
+    if fault := vulkan.fault(found):
+        return Check("Vulkan", "FAIL", f"{fault} (driver files: {drivers})", render_cure(found))
     device = f"{found['device']}, {found['driver']} {found['version']}"
-    if found["blank"]:
-        return Check("Vulkan", "FAIL", f"{device} renders a blank picture", INSTALL_LAVAPIPE)
     return Check("Vulkan", "ok", f"{device} renders (driver files: {drivers})")
+
+
+def render_cure(found: dict) -> str:
+    """What to type where nothing renders; never what has been done already."""
+    drivers = vulkan.installable_drivers()
+    lavapipe = [name for name in drivers if name.startswith("lvp")]
+    if variable := vulkan.chosen_by():
+        return f"{variable} allows no other driver; type: unset {variable}"
+    if vulkan.is_lavapipe(found) and vulkan.fault(found):
+        return f"type: make setup (Debian 12: takes it from backports); other systems: a release with Mesa {NEEDED}"
+    if nvidia.gpus() and not vulkan.loads("libGLX_nvidia.so.0"):
+        start = "a container gets the GPU's Vulkan driver with: docker run -e NVIDIA_DRIVER_CAPABILITIES=all"
+        return start if lavapipe else f"{start}; or draw on the CPU: {INSTALL_LAVAPIPE}"
+    if not lavapipe:
+        return INSTALL_LAVAPIPE
+    if any("nvidia" in name for name in drivers):
+        return f"to draw on the CPU, type: export VK_DRIVER_FILES=$(ls {vulkan.ICD_FOLDERS[-1]}/lvp*.json)"
+    return "the loader says why: VK_LOADER_DEBUG=all python -P -m robot_forgetting.vulkan"
 
 
 def lavapipe() -> Check:
@@ -135,14 +173,13 @@ def lavapipe() -> Check:
     if "error" in found:
         return Check("lavapipe", "FAIL", "unknown: nothing renders")
     if not vulkan.is_lavapipe(found):
-        return Check("lavapipe", "ok", "not used")
+        return Check("lavapipe", "ok", "not used: a GPU goes before it")
     version = vulkan.mesa_version(found)
-    needed = ".".join(map(str, vulkan.LAVAPIPE_NEEDED))
     if not version:
-        return Check("lavapipe", "warn", f"version not recognised in '{found['version']}'; {needed} or newer is needed")
+        return Check("lavapipe", "warn", f"version not recognised in '{found['version']}'; {NEEDED} or newer is needed")
     shown = f"Mesa {version[0]}.{version[1]}"
     if version < vulkan.LAVAPIPE_NEEDED:
-        return Check("lavapipe", "FAIL", f"{shown}, {needed} or newer is needed", INSTALL_LAVAPIPE)
+        return Check("lavapipe", "FAIL", f"{shown}, {NEEDED} or newer is needed", render_cure(found))
     return Check("lavapipe", "ok", shown)
 
 
@@ -211,11 +248,9 @@ def weights() -> Check:
 
 def require_vulkan() -> None:
     """Raises ``UserError`` where no picture can be rendered."""
-    for check in (vulkan_device(), lavapipe()):
-        if check.state == "FAIL":
-            raise UserError(
-                f"robot tasks need a Vulkan driver: {check.found}; {check.cure}, then robot-forgetting doctor"
-            )
+    check = vulkan_device()
+    if check.state == "FAIL":
+        raise UserError(f"robot tasks need a Vulkan driver: {check.found}; {check.cure}, then robot-forgetting doctor")
 
 
 def render_backend() -> dict:
@@ -265,15 +300,3 @@ def _gpu_names() -> list[str]:
     import torch
 
     return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    """'2.13.0+cpu' -> (2, 13, 0)."""
-    return tuple(int(part) for part in version.split("+")[0].split(".") if part.isdigit())
-
-
-def _output(*command: str) -> str:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return ""

@@ -39,7 +39,8 @@ def load_object(dotted: str, where: str = ""):
         return getattr(import_module(module), name)
     except Exception as error:  # a user's module may fail in any way while it is imported
         start = f"{where}: cannot import" if where else "cannot import"
-        raise UserError(f"{start} '{dotted}' ({' '.join(str(error).split())}); {hidden(dotted) or PLACES}") from error
+        cure = hidden(dotted) or PLACES if module else "give it as package.module.name"
+        raise UserError(f"{start} '{dotted}' ({' '.join(str(error).split())}); {cure}") from error
 
 
 def hidden(dotted: str) -> str:

@@ -19,18 +19,30 @@ from pathlib import Path
 from robot_forgetting import children
 
 TIMEOUT_SECONDS = 90
-LAVAPIPE_NEEDED = (24, 3)
+LAVAPIPE_NEEDED = (24, 3)  # older ones lack what SAPIEN 3 asks of a device (ray tracing)
+LAVAPIPE_PACKAGE = "mesa-vulkan-drivers"
+LIBRARIES = {  # what SAPIEN and its opencv open: Debian's package that has it
+    "libvulkan.so.1": "libvulkan1",
+    "libEGL.so.1": "libegl1",
+    "libGL.so.1": "libgl1",
+    "libgthread-2.0.so.0": "libglib2.0-0",
+}
 ICD_FOLDERS = ("/etc/vulkan/icd.d", "/usr/local/share/vulkan/icd.d", "/usr/share/vulkan/icd.d")
 
 
 @functools.cache
 def probe() -> dict:
+    """What ``rendered`` says of this Python; asked once."""
+    return rendered(sys.executable)
+
+
+def rendered(python: Path | str) -> dict:
     """Renders a small picture in a child process.
 
     Returns {"device", "driver", "version", "icd", "blank": bool, "seconds"} or, where that failed, {"error": one line}.
     """
     # -P: no modules from the working folder
-    command = [sys.executable, "-P", "-m", "robot_forgetting.vulkan", str(os.getpid())]
+    command = [str(python), "-P", "-m", "robot_forgetting.vulkan", str(os.getpid())]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
     except subprocess.TimeoutExpired:
@@ -44,6 +56,26 @@ def probe() -> dict:
     return {"error": said[-1].strip() if said else f"the renderer ended with code {result.returncode}"}
 
 
+def fault(found: dict) -> str:
+    """What is wrong with a probe's answer; "" where pictures can be rendered."""
+    if "error" in found:
+        return found["error"]
+    device = f"{found['device']}, {found['driver']} {found['version']}"
+    if found["blank"]:
+        return f"{device} renders a blank picture"
+    if is_lavapipe(found) and () < mesa_version(found) < LAVAPIPE_NEEDED:
+        return f"{device} is too old, {'.'.join(map(str, LAVAPIPE_NEEDED))} or newer is needed"
+    return ""
+
+
+def loads(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
+
+
 def is_lavapipe(found: dict) -> bool:
     return "llvmpipe" in found.get("device", "") or "llvmpipe" in found.get("driver", "")
 
@@ -54,11 +86,15 @@ def mesa_version(found: dict) -> tuple[int, ...]:
     return tuple(map(int, match.groups())) if match else ()
 
 
+def chosen_by() -> str | None:
+    """The environment variable that tells the loader which drivers to look at, where one does."""
+    return next((name for name in ("VK_DRIVER_FILES", "VK_ICD_FILENAMES") if os.environ.get(name)), None)
+
+
 def installable_drivers() -> list[str]:
     """The ICD files (lvp is lavapipe) that the Vulkan loader would look at."""
-    for variable in ("VK_DRIVER_FILES", "VK_ICD_FILENAMES"):
-        if chosen := os.environ.get(variable):
-            return [f"{path} (from {variable})" for path in chosen.split(os.pathsep)]
+    if variable := chosen_by():
+        return [f"{path} (from {variable})" for path in os.environ[variable].split(os.pathsep)]
     names = (path.name for folder in ICD_FOLDERS for path in Path(folder).glob("*.json"))
     return sorted(name.removesuffix(".json").removesuffix("_icd") for name in names)
 

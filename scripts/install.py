@@ -3,9 +3,6 @@
 Run by `make setup` with any Python >= 3.11; needs only the standard library. Safe to run again.
 """
 
-from __future__ import annotations
-
-import ctypes
 import os
 import shlex
 import shutil
@@ -15,20 +12,21 @@ import sysconfig
 import time
 from pathlib import Path
 
+if sys.version_info < (3, 11):  # noqa: UP036  (this script is what finds out)
+    found = f"{sys.executable} is {sys.version.split()[0]}"
+    print(f"setup: Python >= 3.11 is needed, {found}; type: make setup PYTHON=python3.12", file=sys.stderr)
+    sys.exit(2)
+
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))
+
+from robot_forgetting import nvidia, vulkan  # noqa: E402  (both need only the standard library)
+
 VENV = ROOT / ".venv"
-TORCH = "torch==2.13.0"
-TORCH_CPU = "https://download.pytorch.org/whl/cpu"
-LAVAPIPE = (24, 3)  # older ones lack what SAPIEN 3 asks of a device
+TORCH = "2.13.0"
+TORCH_VERSION = "import importlib.metadata; print(importlib.metadata.version('torch'))"
 APT_UPDATE = "apt-get -qq update"
 APT_INSTALL = "apt-get -qq install -y --no-install-recommends -o DPkg::Lock::Timeout=120 "
-LAVAPIPE_PACKAGE = "mesa-vulkan-drivers"
-LIBRARIES = {  # what SAPIEN and its opencv open: the package that has it
-    "libvulkan.so.1": "libvulkan1",
-    "libEGL.so.1": "libegl1",
-    "libGL.so.1": "libgl1",
-    "libgthread-2.0.so.0": "libglib2.0-0",
-}
 
 
 class Failure(Exception):
@@ -46,10 +44,6 @@ def output(*command: str) -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return result.stdout if result.returncode == 0 else ""
-
-
-def has_nvidia_gpu() -> bool:
-    return "GPU 0" in output("nvidia-smi", "-L")
 
 
 # --- system packages (Debian, Ubuntu) ---
@@ -76,25 +70,6 @@ def apt(*lines: str) -> None:
         raise Failure(f"apt said '{reason}'; try it by hand: sudo sh -c {shlex.quote(script)}")
 
 
-def version(text: str) -> tuple[int, ...]:
-    """'1:25.0.7-2~bpo12+1' -> (25, 0)."""
-    head = text.split(":")[-1].split("-")[0].split("~")[0].split(".")
-    return tuple(int(part) for part in head[:2] if part.isdigit())
-
-
-def installed_version(package: str) -> tuple[int, ...]:
-    status, _, number = output("dpkg-query", "-W", "-f=${db:Status-Abbrev}|${Version}", package).partition("|")
-    return version(number) if status.startswith("ii") else ()
-
-
-def loads(library: str) -> bool:
-    try:
-        ctypes.CDLL(library)
-    except OSError:
-        return False
-    return True
-
-
 def apt_lines(packages: list[str]) -> list[str]:
     """The apt lines that install packages; on Debian 12 with backports, which alone have a new enough lavapipe.
 
@@ -107,32 +82,35 @@ def apt_lines(packages: list[str]) -> list[str]:
     lines = [APT_UPDATE, APT_INSTALL + "-t bookworm-backports " + " ".join(packages)]
     if "bookworm-backports" in mirrors:
         return lines
-    if LAVAPIPE_PACKAGE not in packages:
+    if vulkan.LAVAPIPE_PACKAGE not in packages:
         return [APT_UPDATE, APT_INSTALL + " ".join(packages)]
     source = f"deb {mirrors.get('bookworm', 'http://deb.debian.org/debian')} bookworm-backports main"
     return [f"echo '{source}' > /etc/apt/sources.list.d/bookworm-backports.list", *lines]
 
 
-def system_packages() -> str:
-    """Sees to the libraries and the Vulkan driver that SAPIEN needs and says which driver that is."""
-    if sys.platform != "linux":
-        return "the system's"
-    nvidia = has_nvidia_gpu()
-    missing = [package for library, package in LIBRARIES.items() if not loads(library)]
+def install_libraries() -> None:
+    """What SAPIEN and opencv open; and lavapipe at once where there is no Vulkan driver at all."""
+    missing = [package for library, package in vulkan.LIBRARIES.items() if not vulkan.loads(library)]
+    if not vulkan.installable_drivers():
+        missing.append(vulkan.LAVAPIPE_PACKAGE)
+    if sys.platform != "linux" or not missing:
+        return
     if not shutil.which("apt-get"):
-        if missing:
-            raise Failure(f"install with the system's package manager: Debian calls them {', '.join(missing)}")
-        return "the NVIDIA driver's" if nvidia else "the system's (lavapipe has to be 24.3 or newer)"
-    if not nvidia and installed_version(LAVAPIPE_PACKAGE) < LAVAPIPE:
-        missing.append(LAVAPIPE_PACKAGE)
-    if missing:
-        apt(*apt_lines(missing))
-    if nvidia:
-        return "the NVIDIA driver's"
-    shown = ".".join(map(str, installed_version(LAVAPIPE_PACKAGE)))
-    if installed_version(LAVAPIPE_PACKAGE) < LAVAPIPE:
-        raise Failure(f"this release offers lavapipe {shown}, 24.3 is needed: use a newer one")
-    return f"lavapipe {shown}"
+        raise Failure(f"install with the system's package manager: Debian calls them {', '.join(missing)}")
+    apt(*apt_lines(missing))
+
+
+def vulkan_driver(python: Path) -> str:
+    """What renders here; lavapipe is installed where nothing does, with a GPU or without."""
+    found = vulkan.rendered(python)
+    fault = vulkan.fault(found)
+    if fault and sys.platform == "linux" and shutil.which("apt-get"):
+        apt(*apt_lines([vulkan.LAVAPIPE_PACKAGE]))
+        found = vulkan.rendered(python)
+        fault = vulkan.fault(found)
+    if fault:
+        raise Failure(f"{fault}; `.venv/bin/robot-forgetting doctor` says what to do")
+    return f"{found['device']}, {found['driver']} {found['version']}"
 
 
 # --- Python packages ---
@@ -153,29 +131,49 @@ def make_venv() -> Path:
     return python
 
 
-def torch_source() -> list[str]:
-    """pip options that find the right build: without an NVIDIA GPU the CPU build, whose versions end in '+cpu'.
+def torch_source(python: Path) -> list[str]:
+    """What pip is given for the build of torch that this machine can use.
 
-    A '+cpu' version sorts above the plain one, so an *extra* source is enough. It is added only where it answers (else
+    Without a usable NVIDIA GPU the CPU build, with one the build for its driver's CUDA. Their versions end in '+cpu'
+    and '+cu126' and sort above the plain one, so an *extra* source is enough. It is added only where it answers (else
     pip would retry for minutes); without it pip takes what its own configuration offers.
     """
-    if has_nvidia_gpu() or sys.platform != "linux":
-        return []
-    probe = f"import urllib.request; urllib.request.urlopen('{TORCH_CPU}/torch/', timeout=3)"
+    plain = [f"torch=={TORCH}"]
+    if sys.platform != "linux":
+        return plain
+    gpus = nvidia.gpus()
+    if gpus:
+        build = nvidia.fitting(gpus)
+        if build is not None and (build.index is None or answers(build.index)):
+            print(f"setup: {nvidia.described(gpus)}: torch for CUDA {build.cuda}", flush=True)
+            if "+cpu" in output(str(python), "-c", TORCH_VERSION):  # of an earlier setup: pip would be content with it
+                run(python, "-m", "pip", "uninstall", "-qq", "-y", "torch")
+            return build.requirement(TORCH)
+        if build is None:
+            reason = nvidia.mismatch(gpus, TORCH, None)
+        else:
+            later = " ".join(build.requirement(TORCH))
+            reason = f"{build.index} does not answer; later type: .venv/bin/python -m pip install {later}"
+        print(f"setup: torch will compute on the CPU: {reason}", flush=True)
+    return [*plain, "--extra-index-url", nvidia.CPU_INDEX] if answers(nvidia.CPU_INDEX) else plain
+
+
+def answers(index: str) -> bool:
+    probe = f"import urllib.request; urllib.request.urlopen('{index}/torch/', timeout=3)"
     try:  # in a child, because a name server that does not answer is not bound by urlopen's time limit
-        reachable = run(sys.executable, "-c", probe, capture_output=True, timeout=6).returncode == 0
+        return run(sys.executable, "-c", probe, capture_output=True, timeout=6).returncode == 0
     except subprocess.TimeoutExpired:
-        reachable = False
-    return ["--extra-index-url", TORCH_CPU] if reachable else []
+        return False
 
 
 def install_packages(python: Path) -> None:
     # pip would compile the modules on one core, which takes longer than unpacking them.
     pip = [python, "-m", "pip", "install", "-qq", "--no-compile", "--disable-pip-version-check"]
+    torch = torch_source(python)
     for what, arguments in (
         # --no-deps: the lock is complete, and mani-skill's mplib, which is not used, has no build for Python >= 3.13.
         ("locked packages", ["--no-deps", "-r", ROOT / "requirements.lock"]),
-        (TORCH, [TORCH, *torch_source()]),
+        (torch[0], torch),
         ("this project", ["--no-deps", "--no-build-isolation", "-e", ROOT]),
     ):
         print(f"setup: installing {what}", flush=True)
@@ -185,24 +183,33 @@ def install_packages(python: Path) -> None:
     run(python, "-m", "compileall", "-qq", "-j", "0", VENV / "lib", stdout=subprocess.DEVNULL)
 
 
+def clear_environment() -> None:
+    """Forgets settings under which Python or pip would work in another place than .venv (conda, ROS, clusters)."""
+    for name in ("PYTHONHOME", "PYTHONPATH", "PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_REQUIREMENT", "PIP_NO_DEPS"):
+        os.environ.pop(name, None)
+    os.environ["PIP_USER"] = "0"
+
+
 def main() -> int:
     started = time.monotonic()
-    if sys.version_info < (3, 11):  # noqa: UP036  (this script is what finds out)
-        found = f"{sys.executable} is {sys.version.split()[0]}"
-        print(f"setup: Python >= 3.11 is needed, {found}; type: make setup PYTHON=python3.12", file=sys.stderr)
-        return 2
+    clear_environment()
+    problems = []  # not the end: policies and reports work without pictures; said last, where it is seen
     try:
-        print("setup: Vulkan driver:", system_packages(), flush=True)
-        driver_problem = None
-    except Failure as failure:  # not the end: policies and reports work without pictures; said last, where it is seen
-        driver_problem = failure
+        install_libraries()
+    except Failure as failure:
+        problems.append(failure)
     try:
-        install_packages(make_venv())
+        python = make_venv()
+        install_packages(python)
     except (Failure, subprocess.CalledProcessError) as failure:
         print(f"setup: {failure}", file=sys.stderr)
         return 2
-    if driver_problem:
-        print(f"setup: robot tasks cannot be rendered yet: {driver_problem}", file=sys.stderr)
+    try:
+        print("setup: pictures are rendered by", vulkan_driver(python), flush=True)
+    except Failure as failure:
+        problems.append(failure)
+    for problem in problems:
+        print(f"setup: robot tasks cannot be rendered yet: {problem}", file=sys.stderr)
     print(f"setup: done in {time.monotonic() - started:.0f} s; `.venv/bin/robot-forgetting doctor` checks every part")
     return 0
 

@@ -78,10 +78,10 @@ def test_torchvision_beside_torch(monkeypatch, torch, torchvision, state):
 
 def test_missing_and_old_packages(monkeypatch):
     assert doctor.packages().state == "ok"
-    monkeypatch.setattr(
-        doctor, "versions", lambda: {**dict.fromkeys(doctor.PACKAGES, "9"), "sapien": "3.0.2", "peft": None}
-    )
-    assert doctor.packages().found == "missing: peft; too old: sapien 3.0.2"
+    found = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: {"sapien": "3.0.2", "peft": None}.get(name, found(name)))
+    assert doctor.packages().found == "missing: peft; unfit: sapien 3.0.2 (needed: >=3.0.3)"
+    assert "make setup" in doctor.packages().cure
 
 
 def test_weights(monkeypatch, tmp_path):

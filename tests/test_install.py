@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import shutil
 import subprocess
@@ -102,3 +103,15 @@ def test_the_lock_is_exact():
     assert all("==" in line for line in lines)
     names = {line.split("==")[0].lower() for line in lines}
     assert "torch" not in names and {"transformers", "mani_skill", "sapien", "setuptools", "pytest"} <= names
+
+
+def test_setup_needs_only_the_standard_library():
+    code = f"import runpy; runpy.run_path({str(ROOT / 'scripts' / 'install.py')!r})"  # read, not run as __main__
+    result = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_an_old_python_gets_as_far_as_the_line_that_says_so():
+    source = (ROOT / "scripts" / "install.py").read_text()
+    assert "from __future__" not in source  # 3.6 does not know annotations
+    ast.parse(source, feature_version=(3, 6))

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from robot_forgetting.errors import UserError
+from robot_forgetting.policies.device import unusable_gpu
 from robot_forgetting.robot.conventions import Boundary
 from robot_forgetting.robot.pictures import BatchedCamera
 from robot_forgetting.robot.robots import find_robot
@@ -54,11 +55,8 @@ def require(name: str, spec: SimulationSpec) -> None:
             f"task '{name}': simulation=gpu only averages full pictures down, and image_size={spec.image_size} is more "
             f"than the camera has; {ELSE}"
         )
-    if torch.version.cuda is None:
-        cure = "with an NVIDIA GPU here, make clean setup installs the other"
-        raise UserError(
-            f"simulation=gpu needs CUDA, and torch {torch.__version__} is built without; {cure}; else {ELSE}"
-        )
+    if reason := unusable_gpu():
+        raise UserError(f"simulation=gpu, but torch cannot use the GPU: {reason}; {ELSE}")
     if not torch.cuda.is_available():
         raise UserError(f"simulation=gpu needs an NVIDIA GPU and its driver (nvidia-smi shows them); {ELSE}")
 

@@ -224,6 +224,7 @@ def make_environment(spec: SimulationSpec, num_envs: int = 1, backend: str = "ph
             control_mode=robot.control_mode,
             num_envs=num_envs,
             sim_backend=backend,
+            render_backend=drawn_by(),
             reward_mode="none",
             render_mode="rgb_array" if spec.video else None,
             sensor_configs={**camera_settings(spec.camera, drawn), "shader_pack": shader},
@@ -237,6 +238,20 @@ def make_environment(spec: SimulationSpec, num_envs: int = 1, backend: str = "ph
             raise
         given = ", ".join(sorted(spec.env_arguments))
         raise UserError(f"environment '{spec.env_id}' does not take all of: {given} ({error})") from error
+
+
+def drawn_by() -> str:
+    """ManiSkill's name of what draws: "gpu" where a CUDA device can, else "cpu", which is Vulkan's own choice.
+
+    Left alone, ManiSkill insists on any CUDA device, also on one without a Vulkan driver (a container without the
+    graphics capability), although lavapipe would draw.
+    """
+    import sapien
+
+    try:
+        return "gpu" if sapien.Device("cuda").can_render() else "cpu"
+    except RuntimeError:  # no CUDA device
+        return "cpu"
 
 
 def photo_of(env) -> str:
