@@ -146,8 +146,8 @@ def check_same_base(run_dir: Path, now: dict) -> None:
         what += [f"other code (changed since: {', '.join(code[:4])}{', ...' if len(code) > 4 else ''})"] * bool(code)
         what = " and ".join(what) or "its tasks in another order"
     raise UserError(
-        f"{run_dir} began with {what}; what it would measure now does not belong to its rows: delete it, or choose "
-        "another run_dir"
+        f"{run_dir} began with {what} (fingerprint {earlier['fingerprint']}, now {now['fingerprint']}): new rows would "
+        "not belong to those it has; delete it, or choose another run_dir"
     )
 
 
