@@ -14,6 +14,7 @@ from robot_forgetting.metrics import divergence as distances
 from robot_forgetting.metrics.statistics import clustered_mean
 from robot_forgetting.one_step import OneStepTask, answer
 from robot_forgetting.policy import Policy
+from robot_forgetting.progress import say
 from robot_forgetting.rollout import Episode, EpisodeKey, columns, rollout
 from robot_forgetting.scored import ScoredTask
 from robot_forgetting.task import Task
@@ -80,17 +81,23 @@ def evaluate(
 
 def _answers(policy: Policy, task: OneStepTask, keys: Sequence[EpisodeKey], temperature: float) -> Iterator[Episode]:
     """The episodes that the rollout loop would run, many at once."""
+    cut_off = 0
     for start in range(0, len(keys), policy.decisions_at_once):
         chunk = keys[start : start + policy.decisions_at_once]
         streams = np.array([[key.stream] for key in chunk])
         found = answer(policy, task, np.array([key.seed for key in chunk]), streams, temperature=temperature)
         commands = policy.decode(found.action, statistics=getattr(task, "statistics", None))
+        cut = policy.cut_off(found.action)
+        cut_off += sum(cut)
         for index, (key, reward) in enumerate(zip(chunk, found.rewards.tolist(), strict=True)):
             row = {name: column[index] for name, column in found.obs.items()}
             episode = Episode(key, success=reward >= 1, reward=reward, observations=[row, row])
             episode.flags = {"success": episode.success, **task.flags(key.seed, commands[index])}
+            episode.flags |= {"answer_cut": True} if cut[index] else {}
             episode.commands, episode.actions = [commands[index]], [found.action[index : index + 1]]
             yield episode
+    if cut_off > 0.05 * len(keys):
+        say(f"  {task.name}: {cut_off} of {len(keys)} answers were stopped by their longest length, unfinished")
 
 
 def episode_row(episode: Episode, /, **fields) -> dict:

@@ -56,7 +56,7 @@ def _of_file(file: Path) -> list[str]:
     if ".txt" not in file.suffixes:
         return [row.get("text") for row in read_rows(file)]
     try:
-        return re.split(r"\n\s*\n", file.read_text(encoding="utf-8"))
+        return re.split(r"\n\s*\n", file.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"held_out_text.source: {file} cannot be read ({error})") from error
 

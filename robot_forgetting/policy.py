@@ -216,6 +216,10 @@ class Policy(nn.Module, ABC):
         """Per layer its number as in ``hidden_states``, and the base's and its own weights by name; None: the rest."""
         raise TypeError(f"policy '{self.name}' does not show its layers; it lacks `layer_weights`")
 
+    def cut_off(self, action: Action) -> list[bool]:
+        """Of each row, whether its decision was stopped by its longest length before it had ended."""
+        return [False] * len(action)
+
     def metrics(self) -> dict[str, float]:
         """Numbers about the last ``act`` for train.jsonl."""
         return {}

@@ -21,6 +21,7 @@ def summarise(folder: RunFolder) -> dict:
         "schema_version": SCHEMA_VERSION,
         "success": success_table(episodes),
         "no_signal": no_signal(outcomes(episodes), folder.run.get("chance") or {}),
+        "cut": cut_table(episodes),
         "forgetting": forgetting_table(episodes),
         "divergence": latest(
             folder.rows("divergence"), ("stage", "iteration", "task", "states", "measure", "unit", "layer")
@@ -72,6 +73,29 @@ def no_signal(groups: Mapping[tuple, Mapping[int, bool]], chance: Mapping[str, f
                 row = {"task": task, "role": role, "decode": decode, "n": n, "rate": sum(seeds.values()) / n}
                 rows.append(row | {"low": low, "high": high, "chance": chance[task]})
     return rows
+
+
+MOST_CUT = 0.05  # share of prompts of which the policy did not read all, above which a rate says little
+
+
+def cut_table(episodes: Iterable[Mapping]) -> list[dict]:
+    """Groups in which prompts were longer than the policy's context, or answers stopped by their length, with n."""
+    groups: dict[tuple, dict[int, Mapping]] = {}
+    for row in episodes:
+        key = (row["stage"], row.get("iteration", 0), row["task"], row.get("role", "new"), row.get("decode", "sampled"))
+        groups.setdefault(key, {})[row["seed"]] = row.get("flags") or {}
+    table = []
+    for key, seeds in sorted(groups.items(), key=lambda item: _order(*item[0])):
+        cut = [sum(bool(flags.get(name)) for flags in seeds.values()) for name in ("prompt_cut", "answer_cut")]
+        if any(cut):
+            head = dict(zip(("stage", "iteration", "task", "role", "decode"), key, strict=True))
+            table.append({**head, "n": len(seeds), "prompts_cut": cut[0], "answers_cut": cut[1]})
+    return table
+
+
+def mostly_cut(episodes: Iterable[Mapping]) -> list[dict]:
+    """The rows of ``cut_table`` of the base policy in which more than ``MOST_CUT`` of the prompts were cut."""
+    return [row for row in cut_table(episodes) if row["stage"] == 0 and row["prompts_cut"] > MOST_CUT * row["n"]]
 
 
 def success_table(episodes: Iterable[Mapping]) -> list[dict]:

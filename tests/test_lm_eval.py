@@ -326,6 +326,100 @@ def test_what_cannot_be_scored_says_why(winogrande, originals, shared, monkeypat
         list(humaneval.score(tiny_lm(), [START]))
 
 
+# ---- what is cut off, what does not fit, where examples come from
+
+
+def test_prompts_and_answers_that_are_cut_are_counted_and_said(originals, model_folder, monkeypatch, capsys):
+    """By hand: HellaSwag's longest request of an item, in tokens beyond the context and the one that is predicted."""
+    monkeypatch.setenv("ROBOT_FORGETTING_DATA", str(originals))
+    whole = CausalLM(str(model_folder), device="cpu")
+    task = LmEval("hellaswag", configuration="hellaswag/hellaswag.yaml", metric="acc")
+    assert not any("prompt_cut" in episode.flags for episode in task.score(whole, range(START, START + 3)))
+    assert not capsys.readouterr().err
+    short = CausalLM(str(model_folder), device="cpu", context=14)
+    found = list(task.score(short, range(START, START + 3)))
+    for episode, document in zip(found, task._documents["hellaswag"], strict=True):
+        longest = max(
+            len(whole.prompts.tokens([document["query"]])[0]) + len(whole.prompts.tokens([" " + choice])[0])
+            for choice in document["choices"]
+        )
+        assert episode.flags.get("prompt_cut", 0) == max(0, longest - 15)
+    count = sum("prompt_cut" in episode.flags for episode in found)
+    assert 0 < count
+    assert f"hellaswag: {count} of 3 prompts have more than the 14 tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_answers_that_end_by_themselves_are_not_cut(originals, model_folder, monkeypatch, capsys, batch_size):
+    from lm_eval.models.huggingface import HFLM
+
+    monkeypatch.setenv("ROBOT_FORGETTING_DATA", str(originals))
+    options = {"configuration": "ifeval/ifeval.yaml", "metric": CONFIGURATIONS["ifeval"][1], "batch_size": batch_size}
+    policy = CausalLM(str(model_folder), device="cpu")
+    task = LmEval("ifeval", max_new_tokens=5, **options)
+    assert [episode.flags.get("answer_cut") for episode in task.score(policy, [START, START + 1])] == [True, True]
+    assert "ifeval: 2 of 2 answers were cut off" in capsys.readouterr().err
+
+    def generate(self, context, max_length, stop, **more):  # the first row ends, the others do not
+        made = torch.full((len(context), max_length), 7)
+        made[:, : context.shape[1]] = context
+        made[0, context.shape[1] + 2] = self.eot_token_id
+        return made
+
+    monkeypatch.setattr(HFLM, "_model_generate", generate)
+    flags = [episode.flags.get("answer_cut") for episode in task.score(policy, [START, START + 1])]
+    assert sorted(flags, key=str) == ([None, None] if batch_size == 1 else [None, True])
+
+
+@pytest.mark.parametrize(("name", "context", "said"), [
+    ("hellaswag", 4, "has an answer of .* tokens, and policy 'causal-lm' reads 4 at most"),
+    ("ifeval", 1024, "lets an answer have 1280 tokens, and policy 'causal-lm' reads 1024 .*lower task.max_new_tokens"),
+])  # fmt: skip
+def test_a_benchmark_that_does_not_fit_into_the_context_is_one_line(
+    originals, model_folder, monkeypatch, name, context, said
+):
+    monkeypatch.setenv("ROBOT_FORGETTING_DATA", str(originals))
+    configuration, metric = CONFIGURATIONS[name]
+    policy = CausalLM(str(model_folder), device="cpu", context=context, max_new_tokens=2)
+    with pytest.raises(UserError, match=said):
+        list(LmEval(name, configuration=configuration, metric=metric).score(policy, [START]))
+
+
+@pytest.mark.parametrize("name", ["winogrande", "hellaswag", "ifeval", "truthfulqa"])
+def test_examples_are_never_the_items_that_are_asked(name, originals, tmp_path, monkeypatch):
+    import shutil
+
+    shutil.copytree(originals, tmp_path / "data")
+    for file in (tmp_path / "data" / "winogrande").glob("train*"):
+        file.unlink()
+    monkeypatch.setenv("ROBOT_FORGETTING_DATA", str(tmp_path / "data"))
+    configuration, metric = CONFIGURATIONS[name]
+    assert LmEval(name, configuration=configuration, metric=metric).size() > 0
+    with pytest.raises(UserError, match="num_fewshot=1 takes examples from the training split, and there is none"):
+        LmEval(name, configuration=configuration, metric=metric, num_fewshot=1).size()
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_a_byte_order_mark_is_no_part_of_a_text(name, originals, shared, tmp_path, monkeypatch):
+    import shutil
+
+    source = originals / name if name != "humaneval" else None
+    if source is None:
+        rows = [{"task_id": "t", "prompt": "p", "entry_point": "f", "canonical_solution": "s", "test": "x"}]
+        source = _lines(tmp_path / "plain" / "HumanEval.jsonl", rows).parent
+    for copy in ("plain", "marked"):
+        shutil.copytree(source, tmp_path / copy / name, dirs_exist_ok=True)
+    for file in (tmp_path / "marked").rglob("*.*"):
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    from robot_forgetting.tasks.lm_eval_data import local_splits
+
+    found = []
+    for copy in ("plain", "marked"):
+        monkeypatch.setenv("ROBOT_FORGETTING_DATA", str(tmp_path / copy))
+        found.append(local_splits(name))
+    assert found[0] == found[1]
+
+
 # ---- humaneval
 
 
@@ -404,7 +498,17 @@ def test_layouts_of_the_original_files(shared, monkeypatch):
         ("winogrande/dev.jsonl", "", "holds no rows"),
         ("truthfulqa/mc_task.json", '[{"question": "?", "mc1_targets": {"a": 0}, "mc2_targets": {}}]', "one right"),
         ("mmlu/test/anatomy_test.csv", "a,b,c", "row 1 is not question, A, B, C, D, letter"),
+        ("mmlu/test/anatomy_test.csv", "q,a,b,c,d,AB", "row 1 is not question, A, B, C, D, letter"),
+        ("mmlu/test/anatomy_test.csv", "q,a,b,c,d,", "row 1 is not question, A, B, C, D, letter"),
+        ("truthfulqa/mc_task.json", '[{"question": "?", "mc1_targets": {"a": "1"}, "mc2_targets": {}}]', "row 1: mc1"),
         ("hellaswag/other.jsonl", "{}", r"holds no \*val\*.jsonl"),
+        ("hellaswag/val.jsonl", json.dumps({**HELLASWAG[0], "label": None}), "row 1: 'label' is not a whole number or"),
+        ("hellaswag/val.jsonl", '{"ctx": "a", "activity_label": "b", "endings": ["c"]}', "row 1: no 'label'"),
+        ("hellaswag/val.jsonl", json.dumps({**HELLASWAG[0], "label": 4}), "row 1: label '4' is none of its endings"),
+        ("hellaswag/val.jsonl", json.dumps({**HELLASWAG[0], "endings": [1, 2]}), "row 1: label '3' is none"),
+        ("ifeval/input_data.jsonl", json.dumps({**IFEVAL[1], "kwargs": [{}]}), "row 1: no 'kwargs.1'"),
+        ("winogrande/dev.jsonl", "\n" + json.dumps({**WINOGRANDE[0], "answer": "3"}), "row 2: needs one"),
+        ("humaneval/HumanEval.jsonl", json.dumps({"task_id": "\ud800"}), "row 1: 'task_id' holds half a character"),
     ],
 )  # fmt: skip
 def test_broken_files_are_named(tmp_path, monkeypatch, file, text, message):

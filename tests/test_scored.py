@@ -28,9 +28,15 @@ class Quiz(ScoredTask):
     """Items 0 .. size - 1; an item below ``known`` is answered, whatever the policy, once it is trained one fewer."""
 
     def __init__(
-        self, name: str = "quiz", size: int = 20, known: int = 15, chance: float = 0.25, reason: str | None = None
+        self,
+        name: str = "quiz",
+        size: int = 20,
+        known: int = 15,
+        chance: float = 0.25,
+        reason: str | None = None,
+        cut: int = 0,
     ):
-        self.name, self.count, self.known, self.level, self.reason = name, size, known, chance, reason
+        self.name, self.count, self.known, self.level, self.reason, self.cut = name, size, known, chance, reason, cut
         self.asked: list[list[int]] = []
 
     def size(self) -> int:
@@ -54,7 +60,7 @@ class Quiz(ScoredTask):
         for seed in seeds:
             success = seed - START < self.known - moved
             episode = Episode(EpisodeKey(seed), success=success, reward=float(success))
-            episode.flags = {"acc": float(success)}
+            episode.flags = {"acc": float(success)} | ({"prompt_cut": 7} if seed - START < self.cut else {})
             yield episode
 
 
@@ -137,6 +143,18 @@ def test_the_report_greys_out_what_carries_no_signal(finished):
     assert final["prior"] == pytest.approx((mine["mirror"]["rate"] + 14 / 20) / 2)
     means = [row for row in tables["forgetting"] if (row["task"], row["decode"]) == ("prior mean", "greedy")]
     assert means, "a benchmark stands beside the greedy decode too"
+
+
+def test_the_report_greys_out_benchmarks_whose_prompts_were_cut(tmp_path, no_renderer):
+    folder = run(tmp_path / "first", prior=[ToyTask("mirror"), Quiz("long", cut=2), Quiz("one_long", cut=1)])
+    cut = {(row["task"], row["stage"]): row for row in folder.summary()["cut"]}
+    assert set(cut) == {(task, stage) for task in ("long", "one_long") for stage in (0, 1)}
+    assert (cut["long", 0]["prompts_cut"], cut["long", 0]["answers_cut"], cut["long", 0]["n"]) == (2, 0, 20)
+    page = write_report([folder.path], tmp_path / "report.html").read_text()
+    assert "Greyed out: prompts of long (2 of 20) are longer" in page and 'class="silent"' in page
+    tables = json.loads((tmp_path / "report.json").read_text())
+    greyed = {row["task"] for row in tables["success"] if row["at_chance"]}
+    assert greyed == {"long"}
 
 
 def test_all_silent_leaves_no_mean(tmp_path, no_renderer):

@@ -65,4 +65,5 @@ def test_empty_run(tmp_path):
             "divergence": [],
             "errors": [],
             "no_signal": [],
+            "cut": [],
         }

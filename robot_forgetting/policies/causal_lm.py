@@ -209,6 +209,10 @@ class CausalLM(OwnBase):
             base = dict(zip(map(id, self.trainable_parameters()), self._base_weights, strict=True))
         yield from weights_by_layer(self.model, self.body, base, self._swapped if self.continues else None)
 
+    def cut_off(self, action: Action) -> list[bool]:
+        rows = zip(action.tokens.cpu(), action.mask.cpu(), strict=True)
+        return [not self.stops.intersection(row[mask].tolist()) for row, mask in rows]
+
     def metrics(self) -> dict[str, float]:
         return self._metrics
 

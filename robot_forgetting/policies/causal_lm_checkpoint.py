@@ -41,7 +41,7 @@ def load(checkpoint: str, *, dtype: torch.dtype, chat_template: str | None = Non
         file = Path(chat_template)
         if not file.is_file():
             raise UserError(f"policy.chat_template: {chat_template} does not exist; give a jinja file")
-        tokenizer.chat_template = file.read_text(encoding="utf-8")
+        tokenizer.chat_template = file.read_text(encoding="utf-8-sig")
     _check(model, tokenizer, checkpoint)
     return LoadedModel(model, tokenizer, checkpoint)
 

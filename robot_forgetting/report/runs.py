@@ -13,7 +13,7 @@ import yaml
 
 from robot_forgetting.records import RunFolder
 from robot_forgetting.scored import SCORED
-from robot_forgetting.summary import no_signal, outcomes
+from robot_forgetting.summary import mostly_cut, no_signal, outcomes
 
 BASE = "base"
 # Keys in which the configurations of two seeds of one experiment may differ.
@@ -98,8 +98,8 @@ class Run:
 
     @cached_property
     def silent(self) -> dict[str, dict]:
-        """Prior task -> its row of ``summary.no_signal``: the base policy cannot be told from guessing there."""
-        rows = no_signal(self.outcomes, self.state.get("chance") or {})
+        """Prior task -> its row of ``summary.no_signal`` or ``summary.mostly_cut``: its rates say nothing."""
+        rows = no_signal(self.outcomes, self.state.get("chance") or {}) + mostly_cut(self.episodes)
         return {row["task"]: row for row in rows if row["role"] == "prior"}
 
     def counted(self, role: str) -> list[str]:

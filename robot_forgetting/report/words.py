@@ -166,14 +166,18 @@ def no_signal(rows: Sequence[dict]) -> str:
     """What the greyed-out columns are; "" where there are none."""
     if not rows:
         return ""
-    named = ", ".join(
+    guessed = ", ".join(
         f"{row['task']} ({percent(row['rate'])} of {row['n']} items {interval(row['low'], row['high'])}, "
         f"guessing {percent(row['chance'])})"
         for row in rows
+        if "chance" in row
     )
+    cut = ", ".join(f"{row['task']} ({row['prompts_cut']} of {row['n']})" for row in rows if "prompts_cut" in row)
+    said = [f"on {guessed} the base policy cannot be told from guessing"] if guessed else []
+    said += [f"prompts of {cut} are longer than what the policy reads, their beginnings were cut off"] if cut else []
     return (
-        f"Greyed out: on {named} the base policy cannot be told from guessing. What such a benchmark shows is no "
-        "forgetting and no retention; it is part of no mean."
+        f"Greyed out: {'; '.join(said)}. What such a benchmark shows is no forgetting and no retention; it is part of "
+        "no mean."
     )
 
 

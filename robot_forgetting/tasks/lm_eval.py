@@ -20,6 +20,7 @@ import json
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -113,7 +114,7 @@ class LmEval(ScoredTask):
         items = dict(zip(self.items(seeds), seeds, strict=True))
         kind = next(iter(self._tasks.values())).OUTPUT_TYPE
         chunk = CHUNK[kind] if model.batch_size == 1 else len(items)
-        order = list(items)
+        order, cut = list(items), Counter()
         for start in range(0, len(order), max(1, chunk)):
             started = time.perf_counter()
             part = order[start : start + chunk]
@@ -125,7 +126,18 @@ class LmEval(ScoredTask):
                 episode = Episode(EpisodeKey(items[item]), success=value >= 1, reward=value, seconds=seconds)
                 episode.flags = {"subtask": self._index[item][0], **metrics}
                 episode.commands = [given]
+                cut.update(key for key in ("prompt_cut", "answer_cut") if key in metrics)
                 yield episode
+        self._say_cut(cut, len(order), model)
+
+    def _say_cut(self, cut: Counter, count: int, model) -> None:
+        if cut["prompt_cut"]:
+            say(
+                f"  {self.name}: {cut['prompt_cut']} of {count} prompts have more than the {model.max_length} tokens "
+                f"that {model.reader} reads with its answer; their beginnings were cut off, as lm-eval does"
+            )
+        if cut["answer_cut"]:
+            say(f"  {self.name}: {cut['answer_cut']} of {count} answers were cut off at their longest length")
 
     # ---- what a record must say
 
@@ -204,13 +216,9 @@ class LmEval(ScoredTask):
         if local is not None:
             splits = {split: Dataset.from_list(rows) for split, rows in local.items()}
             if config.get("training_split") not in splits:
-                if self.num_fewshot and not config.get("fewshot_split"):
-                    raise UserError(
-                        f"task '{self.name}': num_fewshot={self.num_fewshot} takes examples from the training split, "
-                        f"which the local folder lacks; use 0, or unset {VARIABLE}"
-                    )
                 config = config | {"training_split": None}
             config = config | {"custom_dataset": lambda **_: splits, "dataset_kwargs": None}
+        self._check_examples(config)
         try:
             with _quiet():
                 return ConfigurableTask(config=config)
@@ -221,6 +229,17 @@ class LmEval(ScoredTask):
             raise UserError(
                 f"{self.name} cannot be loaded from the Hub ({text}); set {VARIABLE} to a folder with {self.name}/"
             ) from error
+
+    def _check_examples(self, config: dict) -> None:
+        """``UserError`` where lm-eval would take the examples in the prompt from the items that are asked."""
+        asked = config.get("test_split") or config.get("validation_split")
+        keys = ("fewshot_split", "training_split", "validation_split")
+        source = next(filter(None, map(config.get, keys)), asked)
+        if self.num_fewshot and source == asked and not (config.get("fewshot_config") or {}).get("samples"):
+            raise UserError(
+                f"task '{self.name}': num_fewshot={self.num_fewshot} takes examples from the training split, and there "
+                f"is none beside the items that are asked; use 0, or add its file (or unset {VARIABLE})"
+            )
 
     @cached_property
     def _documents(self) -> dict[str, list[dict]]:
@@ -252,7 +271,7 @@ class LmEval(ScoredTask):
     def _model(self, policy: Policy):
         """lm-eval's view of the policy's model as it is at this moment: adapters on or off, base or fine-tuned."""
         _installed()
-        from lm_eval.models.huggingface import HFLM
+        from robot_forgetting.tasks.lm_eval_model import WatchedModel
 
         for key in ("model", "tokenizer"):
             if not hasattr(policy, key):
@@ -260,8 +279,15 @@ class LmEval(ScoredTask):
         if self.chat_template and not policy.tokenizer.chat_template:
             raise UserError(f"task '{self.name}' asks for a chat format, which {policy.name}'s tokenizer lacks")
         size = self.batch_size or (1 if policy.device.type == "cpu" else 16)
-        # A copy: lm-eval chooses a padding token of its own.
-        return HFLM(policy.model, tokenizer=copy.deepcopy(policy.tokenizer), backend="causal", batch_size=size)
+        return WatchedModel(
+            policy.model,
+            tokenizer=copy.deepcopy(policy.tokenizer),  # lm-eval chooses a padding token of its own
+            backend="causal",
+            batch_size=size,
+            max_length=policy.prompts.context if hasattr(policy, "prompts") else None,
+            task=self.name,
+            reader=policy.name,
+        )
 
     def _requests(self, model, items: Sequence[int]) -> list:
         """(task, request) of the items, as lm-eval makes them; a request's ``doc_id`` is its document's number."""
@@ -302,12 +328,14 @@ class LmEval(ScoredTask):
         requests = [request for _, request in made]
         kind = requests[0].request_type
         with _quiet():
-            answers = getattr(model, kind)(requests, disable_tqdm=True)
-        for request, answer in zip(requests, answers, strict=True):
-            request.resps.append(answer)
+            answers, cut = model.answers(kind, requests)
         grouped: dict[tuple[str, int], list] = {}
-        for subtask, request in made:
+        shortened: dict[tuple[str, int], dict] = {}
+        for (subtask, request), answer, lost in zip(made, answers, cut, strict=True):
+            request.resps.append(answer)
             grouped.setdefault((subtask, request.doc_id), []).append(request)
+            most = shortened.setdefault((subtask, request.doc_id), {})
+            most |= {key: max(value, most.get(key, 0)) for key, value in lost.items()}
         found = {}
         for item in items:
             subtask, number = self._index[item]
@@ -322,7 +350,7 @@ class LmEval(ScoredTask):
             given = [request.resps[0] for request in mine]
             if kind == "loglikelihood":
                 metrics = metrics | {"log_likelihoods": [float(likelihood) for likelihood, _ in given]}
-            found[item] = (metrics, given)
+            found[item] = (metrics | shortened[subtask, number], given)
         return found
 
     def _passed(self, document: dict, results: list) -> dict:

@@ -46,13 +46,20 @@ def hellaswag(folder: Path) -> dict[str, Splits]:
 
     ctx is ctx_a and, in its ActivityNet half, the beginning of a sentence ctx_b, which lm-eval capitalises.
     """
-    rows = _rows(_file(folder, "*val*.jsonl"), {"activity_label": str, "ctx": str, "endings": list})
-    for row in rows:
-        if "ctx_a" not in row:
-            parts = None if MARKS.search(row["ctx"]) else FRAGMENT.fullmatch(row["ctx"])
-            row["ctx_a"], row["ctx_b"] = parts.groups() if parts else (row["ctx"], "")
-    keys = ("activity_label", "ctx_a", "ctx_b", "endings")
-    return {"": {"validation": [{key: row[key] for key in keys} | {"label": str(row["label"])} for row in rows]}}
+    rows = []
+    for row in read_rows(_file(folder, "*val*.jsonl")):
+        context, endings = row.get("ctx"), row.get("endings", kind=list)
+        label = str(row.get("label", kind=(int, str)))
+        if not all(isinstance(ending, str) for ending in endings) or label not in map(str, range(len(endings))):
+            raise UserError(f"{row.where}: label '{label}' is none of its endings, texts numbered from 0; repair it")
+        if "ctx_a" in row.value:
+            parts = row.get("ctx_a"), row.get("ctx_b")
+        else:
+            match = None if MARKS.search(context) else FRAGMENT.fullmatch(context)
+            parts = match.groups() if match else (context, "")
+        made = {"activity_label": row.get("activity_label"), "ctx_a": parts[0], "ctx_b": parts[1]}
+        rows.append(made | {"endings": endings, "label": label})
+    return {"": {"validation": rows}}
 
 
 def mmlu(folder: Path) -> dict[str, Splits]:
@@ -70,9 +77,9 @@ def mmlu(folder: Path) -> dict[str, Splits]:
 def _questions(file: Path, subject: str) -> list[dict]:
     rows = []
     try:
-        with file.open(encoding="utf-8", newline="") as handle:
+        with file.open(encoding="utf-8-sig", newline="") as handle:
             for number, cells in enumerate(csv.reader(handle), 1):
-                if len(cells) != 6 or cells[5].strip() not in "ABCD":
+                if len(cells) != 6 or cells[5].strip() not in tuple("ABCD"):
                     raise UserError(f"{file}, row {number} is not question, A, B, C, D, letter; repair or remove it")
                 row = {"question": cells[0], "subject": subject, "choices": cells[1:5]}
                 rows.append(row | {"answer": "ABCD".index(cells[5].strip())})
@@ -87,7 +94,10 @@ def truthfulqa(folder: Path) -> dict[str, Splits]:
     for row in read_rows(_file(folder, "mc_task.json")):
         made = {"question": row.get("question")}
         for key in ("mc1_targets", "mc2_targets"):
-            pairs = sorted(row.get(key, kind=dict).items(), key=lambda pair: -pair[1])  # stable
+            labels = row.get(key, kind=dict)
+            if any(label not in (0, 1) for label in labels.values()):
+                raise UserError(f"{row.where}: {key} needs 1 or 0 for each choice; repair or remove that row")
+            pairs = sorted(labels.items(), key=lambda pair: -pair[1])  # stable
             made[key] = {"choices": [choice for choice, _ in pairs], "labels": [label for _, label in pairs]}
         if sum(made["mc1_targets"]["labels"]) != 1:
             raise UserError(f"{row.where}: mc1_targets needs exactly one right choice; repair or remove that row")
@@ -96,21 +106,31 @@ def truthfulqa(folder: Path) -> dict[str, Splits]:
 
 
 def ifeval(folder: Path) -> dict[str, Splits]:
-    """input_data.jsonl: {key, prompt, instruction_id_list, kwargs}."""
-    columns = {"key": int, "prompt": str, "instruction_id_list": list, "kwargs": list}
-    return {"": {"train": _rows(_file(folder, "input_data.jsonl", "*.jsonl"), columns)}}
+    """input_data.jsonl: {key, prompt, instruction_id_list, kwargs}, of which both lists belong together."""
+    rows = []
+    for row in read_rows(_file(folder, "input_data.jsonl", "*.jsonl")):
+        names, options = row.get("instruction_id_list", kind=list), row.get("kwargs", kind=list)
+        for index in range(max(len(names), len(options))):
+            row.get("instruction_id_list", index)
+            row.get("kwargs", index, kind=dict)
+        checked = {"key": row.get("key", kind=int), "prompt": row.get("prompt")}
+        rows.append(row.value | checked | {"instruction_id_list": names, "kwargs": options})
+    return {"": {"train": rows}}
 
 
 def winogrande(folder: Path) -> dict[str, Splits]:
     """dev.jsonl, and one of train_*.jsonl for examples in the prompt: {sentence, option1, option2, answer}."""
-    columns = dict.fromkeys(("sentence", "option1", "option2", "answer"), str)
-    made = {}
-    for split, patterns in (("validation", ["dev.jsonl"]), ("train", ["train_xl.jsonl", "train_*.jsonl", "dev.jsonl"])):
-        file = _file(folder, *patterns)
-        made[split] = [{key: row[key] for key in columns} for row in _rows(file, columns)]
-        for number, row in enumerate(made[split], 1):
-            if row["sentence"].count("_") != 1 or row["answer"] not in ("1", "2"):
-                raise UserError(f"{file}, row {number}: needs one '_' and the answer 1 or 2; repair or remove that row")
+    columns = ("sentence", "option1", "option2", "answer")
+    files = {"validation": _file(folder, "dev.jsonl")}
+    if train := sorted(folder.glob("train_xl.jsonl")) or sorted(folder.glob("train_*.jsonl")):
+        files["train"] = train[0]
+    made: dict[str, list[dict]] = {split: [] for split in files}
+    for split, file in files.items():
+        for row in read_rows(file):
+            values = {key: row.get(key) for key in columns}
+            if values["sentence"].count("_") != 1 or values["answer"] not in ("1", "2"):
+                raise UserError(f"{row.where}: needs one '_' and the answer 1 or 2; repair or remove that row")
+            made[split].append(values)
     return {"": made}
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import urllib.error
 import urllib.request
 import zlib
@@ -22,6 +23,7 @@ from robot_forgetting.errors import UserError
 from robot_forgetting.files import write_atomic
 
 VARIABLE = "ROBOT_FORGETTING_DATA"
+SURROGATE = re.compile("[\ud800-\udfff]")
 SECONDS = 60.0  # without a byte, before a download is given up
 
 
@@ -79,8 +81,11 @@ class Row:
     value: object
     where: str
 
-    def get(self, *path: str | int, kind: type = str):
-        """The value at a path of keys and indices; ``UserError`` where it is missing or of another type."""
+    def get(self, *path: str | int, kind: type | tuple[type, ...] = str):
+        """The value at a path of keys and indices; ``UserError`` where it is missing or of another type.
+
+        A text with half of a surrogate pair is none: no tokenizer reads it.
+        """
         value = self.value
         for step in path:
             try:
@@ -88,8 +93,12 @@ class Row:
             except (KeyError, IndexError, TypeError):
                 raise UserError(f"{self.where}: no '{_dotted(path)}'; repair or remove that row") from None
         if not isinstance(value, kind) or isinstance(value, bool):
-            wanted = {str: "a text", list: "a list", dict: "a mapping"}.get(kind, kind.__name__)
+            names = {str: "a text", list: "a list", dict: "a mapping", int: "a whole number", object: "a value"}
+            kinds = kind if isinstance(kind, tuple) else (kind,)
+            wanted = " or ".join(names.get(one, one.__name__) for one in kinds)
             raise UserError(f"{self.where}: '{_dotted(path)}' is not {wanted}; repair or remove that row")
+        if isinstance(value, str) and SURROGATE.search(value):
+            raise UserError(f"{self.where}: '{_dotted(path)}' holds half a character; repair or remove that row")
         return value
 
 
@@ -101,7 +110,7 @@ def read_rows(file: Path) -> list[Row]:
     """All rows of a .jsonl file or of a .json file that holds one array, either gzipped or not."""
     try:
         data = file.read_bytes()
-        text = (gzip.decompress(data) if file.suffix == ".gz" else data).decode("utf-8")
+        text = (gzip.decompress(data) if file.suffix == ".gz" else data).decode("utf-8-sig")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"{file} cannot be read ({error}); download it again") from error
     rows = list(_lines(file, text) if ".jsonl" in file.suffixes else _array(file, text))
