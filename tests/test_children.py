@@ -72,9 +72,7 @@ def command(tmp_path):
     def begin(**options):
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        process = subprocess.Popen(
-            [sys.executable, "command.py"], cwd=tmp_path, env=environment, **pipes, **options
-        )
+        process = subprocess.Popen([sys.executable, "command.py"], cwd=tmp_path, env=environment, **pipes, **options)
         started.append(process)
         return process, [int(word) for word in process.stdout.readline().split()]
 
@@ -131,8 +129,10 @@ PROGRAMS = {
 def test_programs_that_are_started(tmp_path, what):
     """Those that would not notice: a jail without namespaces, a driver that hangs."""
     hanging = tmp_path / "python"  # as the probe would be while a driver hangs
-    hanging.write_text(f"#!{sys.executable}\nimport os, sys, time\nsys.path.insert(0, {str(ROOT)!r})\n"
-                       "from robot_forgetting import children\nchildren.end_with(int(sys.argv[-1]))\ntime.sleep(600)\n")
+    hanging.write_text(
+        f"#!{sys.executable}\nimport os, sys, time\nsys.path.insert(0, {str(ROOT)!r})\n"
+        "from robot_forgetting import children\nchildren.end_with(int(sys.argv[-1]))\ntime.sleep(600)\n"
+    )
     hanging.chmod(0o755)
     with subprocess.Popen([sys.executable, "-c", PROGRAMS[what], hanging], cwd=ROOT) as process:
         for _ in range(600):

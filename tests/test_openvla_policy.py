@@ -290,6 +290,49 @@ def test_bad_checkpoints(checkpoint, spoil, message):
         openvla_checkpoint.load(checkpoint)
 
 
+def head_file(folder):
+    (folder / "action_head--150000_checkpoint.pt").write_bytes(b"")
+
+
+def lora_folder(folder):
+    (folder / "lora_adapter").mkdir()
+    (folder / "lora_adapter" / "adapter_config.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    "mark, message",
+    [
+        (head_file, r"action_head--150000_checkpoint\.pt"),
+        (lambda f: (f / "proprio_projector--latest_checkpoint.pt").write_bytes(b""), "proprio_projector--latest"),
+        (lora_folder, "lora_adapter/adapter_config.json"),
+        (lambda f: edit_config(f, num_images_in_input=2), "num_images_in_input in config.json"),
+        (lambda f: edit_config(f, _name_or_path="moojink/openvla-7b-oft-finetuned-libero-goal"), "the name moojink"),
+        (lambda f: (f / "modeling_prismatic.py").write_text("n = NUM_ACTIONS_CHUNK"), r"modeling_prismatic\.py"),
+    ],
+)
+def test_checkpoints_of_openvla_oft_are_refused_by_name(checkpoint, mark, message):
+    (checkpoint / "modeling_prismatic.py").write_text(
+        "class OpenVLAForActionPrediction: ..."
+    )  # as OpenVLA's own has it
+    edit_config(checkpoint, _name_or_path="openvla/openvla-7b-soft")
+    openvla_checkpoint.load(checkpoint)
+    mark(checkpoint)
+    with pytest.raises(
+        UserError, match=f"is an OpenVLA-OFT checkpoint .*{message}.*; use a checkpoint of OpenVLA itself"
+    ):
+        openvla_checkpoint.load(checkpoint)
+
+
+def test_openvla_oft_is_not_even_downloaded(monkeypatch):
+    import huggingface_hub
+
+    files = ["config.json", "model-00001-of-00004.safetensors", "action_head--150000_checkpoint.pt"]
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda name: files)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **o: pytest.fail("downloaded"))
+    with pytest.raises(UserError, match="someone/chunks is an OpenVLA-OFT checkpoint"):
+        openvla_checkpoint.load("someone/chunks")
+
+
 def test_checkpoints_that_are_not_there(tmp_path, monkeypatch):
     import huggingface_hub
 
@@ -298,6 +341,7 @@ def test_checkpoints_that_are_not_there(tmp_path, monkeypatch):
         raise OSError("no route to host")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda name: offline(name, allow_patterns=[]))
     with pytest.raises(UserError, match=r"'openvla/openvla-9b'.*could not be fetched.*no route to host"):
         openvla_checkpoint.load("openvla/openvla-9b")
     with pytest.raises(UserError, match="no folder"):
@@ -314,81 +358,6 @@ def test_a_model_that_does_not_fit_in_memory_is_refused_before_loading(monkeypat
     assert "folder: 15.1 GB of weights in bfloat16 on cpu, 20.0 GB are free" in capsys.readouterr().err
     with pytest.raises(UserError, match="30.2 GB of weights in float32"):
         openvla_checkpoint._announce("folder", model, torch.float32, torch.device("cpu"))
-
-
-# ---- adapters
-
-
-def test_saved_files_have_the_mode_of_any_other_file(policy, saved, tmp_path):
-    (tmp_path / "file").write_text("")
-    usual = (tmp_path / "file").stat().st_mode
-    policy.save(tmp_path / "whole")
-    OpenVLAPolicy(str(saved), lora={"rank": 2, "alpha": 4}).save(tmp_path / "adapter")
-    modes = {path.name: path.stat().st_mode for path in tmp_path.glob("*/*")}
-    assert {"model.safetensors", "adapter_model.safetensors"} <= modes.keys()
-    assert set(modes.values()) == {usual}, modes
-
-
-def moved(policy: OpenVLAPolicy) -> OpenVLAPolicy:
-    with torch.no_grad():
-        for parameter in policy.trainable_parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.1)
-    return policy
-
-
-def test_adapters_are_saved_in_peft_layout(saved, tmp_path):
-    from peft import PeftModel
-
-    lora = {"rank": 2, "alpha": 4, "targets": ["q_proj", "attn.qkv"]}
-    policy = moved(OpenVLAPolicy(str(saved), device="cpu", lora=lora))
-    policy.save(tmp_path)
-    obs, action = observations(), policy.act(observations())
-    expected = policy.logits(obs, action)
-    again = OpenVLAPolicy(str(saved), device="cpu", lora={"adapter": str(tmp_path)})
-    assert torch.equal(again.logits(obs, action), expected)
-    plain = OpenVLAPolicy(str(saved), device="cpu")
-    assert not torch.allclose(plain.logits(obs, action), expected)
-    PeftModel.from_pretrained(plain.model, str(tmp_path))
-    torch.testing.assert_close(plain.logits(obs, action), expected)
-
-
-def test_the_base_of_trained_adapters_has_them(saved, tmp_path):
-    """What a run starts from is its base, and not the checkpoint below the adapters."""
-    lora = {"rank": 2, "alpha": 4, "targets": ["q_proj"]}
-    first = moved(OpenVLAPolicy(str(saved), device="cpu", lora=lora))
-    first.save(tmp_path)
-    policy = OpenVLAPolicy(str(saved), device="cpu", lora={**lora, "adapter": str(tmp_path)})
-    obs, action = observations(), first.act(observations())
-    expected = first.logits(obs, action)
-    moved(policy)
-    assert not torch.allclose(policy.logits(obs, action), expected)
-    with policy.base():
-        assert torch.equal(policy.logits(obs, action), expected)
-    assert not torch.allclose(policy.logits(obs, action), expected)
-
-
-@pytest.mark.parametrize(
-    "lora, message",
-    [
-        ({"rank": 0}, "rank of at least 1"),
-        ({"targets": ["query"]}, "no layer is called 'query'; layers: .*q_proj"),
-        ({"adapter": "/nowhere"}, r"has no adapter_config\.json"),
-    ],
-)
-def test_bad_adapters(saved, lora, message):
-    with pytest.raises(UserError, match=message):
-        OpenVLAPolicy(str(saved), device="cpu", lora=lora)
-
-
-def test_an_adapter_of_another_model_is_refused(saved, tmp_path):
-    policy = OpenVLAPolicy(str(saved), device="cpu", lora={"rank": 2})
-    policy.save(tmp_path)
-    tensors = load_file(tmp_path / "adapter_model.safetensors")
-    name = sorted(tensors)[0]
-    del tensors[name]
-    save_file(tensors, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(UserError, match=f"does not fit this policy: missing {name}"):
-        OpenVLAPolicy(str(saved), device="cpu", lora={"adapter": str(tmp_path)})
 
 
 def test_ranges_of_a_task_that_the_checkpoint_never_saw(saved, tmp_path):

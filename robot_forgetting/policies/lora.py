@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora.layer import Conv2d, Linear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -20,6 +22,18 @@ from robot_forgetting.files import disk, follow_umask, read_json
 ADAPTER = "default"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."  # what peft puts before every name
+
+# What a saved adapter's configuration may say besides its defaults: everything that samples, trains and merges alike.
+# The rest computes something else than W + s B A, or changes more of the model than its adapters.
+UNDERSTOOD = {
+    "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules",
+    "layers_to_transform", "layers_pattern", "lora_dropout", "fan_in_fan_out", "runtime_config",
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+}  # fmt: skip
+_DEFAULTS = {"bias": "none", "megatron_core": "megatron.core", "qalora_group_size": 16}
+PLAIN_STARTS = (True, False, "gaussian", "orthogonal")  # of init_lora_weights; others change the base's weights
+
+WAYS_OUT = "add it to the model's weights with peft (merge_and_unload), save that, and give it as policy.checkpoint"
 
 
 def add(
@@ -39,7 +53,13 @@ def add(
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=_names(model, targets), bias="none")
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    inject_adapter_in_model(config, model, ADAPTER)
+    try:
+        inject_adapter_in_model(config, model, ADAPTER)
+    except ValueError as error:  # no such layer, or one of a kind that peft does not adapt
+        raise UserError(
+            f"the adapter {adapter or ''} does not fit this policy: {' '.join(str(error).split())}"
+        ) from error
+    _check_layers(model)
     model.lora_config = config
     unused = set(map(id, getattr(model, "unused_parameters", list)()))
     for name, parameter in model.named_parameters():
@@ -92,10 +112,6 @@ def merged(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     In bfloat16 the sum is rounded, so that a change of less than 1/256 of a weight is lost.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
-    if any(used for layer in layers.values() for used in layer.lora_bias.values()):
-        raise UserError(
-            "adapters with biases of their own cannot be added to the model's weights; train without lora_bias"
-        )
     for name, weight in model.state_dict().items():
         layer, base, leaf = name.rpartition(".base_layer.")
         if base:
@@ -147,11 +163,31 @@ def load_weights(model: nn.Module, folder: Path) -> None:
             parameter.copy_(tensors[name])
 
 
+def _check_layers(model: nn.Module) -> None:
+    """``UserError`` for an adapter on anything but a matrix or a convolution."""
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, Linear | Conv2d):
+            raise UserError(f"an adapter on '{name}' is not supported ({type(module).__name__}); {WAYS_OUT}")
+
+
 def _saved_config(folder: Path) -> LoraConfig:
-    if not (folder / CONFIG).exists():
+    """The configuration of an adapter that was saved by this package or by peft, without dropout.
+
+    What is trained is the distribution that was sampled from, which has none.
+    """
+    file = folder / CONFIG
+    if not file.exists():
         raise UserError(f"{folder} has no {CONFIG}; give the folder of a saved LoRA adapter")
-    read_json(folder / CONFIG)
+    said = read_json(file)
+    if said.get("peft_type", "LORA") != "LORA":
+        raise UserError(f"{file}: adapters of type {said['peft_type']} are not supported, LORA's are; {WAYS_OUT}")
+    for name, value in said.items():
+        usual = value in PLAIN_STARTS if name == "init_lora_weights" else value == _DEFAULTS.get(name) or not value
+        if name not in UNDERSTOOD and not usual:
+            raise UserError(f"{file}: {name}={json.dumps(value)} is not supported; {WAYS_OUT}")
     try:
-        return LoraConfig.from_pretrained(str(folder))
+        config = LoraConfig.from_pretrained(str(folder))
     except (TypeError, ValueError, KeyError) as error:
-        raise UserError(f"{folder / CONFIG} is no LoRA configuration ({error}); save the adapter again") from error
+        raise UserError(f"{file} is no LoRA configuration ({error}); save the adapter again") from error
+    config.lora_dropout = 0.0
+    return config

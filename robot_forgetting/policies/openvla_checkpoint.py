@@ -7,8 +7,9 @@ tokenizer.json, and one or several safetensors files. Nothing pickled is ever re
 from __future__ import annotations
 
 import json
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -34,6 +35,15 @@ TIMM_TOWERS = {
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 HUB_FILES = ["*.json", "*.safetensors"]  # no code, nothing pickled
+# What OpenVLA-OFT (arXiv:2502.19645) leaves in its checkpoints: files of its heads beside the model, settings of its
+# inputs and chunks in config.json, and in the model's code, which is only looked at, their constant.
+OFT_FILES = re.compile(
+    r"(^|/)(action_head|noisy_action_projector|proprio_projector|vision_backbone)--|(^|/)lora_adapter/", re.IGNORECASE
+)
+OFT_SETTINGS = ("num_images_in_input", "use_proprio", "use_film", "use_l1_regression", "use_diffusion",
+                "num_action_chunks", "action_chunk_size", "proprio_dim")  # fmt: skip
+OFT_CODE = "NUM_ACTIONS_CHUNK"
+OFT_NAME = re.compile(r"(?<![a-z])oft(?![a-z])", re.IGNORECASE)
 ANNOUNCED_BYTES = 10**9
 
 
@@ -61,6 +71,7 @@ def load(
 ) -> Checkpoint:
     """Loads a Hub id or a folder; weights go to ``device`` in ``dtype`` one tensor at a time."""
     folder = locate(checkpoint)
+    refuse_oft(str(checkpoint), folder)
     config = read_config(folder)
     tokenizer = load_tokenizer(folder)
     if tokenizer.get_vocab_size() > config.vocab_size:
@@ -98,8 +109,13 @@ def locate(checkpoint: str | Path) -> Path:
         raise UserError(
             f"no folder {folder}; give an existing checkpoint folder or a Hub id such as openvla/openvla-7b"
         )
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import list_repo_files, snapshot_download
 
+    try:
+        listed = list_repo_files(text)
+    except Exception:  # what cannot be listed may still be in the cache, and is looked at there
+        listed = []
+    _refuse_oft_files(text, listed)
     try:
         return Path(snapshot_download(text, allow_patterns=HUB_FILES))
     except Exception as error:  # requests, httpx, hub and OS errors alike: for the user all mean "not obtained"
@@ -108,6 +124,33 @@ def locate(checkpoint: str | Path) -> Path:
             f"checkpoint '{text}' is no folder here and could not be fetched from the Hugging Face Hub ({reason}); "
             "check the name and the network, or download it elsewhere and give its folder"
         ) from error
+
+
+def refuse_oft(checkpoint: str, folder: Path) -> None:
+    """``UserError`` for a checkpoint of OpenVLA-OFT, whose weights fit OpenVLA's network and mean something else.
+
+    It reads all actions of a chunk off in one pass that is not causal, most often through a head of its own. There is
+    no one mark: those with a head have its file, those without have other code or settings.
+    """
+    _refuse_oft_files(checkpoint, [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()])
+    values = _json(folder, "config.json", needed=False)
+    marks = [f"{name} in config.json" for name in OFT_SETTINGS if values.get(name)]
+    marks += [f"{path.name} (its code)" for path in folder.glob("*.py") if OFT_CODE in path.read_text(errors="replace")]
+    said = checkpoint if not Path(checkpoint).is_dir() else str(values.get("_name_or_path", ""))
+    marks += [f"the name {said}"] if OFT_NAME.search(said) else []
+    _refuse_oft(checkpoint, marks)
+
+
+def _refuse_oft_files(checkpoint: str, files: Iterable[str]) -> None:
+    _refuse_oft(checkpoint, sorted(file for file in files if OFT_FILES.search(file)))
+
+
+def _refuse_oft(checkpoint: str, marks: list[str]) -> None:
+    if marks:
+        raise UserError(
+            f"{checkpoint} is an OpenVLA-OFT checkpoint ({', '.join(marks[:3])}): it decodes in parallel, not token by "
+            "token, which this policy would get wrong; use a checkpoint of OpenVLA itself, such as openvla/openvla-7b"
+        )
 
 
 def read_config(folder: Path) -> OpenVLAConfig:
