@@ -142,7 +142,7 @@ def policy_states(policy: Policy, task: Task, seeds: Sequence[int], *, num_envs:
     episodes = sorted(evaluate(policy, task, seeds, temperature=1.0, num_envs=num_envs), key=lambda e: e.key.seed)
     rows = [row for episode in episodes for row in episode.observations[: episode.steps]]
     index = np.repeat([episode.key.seed for episode in episodes], [episode.steps for episode in episodes])
-    return _thin(columns(rows), index, limit)
+    return _thin(columns(rows), index, limit) if rows else States({}, index)
 
 
 def demonstration_states(task: Task, count: int, *, limit: int, start: int = 400_000) -> States:

@@ -258,7 +258,8 @@ class Experiment:
         """Decode -> seeds on which a task is evaluated."""
         fewer = self.budget["interim_episodes"]
         if isinstance(task, ScoredTask):
-            return {SCORED: test_seeds(task, fewer if interim else self.setup.episodes, None)}
+            count = fewer if interim else self.setup.episodes
+            return {} if count == 0 else {SCORED: test_seeds(task, count, None)}
         counts = {"sampled": fewer} if interim else self.counts()
         return {decode: test_seeds(task, count, self.setup.seed_start) for decode, count in counts.items() if count}
 
@@ -306,7 +307,7 @@ class Experiment:
         base's on the new task."""
         have = {(r["iteration"], r["task"], r["states"]) for r in self.folder.rows("divergence")}
         count, limit = self.budget["divergence_episodes"], self.budget["divergence_states"]
-        for role, tasks in self.roles.items():
+        for role, tasks in self.roles.items() if count and limit else ():
             for task in tasks if role != "held_out" else []:
                 for name in ("base", "fine_tuned", "demonstrations"):
                     if (iteration, task.name, name) in have or (interim and (role, name) != ("new", "base")):
@@ -318,6 +319,8 @@ class Experiment:
                     if isinstance(task, ScoredTask) and (name != "base" or not hasattr(task, "prompts")):
                         continue
                     states = self.states(name, task, count, limit)
+                    if not len(states):  # every episode broke off before its first step; the summary lists such errors
+                        continue
                     rows = measure_divergence(self.policy, states, seed=self.setup.seed)
                     fields = {"stage": FINAL_STAGE, "iteration": iteration, "task": task.name, "role": role}
                     self.folder.append("divergence", *({**fields, "states": name, **row} for row in rows))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 from toy import ToyPolicy, ToyTask
-from toy_runs import run, same, summary
+from toy_runs import BUDGET, rows, run, same, summary
 
 from robot_forgetting import doctor, episode_rows, experiment, progress, video
 from robot_forgetting.errors import UserError
@@ -20,7 +20,9 @@ from robot_forgetting.evaluate import evaluate
 from robot_forgetting.methods.kl import KL
 from robot_forgetting.metrics.statistics import wilson
 from robot_forgetting.records import RunFolder
+from robot_forgetting.report import write_report
 from robot_forgetting.rollout import Episode, EpisodeKey
+from robot_forgetting.scored import ScoredTask
 from robot_forgetting.task import Task
 from robot_forgetting.train import latest_checkpoint, load_weights
 
@@ -277,3 +279,41 @@ def test_without_greedy_episodes(tmp_path):
     folder = run(tmp_path / "run", "sft", budget={"greedy_episodes": 0, "interim_points": 0})
     assert {(row["stage"], row["decode"]) for row in folder.episodes()} == {(0, "sampled"), (1, "sampled")}
     assert {row["decode"] for row in summary(folder)["success"]} == {"sampled"}
+
+
+def test_a_budget_of_nothing_switches_off(tmp_path, undisturbed):
+    """Every number that may be 0: that part is not measured, nothing else changes, and the page can be written."""
+    for key in [key for key in BUDGET if key != "episodes"]:
+        folder = run(tmp_path / "alone" / key, budget={key: 0})
+        assert folder.finished
+        off = {"divergence_episodes", "divergence_states"}
+        assert bool(folder.rows("divergence")) == (key not in off)
+        if key in off:
+            assert folder.rows("train") and rows(folder, "episodes") == rows(undisturbed, "episodes")
+            write_report([folder.path], tmp_path / f"{key}.html")
+        (folder.path / "run.json").unlink()  # so that the next one measures for itself
+
+
+@pytest.mark.parametrize("interim", [0, 2])
+def test_a_benchmark_at_interim_points(tmp_path, interim):
+    class Benchmark(ToyTask, ScoredTask):
+        def size(self):
+            return 5
+
+        def score(self, policy, seeds):
+            yield from (Episode(EpisodeKey(seed), success=True) for seed in seeds)
+
+        def chance(self, seeds):
+            return 0.5
+
+    folder = run(tmp_path / "run", prior=[Benchmark("bench")], budget={"interim_episodes": interim})
+    found = [row["iteration"] for row in folder.episodes() if row["task"] == "bench"]
+    assert sorted(found) == [0] * 5 + [2] * interim + [4] * 5
+
+
+def test_states_where_every_episode_breaks_off(tmp_path):
+    broken = dict.fromkeys(range(1_500_000, 1_500_003), 0)
+    folder = run(tmp_path / "run", task=ToyTask(crashes=broken))
+    assert {(row["task"], row["states"]) for row in folder.rows("divergence") if row["task"] == "reach"} == {
+        ("reach", "demonstrations")
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -12,10 +13,12 @@ from toy import CHOICES, ToyPolicy, ToyTask, a_batch
 
 from robot_forgetting.errors import UserError
 from robot_forgetting.method import Batch
+from robot_forgetting.methods.distillation import OnPolicyDistillation
 from robot_forgetting.methods.grpo import GRPO, group_advantages
 from robot_forgetting.methods.kl import KL
-from robot_forgetting.methods.on_policy import RolloutPlan, Rollouts, minibatches
+from robot_forgetting.methods.on_policy import RolloutPlan, Rollouts, minibatches, sample_rollouts
 from robot_forgetting.methods.reinforce import Reinforce
+from robot_forgetting.methods.self_sft import SelfSFT
 from robot_forgetting.methods.sft import SFT, encode_demonstrations, smoothed_nll, take
 from robot_forgetting.policy import Action
 from robot_forgetting.rollout import Episode, EpisodeKey
@@ -114,8 +117,70 @@ def test_take_keeps_rows_together():
     ],
 )
 def test_group_advantages(rewards, scaled, expected):
-    found = group_advantages(torch.tensor(rewards, dtype=torch.float32), 4, scaled)
+    found = group_advantages(torch.tensor(rewards, dtype=torch.float32), torch.arange(len(rewards)) // 4, scaled)
     assert found.tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_group_advantages_where_episodes_are_missing():
+    """As if the group had been smaller; one that is left alone teaches nothing."""
+    rewards = torch.tensor([1.0, 0, 0, 1, 1, 0, 1])
+    found = group_advantages(rewards, torch.tensor([0, 0, 0, 2, 3, 3, 3]), False)
+    assert found.tolist() == pytest.approx([2 / 3, -1 / 3, -1 / 3, 0, 1 / 3, -2 / 3, 1 / 3])
+    assert group_advantages(rewards, torch.tensor([0, 0, 0, 2, 3, 3, 3]), True)[3] == 0
+
+
+class Crashing(ToyTask):
+    """Breaks off every episode of a training state that the first iteration meets and ``broken`` chooses."""
+
+    def __init__(self, broken):
+        super().__init__()
+        self.broken = broken
+
+    def make_env(self, num_envs, *, render=False):
+        task, env = self, super().make_env(num_envs, render=render)
+
+        class Env(type(env)):
+            def _answer(self, slot):
+                found = super()._answer(slot)
+                task.count += found.done
+                if found.done and task.broken(task.count):
+                    return dataclasses.replace(found, success=False, reward=0.0, error="RuntimeError: broke")
+                return found
+
+        env.__class__, task.count = Env, 0
+        return env
+
+
+@pytest.mark.parametrize("kind", ["grpo", "reinforce", "iterative", "distillation"])
+def test_crashed_episodes_teach_nothing(kind):
+    arguments = {"iterations": 1, "optimiser": None, "num_envs": 4}
+    made = {
+        "grpo": lambda: GRPO(groups=6, group_size=4, **arguments),
+        "reinforce": lambda: Reinforce(groups=6, group_size=4, **arguments),
+        "iterative": lambda: SelfSFT(
+            states=6, samples=4, iterative=True, steps_per_iteration=1, batch_size=50, **arguments
+        ),
+        "distillation": lambda: OnPolicyDistillation(groups=6, group_size=4, teacher=ToyPolicy(seed=2), **arguments),
+    }[kind]
+    trained = []
+    for broken in (lambda count: count % 3 == 0, lambda count: False):
+        task, method, policy = Crashing(broken), made(), ToyPolicy(seed=1)
+        method.begin(policy, task, [])
+        batches = method.collect(policy, task, 0)
+        trained.append((batches, method.metrics()))
+    (less, some), (all_of_them, none) = trained
+    assert some["episodes"] == none["episodes"] == 24 and some["errors"] == 8 and none["errors"] == 0
+    rows = [sum(len(batch) for batch in batches) for batches in (less, all_of_them)]
+    assert rows[0] < rows[1] or kind == "iterative"
+    if kind in ("grpo", "reinforce"):  # statistics are those of the 16: without the crashed, advantages sum to 0
+        rollouts = sample_rollouts(ToyPolicy(seed=1), Crashing(lambda count: count % 3 == 0), method.plan, 0)
+        assert len(rollouts.rewards) == 16 and some["rollout_success"] == rollouts.rewards.mean().item()
+        sums = [group_advantages(rollouts.rewards, rollouts.state, True)[rollouts.state == s].sum() for s in range(6)]
+        assert torch.stack(sums).abs().max() < 1e-5
+    with pytest.raises(UserError, match="every episode of iteration 1 on task 'reach' was broken off .*broke"):
+        made_all = made()
+        made_all.begin(ToyPolicy(seed=1), task, [])
+        made_all.collect(ToyPolicy(seed=1), Crashing(lambda count: True), 0)
 
 
 def an_episode(seed: int, steps: int, won: bool) -> Episode:

@@ -146,7 +146,7 @@ def test_grpo_loss_is_the_published_formula_over_all_rows(name):
     [batch] = method.collect(policy, task, 0)
     action = rollouts.answers.action
     assert 0 < len(batch) <= len(action) == 64 and len(set(action.mask.sum(1).tolist())) > 2
-    advantage = group_advantages(rollouts.rewards, 16, settings.get("scale_by_std", True))
+    advantage = group_advantages(rollouts.rewards, rollouts.state, settings.get("scale_by_std", True))
     with torch.no_grad():
         for p in policy.parameters():
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) * 0.02)

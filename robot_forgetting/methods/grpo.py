@@ -55,7 +55,7 @@ class GRPO(Method):
 
     def collect(self, policy: Policy, task, iteration: int) -> Sequence[Batch]:
         rollouts = sample_rollouts(policy, task, self.plan, iteration)
-        advantage = group_advantages(rollouts.rewards, self.plan.group_size, self.scale_by_std)
+        advantage = group_advantages(rollouts.rewards, rollouts.state, self.scale_by_std)
         if self.length_normalised:
             lengths = rollouts.lengths.clamp_min(1)
             advantage = advantage * lengths.float().mean() / lengths
@@ -76,9 +76,13 @@ class GRPO(Method):
         return self._metrics
 
 
-def group_advantages(rewards: Tensor, group_size: int, scale_by_std: bool) -> Tensor:
-    """[E] rewards, a group's in a row, to [E] advantages with group mean 0 (and, if scaled, group std 1)."""
-    grouped = rewards.view(-1, group_size)
+def group_advantages(rewards: Tensor, state: Tensor, scale_by_std: bool) -> Tensor:
+    """[E] rewards to [E] advantages with mean 0 (and, if scaled, std 1) over the episodes of each initial state [E]."""
+    _, sizes = state.unique_consecutive(return_counts=True)
+    if (sizes != sizes[0]).any():  # some episodes are missing
+        parts = rewards.split(sizes.tolist())
+        return torch.cat([group_advantages(part, torch.zeros_like(part), scale_by_std) for part in parts])
+    grouped = rewards.view(-1, int(sizes[0]))
     centred = grouped - grouped.mean(1, keepdim=True)
     if scale_by_std:
         centred = centred / grouped.std(1, keepdim=True, unbiased=False).clamp_min(1e-6)

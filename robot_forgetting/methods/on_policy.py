@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -52,9 +53,15 @@ class RolloutPlan:
 
 @dataclass
 class Rollouts:
-    """episodes in the order of the plan's keys; rewards [E]; lengths [E]."""
+    """E episodes in the order of the plan's keys; rewards [E]; lengths [E].
+
+    Those that the environment broke off say nothing of the policy and are not among them; ``failed`` are.
+    state: [E] the number of the initial state, of whose ``group_size`` episodes some may be missing
+    """
 
     episodes: list[Episode]
+    state: Tensor | None = None
+    failed: Sequence[Episode] = ()
 
     @property
     def rewards(self) -> Tensor:
@@ -67,9 +74,9 @@ class Rollouts:
     def metrics(self) -> dict[str, float]:
         return {
             "rollout_success": self.rewards.mean().item(),
-            "episodes": len(self.episodes),
-            "env_steps": int(self.lengths.sum()),
-            "errors": sum(episode.error is not None for episode in self.episodes),
+            "episodes": len(self.episodes) + len(self.failed),
+            "env_steps": sum(episode.steps for episode in [*self.episodes, *self.failed]),
+            "errors": len(self.failed),
         }
 
     def batch(self, advantage: Tensor, tokens_per_row: float | None = None) -> Batch | None:
@@ -93,10 +100,15 @@ class OneStepRollouts:
 
     answers: Answers
     runs: int = 1
+    group_size: int = 1
 
     @property
     def rewards(self) -> Tensor:
         return self.answers.rewards
+
+    @property
+    def state(self) -> Tensor:
+        return torch.arange(len(self.rewards)) // self.group_size
 
     @property
     def lengths(self) -> Tensor:
@@ -130,10 +142,19 @@ def sample_rollouts(policy: Policy, task, plan: RolloutPlan, iteration: int) -> 
     """Runs the iteration's episodes at temperature 1: the distribution whose log-probabilities the loss uses."""
     policy.eval()
     if isinstance(task, OneStepTask):
-        return OneStepRollouts(answer(policy, task, *plan.draw(task, iteration)), policy.runs)
+        return OneStepRollouts(answer(policy, task, *plan.draw(task, iteration)), policy.runs, plan.group_size)
     keys = plan.keys(task, iteration)
     finished = {episode.key: episode for episode in rollout(policy, task, keys, num_envs=plan.num_envs)}
-    return Rollouts([finished[key] for key in keys])
+    episodes, failed = [], []
+    for number, key in enumerate(keys):
+        (failed if finished[key].error else episodes).append((number // plan.group_size, finished[key]))
+    if not episodes:
+        raise UserError(
+            f"every episode of iteration {iteration + 1} on task '{task.name}' was broken off by its environment "
+            f"({failed[0][1].error}); mend it, the same command continues"
+        )
+    states = torch.tensor([state for state, _ in episodes])
+    return Rollouts([episode for _, episode in episodes], states, [episode for _, episode in failed])
 
 
 def minibatches(batch: Batch | None, *, size: int, epochs: int, seed: list[int], runs: int = 1) -> list[Batch]:
