@@ -13,7 +13,8 @@ from robot_forgetting.policy import Action, Policy
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows for one optimiser step.
+    """Rows for one optimiser step. ``collect`` makes them on the CPU; a loss or a penalty gets them on the policy's
+    device (``to``), but for the observations, which the policy moves itself.
 
     obs: the policy's observation columns, N rows
     action: N decisions (sampled, or a demonstration's)
@@ -40,6 +41,15 @@ class Batch:
             advantage=None if self.advantage is None else self.advantage[index],
             extra=None if self.extra is None else {key: value[index] for key, value in self.extra.items()},
             tokens_per_row=self.mean_tokens,
+        )
+
+    def to(self, device) -> Batch:
+        """The same rows with decisions, advantages and extras on a device."""
+        return replace(
+            self,
+            action=self.action.to(device),
+            advantage=None if self.advantage is None else self.advantage.to(device),
+            extra=None if self.extra is None else {key: value.to(device) for key, value in self.extra.items()},
         )
 
     @property

@@ -150,7 +150,7 @@ def answer(
     obs = repeated(task.observations(seeds), inner=group, outer=policy.runs)
     each = np.repeat(seeds, group)
     noise = torch.from_numpy(np.tile(uniforms(each, streams.ravel()), policy.runs)).unsqueeze(1)
-    action = policy.act(obs, temperature=temperature, noise=noise)
+    action = policy.act(obs, temperature=temperature, noise=noise).to("cpu")
     answers = policy.decode(action, statistics=getattr(task, "statistics", None))
     rewards = task.rewards(np.tile(each, policy.runs), answers)
     return Answers(obs, action, torch.from_numpy(np.asarray(rewards, np.float32)))

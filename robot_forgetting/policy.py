@@ -17,7 +17,7 @@ from robot_forgetting.errors import UserError
 
 @dataclass(frozen=True)
 class Action:
-    """N decisions of up to T tokens.
+    """N decisions of up to T tokens; what rollouts and methods keep of them is on the CPU.
 
     tokens: [N, T] int64, indices into the policy's action vocabulary (0 .. V-1)
     mask: [N, T] bool, True where a token counts
@@ -124,11 +124,15 @@ class Policy(nn.Module, ABC):
 
     @abstractmethod
     def logits(self, obs: dict, action: Action) -> Tensor:
-        """Teacher-forced logits over the action vocabulary, [N, T, V] float32, differentiable."""
+        """Teacher-forced logits over the action vocabulary, [N, T, V] float32, on the policy's device, differentiable.
+
+        obs are columns in the host's memory; the action may be there or on the device.
+        """
 
     def log_prob(self, obs: dict, action: Action) -> Tensor:
         """Log-probability of each token in nats at temperature 1, [N, T], differentiable; zero where masked."""
         logits = self.logits(obs, action)
+        action = action.to(logits.device)
         chosen = logits.gather(-1, action.tokens.unsqueeze(-1)).squeeze(-1)
         return (chosen - logits.logsumexp(-1)) * action.mask
 

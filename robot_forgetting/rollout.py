@@ -174,12 +174,12 @@ def _act(policy, members, names, active, temperature, statistics, width, draw) -
         if name in active:
             episode = slot.episode
             noise[index] = draw(episode.key.seed, episode.key.stream, episode.steps, MAX_TOKENS)
-    action = policy.act(columns(rows), temperature=temperature, noise=torch.from_numpy(noise))
+    action = policy.act(columns(rows), temperature=temperature, noise=torch.from_numpy(noise)).to("cpu")
     commands = policy.decode(action, statistics=statistics)
     chosen = {}
     for index, (name, slot) in enumerate(zip(names, members, strict=True)):
         if name in active:
-            slot.episode.actions.append(action[index : index + 1].to("cpu"))
+            slot.episode.actions.append(action[index : index + 1])
             slot.episode.commands.append(commands[index])
             chosen[name] = commands[index]
     return chosen

@@ -195,7 +195,7 @@ def _backward(policy, method, penalties, part: Batch, share: float, micro_batch:
     policy.train()
     loss_sum = penalty_sum = 0.0
     for start in range(0, len(part), micro_batch * policy.runs):
-        rows = part[start : start + micro_batch * policy.runs]
+        rows = part[start : start + micro_batch * policy.runs].to(policy.device)
         weight = share * len(rows) / len(part)
         loss = method.loss(policy, rows)
         penalty = sum((rider(policy, rows) for rider in penalties), start=torch.zeros_like(loss))
@@ -269,9 +269,9 @@ def save_checkpoint(run: RunFolder, policy: Policy, adams, method: Method, *, it
     with disk(run.path):
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        _write({name: p.detach().contiguous() for name, p in trainable(policy).items()}, part / "policy.safetensors")
+        _write({name: p.detach() for name, p in trainable(policy).items()}, part / "policy.safetensors")
         _write(_adam_tensors(policy, adams), part / "optimizer.safetensors")
-        _write({name: t.contiguous() for name, t in method.state_dict().items()}, part / "method.safetensors")
+        _write(method.state_dict(), part / "method.safetensors")
         write_json(part / "state.json", {"iteration": iteration, "step": step})
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
@@ -293,7 +293,7 @@ def load_checkpoint(run: RunFolder, policy: Policy, adams, method: Method) -> di
             name = by_name[id(parameter)]
             if f"{name}.exp_avg" in moments:
                 adam.state[parameter] = {
-                    key: moments[f"{name}.{key}"].to(parameter.device if key != "step" else "cpu")
+                    key: moments[f"{name}.{key}"].to(parameter.device)  # the step too: fused AdamW reads it there
                     for key in ("step", "exp_avg", "exp_avg_sq")
                 }
     method.load_state_dict(_read(folder / "method.safetensors"))
@@ -330,7 +330,7 @@ def latest_checkpoint(run: RunFolder) -> Path | None:
 def _adam_tensors(policy: Policy, adams) -> dict[str, Tensor]:
     by_name = {id(parameter): name for name, parameter in trainable(policy).items()}
     return {
-        f"{by_name[id(parameter)]}.{key}": value.detach().contiguous()
+        f"{by_name[id(parameter)]}.{key}": value.detach()
         for adam in adams
         for parameter, state in adam.state.items()
         for key, value in state.items()
@@ -339,7 +339,7 @@ def _adam_tensors(policy: Policy, adams) -> dict[str, Tensor]:
 
 def _write(tensors: dict[str, Tensor], file: Path) -> None:
     try:
-        save_file(tensors, file)
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, file)
         follow_umask(file)
     except SafetensorError as error:  # the system's error is in its text only: "... (os error 28)"
         number = re.search(r"os error (\d+)", str(error))

@@ -103,7 +103,7 @@ def nudge(policy: CausalLM, size: float = 0.05, seed: int = 3) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in policy.trainable_parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * size)
+            parameter.add_((torch.randn(parameter.shape, generator=generator) * size).to(parameter))
 
 
 class LettersTask(OneStepTask):

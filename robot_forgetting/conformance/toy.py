@@ -16,8 +16,8 @@ TINY = {
 }  # fmt: skip
 
 
-def tiny_policy(task: Task, seed: int = 0) -> Policy:
-    """An openvla-nano with random weights for the task's pictures and instruction, on the CPU."""
+def tiny_policy(task: Task, seed: int = 0, *, device: str = "cpu", **options) -> Policy:
+    """An openvla-nano with random weights for the task's pictures and instruction; options: those of ``new_nano``."""
     from robot_forgetting.policies.openvla import new_nano
 
     size = task.convention().image_size
@@ -28,8 +28,8 @@ def tiny_policy(task: Task, seed: int = 0) -> Policy:
             image_size=-(-size // 16) * 16,
             instructions=list(task.sentences),
             norm_stats={task.convention().statistics or "toy": {"action": ranges}},
-            device="cpu",
-            **TINY,
+            device=device,
+            **{**TINY, **options},
         )
 
 

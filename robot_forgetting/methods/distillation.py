@@ -39,7 +39,7 @@ class _Distillation(Method):
     def _loss(self, policy: Policy, batch: Batch, teacher: Policy, obs: dict) -> Tensor:
         reference = Reference(teacher, obs)
         values = policy.compared(batch.obs, batch.action, {"kl": self.divergence}, reference)["kl"]
-        return mean_over_tokens(values, batch.action.mask.to(values.device), 1, batch.tokens_per_row)
+        return mean_over_tokens(values, batch.action.mask, 1, batch.tokens_per_row)
 
     def metrics(self) -> dict[str, float]:
         return self._metrics

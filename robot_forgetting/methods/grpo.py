@@ -66,11 +66,11 @@ class GRPO(Method):
 
     def loss(self, policy: Policy, batch: Batch) -> Tensor:
         log_prob = policy.log_prob(batch.obs, batch.action)
-        ratio = (log_prob - batch.action.log_prob.to(log_prob.device)).exp()
-        advantage = batch.advantage.to(log_prob.device).unsqueeze(1)
+        ratio = (log_prob - batch.action.log_prob).exp()
+        advantage = batch.advantage.unsqueeze(1)
         clipped = ratio.clamp(1 - self.clip, 1 + self.clip)
         gain = torch.minimum(ratio * advantage, clipped * advantage)
-        return -mean_over_tokens(gain, batch.action.mask.to(log_prob.device), policy.runs, batch.tokens_per_row)
+        return -mean_over_tokens(gain, batch.action.mask, policy.runs, batch.tokens_per_row)
 
     def metrics(self) -> dict[str, float]:
         return self._metrics

@@ -209,7 +209,7 @@ def _probabilities(policy: Policy, task: OneStepTask, seeds: np.ndarray) -> Tens
     tokens = torch.zeros(len(seeds) * policy.runs, 1, dtype=torch.int64)
     obs = repeated(task.observations(seeds), outer=policy.runs)
     logits = policy.logits(obs, Action(tokens, torch.ones_like(tokens, dtype=torch.bool)))
-    return logits[: len(seeds), 0].softmax(-1)
+    return logits[: len(seeds), 0].softmax(-1).cpu()
 
 
 def draw(probabilities: Tensor, seeds: np.ndarray, stream: int) -> np.ndarray:

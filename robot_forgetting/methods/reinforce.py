@@ -54,8 +54,8 @@ class Reinforce(Method):
 
     def loss(self, policy: Policy, batch: Batch) -> Tensor:
         log_prob = policy.log_prob(batch.obs, batch.action)
-        advantage = batch.advantage.to(log_prob.device).unsqueeze(1)
-        mask = batch.action.mask.to(log_prob.device)
+        advantage = batch.advantage.unsqueeze(1)
+        mask = batch.action.mask
         return -mean_over_tokens(advantage * log_prob, mask, policy.runs, batch.tokens_per_row)
 
     def metrics(self) -> dict[str, float]:

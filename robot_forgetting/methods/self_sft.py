@@ -105,7 +105,7 @@ class SelfSFT(Method):
 
     def loss(self, policy: Policy, batch: Batch) -> Tensor:
         log_prob = policy.log_prob(batch.obs, batch.action)
-        return -mean_over_tokens(log_prob, batch.action.mask.to(log_prob.device), policy.runs, batch.tokens_per_row)
+        return -mean_over_tokens(log_prob, batch.action.mask, policy.runs, batch.tokens_per_row)
 
     def metrics(self) -> dict:
         return self._metrics

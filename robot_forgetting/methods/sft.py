@@ -78,13 +78,13 @@ class SFT(Method):
     def loss(self, policy: Policy, batch: Batch) -> Tensor:
         if batch.extra is not None and "target" in batch.extra:  # soft labels of the first token
             log_probs = policy.logits(batch.obs, batch.action).log_softmax(-1)
-            nll = -(batch.extra["target"].to(log_probs.device).unsqueeze(1) * log_probs).sum(-1)
+            nll = -(batch.extra["target"].unsqueeze(1) * log_probs).sum(-1)
         elif self.label_sigma:
             logits = policy.logits(batch.obs, batch.action)
-            nll = smoothed_nll(logits, batch.action.tokens.to(logits.device), self.label_sigma)
+            nll = smoothed_nll(logits, batch.action.tokens, self.label_sigma)
         else:
             nll = -policy.log_prob(batch.obs, batch.action)
-        return mean_over_tokens(nll, batch.action.mask.to(nll.device), policy.runs, batch.tokens_per_row)
+        return mean_over_tokens(nll, batch.action.mask, policy.runs, batch.tokens_per_row)
 
 
 def encode_demonstrations(policy: Policy, task, demonstrations) -> Batch:

@@ -62,4 +62,4 @@ class SimPO(Method):
         chosen = policy.log_prob(batch.obs, batch.action).sum(1)
         rejected = policy.log_prob(batch.obs, Action(batch.extra["rejected"], batch.extra["counts"])).sum(1)
         loss = -logsigmoid(chosen - rejected - self.margin).unsqueeze(1)
-        return mean_over_tokens(loss, batch.action.mask[:, :1].to(loss.device), policy.runs)
+        return mean_over_tokens(loss, batch.action.mask[:, :1], policy.runs)

@@ -23,7 +23,7 @@ def parse_device(device: str) -> torch.device:
     if device == "auto":
         if reason:
             _say_once(f"computing on the CPU, although there is a GPU: {reason}")
-        return torch.device("cuda" if torch.cuda.is_available() and not reason else "cpu")
+        device = "cuda" if torch.cuda.is_available() and not reason else "cpu"
     try:
         place = torch.device(device)
     except RuntimeError as error:
@@ -32,7 +32,8 @@ def parse_device(device: str) -> torch.device:
         raise UserError(f"device={device}, but torch cannot use the GPU: {reason}")
     if place.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device={device}, but torch finds no usable CUDA GPU; use device=cpu, or install a CUDA torch")
-    return place
+    # With its number, as tensors have it.
+    return torch.device("cuda", torch.cuda.current_device()) if place == torch.device("cuda") else place
 
 
 @functools.cache

@@ -46,7 +46,7 @@ class FusedLlama:
         hidden_size = model.norm.weight.shape[0]
         self.num_heads, self.head_dim = num_heads, hidden_size // num_heads
         root = hidden_size**0.5  # x / sqrt(mean(x^2) + eps) = root * x / hypot(norm(x), root * sqrt(eps))
-        self.epsilon = model.norm.weight.new_tensor(root * eps**0.5)
+        self.epsilon = model.norm.weight.new_full((), root * eps**0.5)
         self.final_scale = model.norm.weight * root
         self.layers = [self._fuse(layer, root) for layer in model.layers]
 
