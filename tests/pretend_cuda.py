@@ -13,12 +13,17 @@ from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import no_dispatch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 CUDA = torch.device("cuda", 0)
 FREE_BYTES = 80 * 10**9
 FUSED = ("_fused_adam", "_fused_adamw", "_fused_sgd")  # their kernels read scalars on the device too
+PRODUCTS = {
+    torch.nn.functional.linear, torch.nn.functional.conv2d, torch.nn.functional.scaled_dot_product_attention,
+    torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.bmm, torch.addmm, torch.baddbmm,
+}  # fmt: skip
 INDEXING = ("index", "index_put", "_index_put_impl", "_unsafe_index", "_unsafe_index_put")
 
 
@@ -73,6 +78,18 @@ class _Mode(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return _run(func, args, kwargs or {})
+
+
+class _Autocast(TorchFunctionMode):
+    """Products in the lower precision, which torch's own autocast does for tensors that C++ too takes for a GPU's."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in PRODUCTS and torch.is_autocast_enabled("cuda"):
+            kind = torch.get_autocast_dtype("cuda")
+            lower = lambda x: x.to(kind) if x.dtype == torch.float32 else x  # noqa: E731
+            args, kwargs = tree_map_only(OnCuda, lower, (args, kwargs))
+        return func(*args, **kwargs)
 
 
 def _run(func, args, kwargs):
@@ -133,7 +150,7 @@ def pretended_cuda() -> Iterator[None]:
     try:
         # ``torch.tensor(..., device="cuda:0")`` then makes its tensor here and moves it by an operation, as for fakes.
         torch._C._set_only_lift_cpu_tensors(True)
-        with mock.patch.multiple(torch.cuda, **told), _Mode():
+        with mock.patch.multiple(torch.cuda, **told), _Mode(), _Autocast():
             yield
     finally:
         torch._C._set_only_lift_cpu_tensors(False)
