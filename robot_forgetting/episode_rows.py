@@ -99,7 +99,7 @@ def identified(policy: Policy, tasks: Sequence[Task]) -> dict:
 
 def _policy_mark(policy: Policy) -> str:
     digest, trained_before = hashlib.sha256(), getattr(policy, "continues", False)
-    digest.update(_text([policy.convention(), getattr(policy, "config", None)]))
+    digest.update(_text([policy.convention(), getattr(policy, "config", None), getattr(policy, "settings", None)]))
     for name, tensor in sorted(policy.state_dict().items()):
         # Fresh adapters change with the seed, the base that they leave as it is does not.
         if "lora_" in name and not trained_before:

@@ -9,13 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from robot_forgetting.episode_rows import fingerprint
 from robot_forgetting.errors import UserError
 from robot_forgetting.policies import openvla_checkpoint
 from robot_forgetting.policies.openvla import OpenVLAPolicy, new_nano
 from robot_forgetting.policies.openvla_checkpoint import Checkpoint
 from robot_forgetting.policies.openvla_processor import ActionBins, ImageProcessor, Statistics
 from robot_forgetting.policies.openvla_tokenizer import PromptTokenizer, prompt, train_small_tokenizer
-from robot_forgetting.policy import Action
+from robot_forgetting.policy import Action, ConventionSpec
 
 INSTRUCTIONS = ["stack the red cube on top of the green cube", "push the blue cube to the goal"]
 NORM_STATS = {"arm": {"action": {"q01": [-2.0] * 6 + [0.0], "q99": [2.0] * 6 + [1.0], "mask": [True] * 6 + [False]}}}
@@ -362,9 +363,30 @@ def test_a_model_that_does_not_fit_in_memory_is_refused_before_loading(monkeypat
 
 def test_ranges_of_a_task_that_the_checkpoint_never_saw(saved, tmp_path):
     unit = {"panda": {"action": {"q01": [-1.0] * 7, "q99": [1.0] * 7, "mask": [True] * 7}}}
-    policy = OpenVLAPolicy(str(saved), device="cpu", statistics="arm", add_statistics=unit)
+    policy = OpenVLAPolicy(str(saved), device="cpu", add_statistics=unit)
     highest = Action(torch.full((1, 7), 255), torch.ones(1, 7, dtype=torch.bool))
     own, added = (policy.decode(highest, statistics=key) for key in ("arm", "panda"))
     np.testing.assert_allclose(own[0, :6] / added[0, :6], 2.0, rtol=1e-6)
     policy.save(tmp_path / "both")
     assert OpenVLAPolicy(str(tmp_path / "both"), device="cpu").statistics.keys == ["arm", "panda"]
+
+
+@pytest.mark.parametrize("chosen, used", [(None, "panda"), ("panda", "panda"), ("arm", "arm")])
+def test_chosen_statistics_are_used_whatever_the_task_names(saved, chosen, used):
+    unit = {"panda": {"action": {"q01": [-1.0] * 7, "q99": [1.0] * 7, "mask": [True] * 7}}}
+    policy = OpenVLAPolicy(str(saved), device="cpu", statistics=chosen, add_statistics=unit)
+    scale = {"panda": 1.0, "arm": 2.0}[used]
+    bins = Action(torch.full((1, 7), 254), torch.ones(1, 7, dtype=torch.bool))
+    command = policy.decode(bins, statistics="panda")  # as a task that names them asks
+    np.testing.assert_allclose(command[0, :6], scale * 254 / 255, rtol=1e-6)
+    assert torch.equal(policy.encode(command, statistics="panda").tokens[:, :6], bins.tokens[:, :6])
+    assert policy.convention().mismatches(ConventionSpec(statistics="panda")) == []
+
+
+def test_the_only_statistics_are_not_taken_for_another_robots(saved):
+    panda, chosen = ConventionSpec(statistics="panda"), OpenVLAPolicy(str(saved), device="cpu", statistics="arm")
+    assert OpenVLAPolicy(str(saved), device="cpu").convention().mismatches(panda) == [
+        "statistics: 'arm' against 'panda'"
+    ]
+    assert chosen.convention().mismatches(panda) == []
+    assert fingerprint(chosen, []) != fingerprint(OpenVLAPolicy(str(saved), device="cpu"), [])

@@ -30,7 +30,8 @@ class OpenVLAPolicy(OwnBase):
     """A VLA whose action vocabulary is its 256 action bins (bin 0 is the lowest command value) and T = 7.
 
     checkpoint: a Hub id or a folder in the published layout (or what ``openvla_checkpoint.load`` returns)
-    statistics: key of the ranges used where ``decode`` and ``encode`` are given none; null: the only one there is
+    statistics: key of the ranges that are used whatever a task names; null: those that the task names, or the only ones
+        there are
     add_statistics: further ranges, as in dataset_statistics.json: those of tasks that the checkpoint never saw
     dtype: float32; mixed: weights in float32, products in bfloat16; bfloat16, float16: to evaluate, or to fine-tune by
         LoRA (adapters are float32)
@@ -75,7 +76,8 @@ class OpenVLAPolicy(OwnBase):
         self.statistics = Statistics(config.norm_stats)
         if statistics is not None:
             self.statistics.dimensions(statistics)  # an unknown key lists the choices
-        self.key = statistics or self.statistics.only_key()
+        self.chosen = statistics
+        self.settings |= {"statistics": statistics}
         self._prompts = PromptTokenizer(self.tokenizer, config.pad_token_id)
         self._pictures = ImageProcessor(config.image_size, config.image_resize_strategy, config.means, config.stds)
         self._bins = ActionBins(config.action_bins)
@@ -121,8 +123,12 @@ class OpenVLAPolicy(OwnBase):
         return Action(bins, torch.ones_like(bins, dtype=torch.bool))
 
     def convention(self) -> ConventionSpec:
-        dimensions = self.statistics.dimensions(self.key) if self.key else self.config.action_tokens
-        return ConventionSpec(action_dimensions=dimensions, statistics=self.statistics.only_key(), **self._spec)
+        key = self.chosen or self.statistics.only_key()
+        dimensions = self.statistics.dimensions(key) if key else self.config.action_tokens
+        # Chosen ones go with any task: that is what choosing them says.
+        return ConventionSpec(
+            action_dimensions=dimensions, statistics=None if self.chosen else self.statistics.only_key(), **self._spec
+        )
 
     def rows_at_once(self, *, gradients: int = 0) -> int:
         reserved, products = self._autocast_bytes(), self._precision.products or self._precision.weights
@@ -157,7 +163,7 @@ class OpenVLAPolicy(OwnBase):
     def set_statistics(self, norm_stats: dict) -> None:
         """Replaces the ranges by which commands are normalised; for pre-training, which measures them."""
         self.statistics = Statistics(norm_stats)
-        self.key = self.statistics.only_key()
+        self.chosen = None
         self.config = self.model.config = replace(self.config, norm_stats=norm_stats)
 
     def save(self, folder, *, dtype: str | None = None) -> None:
@@ -181,7 +187,7 @@ class OpenVLAPolicy(OwnBase):
         return ids.to(device), None if mask is None else mask.to(device), pixels
 
     def _key(self, statistics: str | None) -> str:
-        key = statistics or self.key
+        key = self.chosen or statistics or self.statistics.only_key()
         if key is None:
             raise UserError(
                 f"policy '{self.name}' has several statistics; give policy.statistics=, one of: "

@@ -29,6 +29,8 @@ class OwnBase(Policy):
     def __init__(self, name: str, lora: dict | None, products: torch.dtype | None = None):
         super().__init__()
         self.name, self.lora, self._product_dtype = name, lora, products
+        # What changes its decisions besides weights, convention and ``config``: part of a run's fingerprint.
+        self.settings = {"products": str(products)}
         self._in_base = False
         self._base_weights: list[Tensor] | None = None
         self.continues = bool(lora and lora.get("adapter"))  # whether its adapters were trained before
