@@ -293,7 +293,8 @@ def load_checkpoint(run: RunFolder, policy: Policy, adams, method: Method) -> di
             name = by_name[id(parameter)]
             if f"{name}.exp_avg" in moments:
                 adam.state[parameter] = {
-                    key: moments[f"{name}.{key}"].to(parameter.device)  # the step too: fused AdamW reads it there
+                    # The step too is where fused AdamW reads it; moments may have been saved in bfloat16.
+                    key: moments[f"{name}.{key}"].to(parameter.device, None if key == "step" else parameter.dtype)
                     for key in ("step", "exp_avg", "exp_avg_sq")
                 }
     method.load_state_dict(_read(folder / "method.safetensors"))

@@ -9,15 +9,18 @@ import numpy as np
 import pytest
 import torch
 from hydra.utils import instantiate
+from safetensors.torch import load_file, save_file
 from test_openvla_policy import observations, small_nano
 from tiny_lm import tiny_lm
 
 from robot_forgetting import configs
 from robot_forgetting.errors import UserError
+from robot_forgetting.methods.sft import SFT
 from robot_forgetting.policies import openvla_checkpoint
 from robot_forgetting.policies.openvla import OpenVLAPolicy
 from robot_forgetting.policies.openvla_checkpoint import Checkpoint
-from robot_forgetting.train import Optimiser
+from robot_forgetting.records import RunFolder
+from robot_forgetting.train import Optimiser, load_checkpoint, save_checkpoint
 
 CONFIGS = str(Path(configs.__file__).parent)
 # Those whose weights are here; the others are the same classes with larger ones.
@@ -139,3 +142,28 @@ def test_mixed_is_saved_in_float32(tmp_path):
 def test_rows_per_pass_are_chosen_where_none_are_given():
     assert Optimiser(learning_rate=1.0).micro_batch is None
     assert tiny_lm().rows_at_once(gradients=1) == 256
+
+
+def test_a_checkpoint_in_bfloat16_is_continued_in_float32(tmp_path):
+    """As checkpoints of adapters were before."""
+    policy = nano("bfloat16", lora={**LORA, "targets": ["q_proj"]})
+    weights, method = (
+        policy.trainable_parameters(),
+        SFT(iterations=1, steps_per_iteration=1, batch_size=1, demonstrations=1, optimiser=None),
+    )
+    adam = torch.optim.AdamW(weights, lr=1e-3, fused=True)
+    obs = observations()
+
+    def step() -> None:
+        policy.log_prob(obs, policy.act(obs)).sum().backward()
+        adam.step()
+
+    step()
+    with RunFolder.create(tmp_path, config={}, run={}) as folder:
+        save_checkpoint(folder, policy, [adam], method, iteration=1, step=1)
+        for file in folder.checkpoints.glob("*/[po]*.safetensors"):
+            tensors = load_file(file).items()
+            save_file({name: t if name.endswith(".step") else t.bfloat16() for name, t in tensors}, file)
+        load_checkpoint(folder, policy, [adam], method)
+    step()
+    assert {tensor.dtype for p in weights for tensor in (p, *adam.state[p].values())} == {torch.float32}

@@ -94,16 +94,24 @@ class OpenVLAPolicy(OwnBase):
 
     @torch.no_grad()
     def act(self, obs: dict, *, temperature: float = 1.0, noise: Tensor | None = None) -> Action:
+        self._check_columns(obs)
+        count, tokens = len(obs["instruction"]), self.config.action_tokens
+        if temperature and noise is None:
+            noise = torch.rand(count, tokens)
+        if parts := self._parts(count):
+            drawn = [None if noise is None else noise[part] for part in parts]
+            pairs = zip(parts, drawn, strict=True)
+            return Action.cat([self.act(take_rows(obs, p), temperature=temperature, noise=some) for p, some in pairs])
         ids, mask, pixels = self._inputs(obs)
-        tokens = self.config.action_tokens
         if temperature:
-            noise = torch.rand(len(ids), tokens) if noise is None else noise[:, :tokens]
-            noise = noise.to(self.device)
+            noise = noise[:, :tokens].to(self.device)
         with self._products():
             bins, log_prob = self.model.generate_actions(ids, mask, pixels, temperature=temperature, noise=noise)
         return Action(bins, torch.ones_like(bins, dtype=torch.bool), log_prob)
 
     def logits(self, obs: dict, action: Action) -> Tensor:
+        if not torch.is_grad_enabled() and (parts := self._parts(len(action))):
+            return torch.cat([self.logits(take_rows(obs, part), action[part]) for part in parts])
         ids, mask, pixels = self._inputs(obs)
         with self._products():
             return self.model.action_logits(ids, mask, pixels, action.tokens.to(self.device))
@@ -130,7 +138,7 @@ class OpenVLAPolicy(OwnBase):
             action_dimensions=dimensions, statistics=None if self.chosen else self.statistics.only_key(), **self._spec
         )
 
-    def rows_at_once(self, *, gradients: int = 0) -> int:
+    def rows_at_once(self, *, gradients: int = 0, most: int | None = None) -> int:
         reserved, products = self._autocast_bytes(), self._precision.products or self._precision.weights
         row = acting_row_bytes(self.config, products)
         if gradients:
@@ -138,7 +146,12 @@ class OpenVLAPolicy(OwnBase):
             dtypes, recompute = (self._precision.weights, products), self.model.gradient_checkpointing
             kept, once = training_row_bytes(self.config, *dtypes, trained=self.lora is None, recompute=recompute)
             row = gradients * kept + once
-        return rows_that_fit(row, self.most_rows, self.device, reserved)
+        return rows_that_fit(row, most or self.most_rows, self.device, reserved)
+
+    def _parts(self, count: int) -> list[slice]:
+        """The rows of a batch without gradients in parts for which there is memory; empty where all fit."""
+        rows = self.rows_at_once(most=count)
+        return [slice(start, start + rows) for start in range(0, count, rows)] if rows < count else []
 
     # ---- beyond Policy
 
@@ -174,17 +187,20 @@ class OpenVLAPolicy(OwnBase):
             openvla_checkpoint.save(folder, self.model, self.tokenizer, dtype=dtype and parse_dtype(dtype))
 
     def _inputs(self, obs: dict) -> tuple[Tensor, Tensor | None, Tensor]:
-        for column in ("image", "instruction"):
-            if column not in obs:
-                raise UserError(
-                    f"policy '{self.name}' needs observations with '{column}'; this task gives {sorted(obs)}"
-                )
+        self._check_columns(obs)
         device, weight = self.device, self.model.projector.fc1.weight
         pixels = self._pictures(obs["image"], device, weight.dtype)
         ids, mask = self._prompts(obs["instruction"])
         if len(ids) != len(pixels):
             raise UserError(f"{len(pixels)} pictures but {len(ids)} instructions in one observation batch")
         return ids.to(device), None if mask is None else mask.to(device), pixels
+
+    def _check_columns(self, obs: dict) -> None:
+        for column in ("image", "instruction"):
+            if column not in obs:
+                raise UserError(
+                    f"policy '{self.name}' needs observations with '{column}'; this task gives {sorted(obs)}"
+                )
 
     def _key(self, statistics: str | None) -> str:
         key = self.chosen or statistics or self.statistics.only_key()
@@ -194,6 +210,10 @@ class OpenVLAPolicy(OwnBase):
                 + ", ".join(self.statistics.keys)
             )
         return key
+
+
+def take_rows(obs: dict, rows: slice) -> dict:
+    return {key: column[rows] for key, column in obs.items()}
 
 
 def new_nano(

@@ -85,7 +85,7 @@ class OwnBase(Policy):
             listed = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in parts.items())
             raise UserError(
                 f"{what} needs {needed / 1e9:.1f} GB besides its weights ({listed}), and {self.device} has "
-                f"{free / 1e9:.1f} GB free; use {LORA}" + (" with a smaller rank" if self.lora else "")
+                f"{free / 1e9:.1f} GB free; use {'a smaller policy.lora.rank' if self.lora else LORA}"
             )
 
     def _keep_base(self) -> None:
