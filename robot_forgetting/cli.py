@@ -8,20 +8,22 @@ imported only when a verb needs it.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
+import itertools
+import multiprocessing
 import os
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from robot_forgetting import children
+from robot_forgetting import __version__, children
 from robot_forgetting.cli_arguments import CHECKPOINT_VERBS, Arguments
 from robot_forgetting.cli_errors import complain
-from robot_forgetting.config_checks import GROUPS, ROOT_TYPES, by_kind, replacing
+from robot_forgetting.cli_help import HELP, help_text, verb_help
+from robot_forgetting.config_checks import GROUPS, by_kind, key_of, replacing
 from robot_forgetting.errors import UserError, unknown
+from robot_forgetting.settings import Settings
 from robot_forgetting.user_modules import search
 
 # Verb: (function, what it does). The function's parameter names say what it is given (see ``Arguments``).
@@ -40,28 +42,27 @@ VERBS = {
         "robot_forgetting.robot.assets:command",
         "SimplerEnv's meshes: assets bridge [folder=FOLDER] [yes=true]",
     ),
-    "list": ("robot_forgetting.cli:list_choices", "the tasks, methods, policies, penalties and budgets there are"),
+    "list": (
+        "robot_forgetting.cli_help:list_choices",
+        "what task=, method=, ... accept; list keys: every key with its range",
+    ),
     "doctor": ("robot_forgetting.doctor:doctor", "what is missing on this machine, and what to type"),
 }
 
 # Only these build objects, and so need a user's own modules; the others never look into the working folder for code.
 BUILDING = {"run", "evaluate", "record", "pretrain", "reproduce", "check"}
 
-EXAMPLES = """\
-examples:
-  robot-forgetting doctor
-  robot-forgetting run method=sft seed=0
-  robot-forgetting run --multirun method=sft,reinforce,grpo seed=0,1,2 sweep=mine
-  robot-forgetting report runs/mine/*/ output=report.html
-  robot-forgetting evaluate policy=openvla-nano task=pick_cube episodes=100
-  robot-forgetting record task=stack_cube episodes=4
-  robot-forgetting reproduce parity_mnist quick=true
-  robot-forgetting check task=my_task 'hydra.searchpath=[file://my_configs]'
-  robot-forgetting run --cfg job          # show the configuration, run nothing"""
+# Verbs that read no configuration: `doctor` must work where nothing else does, `assets` is no experiment.
+PLAIN = {
+    "doctor": "usage: robot-forgetting doctor",
+    "assets": "usage: robot-forgetting assets NAME [folder=FOLDER] [yes=true]",
+}
 
 # The hydra flags that make sense here. (--experimental-rerun, for one, would read a pickle.)
 FLAGS = {"--multirun", "-m", "--cfg", "-c", "--resolve", "--package", "-p", "--info", "-i", "--config-dir", "-cd"}
 FLAGS_WITH_VALUE = {"--cfg", "-c", "--package", "-p", "--config-dir", "-cd"}
+SWEEP = {"--multirun", "-m"}
+LIST_KEYS = ("list", "keys")
 
 
 @children.stoppable
@@ -73,104 +74,157 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "debug=true" in (argument.lower() for argument in arguments)
     rest: list[str] = []
     try:
-        if not arguments or {"-h", "--help", "help"} & set(arguments):
-            print(help_text())
+        if not arguments or arguments[0] in HELP:
+            print(help_text(VERBS))
+            return 0
+        if arguments[0] == "--version":
+            print(f"robot-forgetting {__version__}")
             return 0
         verb, *rest = arguments
+        _check_script(verb)
         if verb not in VERBS:
             raise unknown("verb", verb, VERBS)
-        if verb == "doctor":  # must work where nothing else does
-            if rest:
+        asks = bool(HELP & set(rest))
+        if verb in PLAIN:
+            if asks:
+                print(f"{PLAIN[verb]}\n\n{VERBS[verb][1]}")
+                return 0
+            if verb == "doctor" and rest:
                 raise UserError(f"doctor takes no arguments, not '{rest[0]}'")
-            return _load(VERBS[verb][0])()
-        if verb == "assets":  # no experiment: nothing of the configuration matters
-            return _load(VERBS[verb][0])(rest)
-        return _hydra_main(verb, *_split(verb, rest), debug)
+            return load(VERBS[verb][0])(*[rest] * (verb != "doctor"))
+        return _hydra_main(verb, *_split(verb, [text for text in rest if text not in HELP]), debug, asks)
     except SystemExit as end:  # hydra's own parser, for example --cfg with an unknown value
         return end.code if isinstance(end.code, int) else 2
     except Exception as error:
         return complain(error, rest, debug)
 
 
-def help_text() -> str:
-    width = max(map(len, VERBS))
-    verbs = "\n".join(f"  {verb:{width}}  {what}" for verb, (_, what) in VERBS.items())
-    return (
-        "How much do policies forget when they learn a new task?\n\n"
-        "usage: robot-forgetting VERB [key=value ...] [--multirun] [--cfg job]\n\n"
-        f"verbs:\n{verbs}\n\n{EXAMPLES}\n\n"
-        "`robot-forgetting list` names what task=, method=, policy=, penalty= and budget= accept;\n"
-        "`robot-forgetting run --cfg job` shows every other key."
-    )
+def _check_script(verb: str) -> None:
+    """Worker processes read the script again that calls ``main``: it must be a file, and must not call it there."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise UserError(
+            "this script calls main() again in each worker process; put the call below `if __name__ == '__main__':`"
+        )
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    if verb in BUILDING and script is not None and not Path(script).exists():
+        raise UserError(
+            f"worker processes read the script again that calls main(), and {Path(script).name} cannot be read twice; "
+            "write it into a file, and the call below `if __name__ == '__main__':`"
+        )
 
 
-def _split(verb: str, arguments: list[str]) -> tuple[list[str], list[Path]]:
-    """What hydra gets, flags first and then overrides, and positional run folders (`report` only)."""
-    flags, overrides, folders, value_next = [], [], [], False
+def _split(verb: str, arguments: list[str]) -> tuple[list[str], list[str], list[str]]:
+    """Hydra's flags, overrides, and positional arguments (run folders of `report`, `keys` of `list`)."""
+    flags, overrides, positional, value_next = [], [], [], False
+    given: dict[str, str] = {}
     for argument in arguments:
         if value_next or argument.startswith("-"):
             if not value_next and argument.partition("=")[0] not in FLAGS:
                 raise UserError(f"unknown option '{argument}'; robot-forgetting --help shows what there is")
             flags.append(argument)
             value_next = not value_next and argument in FLAGS_WITH_VALUE
-        elif verb == "report" and ("=" not in argument or Path(argument).exists()):
-            folders.append(Path(argument))
+        elif (verb == "report" and ("=" not in argument or Path(argument).exists())) or (verb, argument) == LIST_KEYS:
+            positional.append(argument)
         elif verb == "reproduce" and "=" not in argument and not argument.startswith("~"):
             overrides.append(f"reproduce={argument}")
         elif "=" not in argument and not argument.startswith("~"):
             raise UserError(_without_value(argument))
         else:
+            _check_override(argument, given)
             overrides += replacing(argument)
     if value_next or ({"--cfg", "-c"} & set(flags) and not {"job", "hydra", "all"} & set(flags)):
         raise UserError(f"'{flags[-1]}': write --cfg job (or hydra, or all); --package NAME; --config-dir FOLDER")
-    return [*flags, *overrides], folders
+    return flags, overrides, positional
+
+
+def _check_override(argument: str, given: dict[str, str]) -> None:
+    """What hydra would take, or end with a Python error; ``given``: key -> the argument that has set it."""
+    key, value = key_of(argument), argument.partition("=")[2].strip()
+    if not key:
+        raise UserError(f"'{argument}' names no key; write key=value")
+    if key in given:
+        raise UserError(f"'{key}' is given twice: {given[key]} and {argument}; leave one out")
+    given[key] = argument
+    if argument.startswith("~") and key in Settings.__annotations__:
+        raise UserError(f"'{key}' cannot be left out; give it a value: {key}=...")
+    if key in GROUPS and (value.startswith(("[", "{")) or value == "null"):
+        raise UserError(f"'{argument}': write {key}=NAME, one of those that robot-forgetting list shows")
 
 
 def _without_value(argument: str) -> str:
     text = f"'{argument}' is not of the form key=value"
     if argument in GROUPS:
         return f"{text}; write {argument}=NAME (robot-forgetting list shows the names)"
-    return f"{text} (for example {f'{argument}=...' if argument in ROOT_TYPES else f'task={argument}'})"
+    example = f"{argument}=..." if argument in Settings.__annotations__ else f"task={argument.lstrip('+') or 'NAME'}"
+    return f"{text} (for example {example})"
 
 
-def _hydra_main(verb: str, overrides: list[str], folders: list[Path], debug: bool) -> int:
+def _hydra_main(
+    verb: str, flags: list[str], overrides: list[str], positional: list[str], debug: bool, asks: bool
+) -> int:
     import hydra
     from hydra.core.hydra_config import HydraConfig
 
     register_resolvers()
-    overrides = [*overrides, *_policy_of_checkpoint(verb, overrides)]
+    configs = str(Path(importlib.import_module("robot_forgetting.configs").__file__).parent)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us instead of being printed
+    sweep = bool(SWEEP & set(flags))
+    flags = [flag for flag in flags if flag not in SWEEP]
     codes = []
 
-    def job(config) -> None:
-        # Caught here and not by hydra, so that one failing point of a sweep does not end the others.
-        try:
-            given = Arguments(verb, config, folders, HydraConfig.get())
-            if verb in BUILDING:
-                search([os.getcwd(), *given.sources[1:]])
-            code = given.call(_load(VERBS[verb][0]))
-            codes.append(code if type(code) is int else 0)
-        except Exception as error:
-            codes.append(complain(error, overrides, debug, point=" ".join(HydraConfig.get().overrides.task)))
+    def compose(point: list[str], job: Callable[[Arguments], object]) -> None:
+        failed: list[Exception] = []
 
-    configs = importlib.import_module("robot_forgetting.configs")
-    program, before = f"robot-forgetting {verb}", sys.argv
-    with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
-        stack.callback(setattr, sys, "argv", before)
-        if {"--multirun", "-m"} & set(overrides):
-            # A sweep insists on writing a multirun.yaml: into the scratch folder with it.
-            overrides = [*map(_postponed, overrides), f"hydra.sweep.dir={scratch}"]
-        sys.argv = [program, *overrides]
-        os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us instead of being printed
-        stack.enter_context(warnings.catch_warnings())
+        def given(config) -> None:
+            try:
+                arguments = Arguments(verb, config, positional, HydraConfig.get())
+                if verb in BUILDING or (verb, *positional) == LIST_KEYS:
+                    search([os.getcwd(), *arguments.sources[1:]])
+                job(arguments)
+            except Exception as error:  # past hydra, which would print lines of its own
+                failed.append(error)
+
+        chosen = [*point, *_policy_of_checkpoint(verb, point)]
+        before, sys.argv = sys.argv, [f"robot-forgetting {verb}", *flags, *chosen]
+        try:
+            hydra.main(version_base="1.3", config_path=configs, config_name="config")(given)()
+        finally:
+            sys.argv = before
+        if failed:
+            raise failed[0]
+
+    def attempt(point: list[str], job: Callable[[Arguments], object], before: str = "") -> int:
+        try:
+            compose(point, job)
+        except Exception as error:
+            named = f"[{' '.join(text for text in point if not text.startswith('hydra.'))}] "
+            return complain(error, point, debug, before + named if sweep else "")
+        return 0
+
+    def function() -> Callable:
+        return load(VERBS[verb][0])
+
+    def run(arguments: Arguments) -> None:
+        code = arguments.call(function())
+        codes.append(code if type(code) is int else 0)
+
+    with warnings.catch_warnings():
         warnings.filterwarnings("error", message="provider=.*is not available")
-        main_dir = str(Path(configs.__file__).parent)
-        hydra.main(version_base="1.3", config_path=main_dir, config_name="config")(job)()
+        if asks:
+            return attempt(overrides, lambda given: print(verb_help(verb, VERBS[verb][1], given.keys_read(function()))))
+        points = _points(overrides, configs) if sweep else [overrides]
+        # Every point is checked before the first one runs; after that, one that fails does not end the others.
+        if sweep and not flags:
+            for point in points:
+                if code := attempt(point, lambda arguments: arguments.check(function()), "nothing was run: "):
+                    return code
+        codes += [attempt(point, run) for point in points]
     return max(codes, default=0)
 
 
 def _policy_of_checkpoint(verb: str, overrides: Sequence[str]) -> list[str]:
     """`policy=NAME` of checkpoint=RUN where keys of it follow, which hydra must know; else `Arguments` finds it."""
-    given = {text.lstrip("+~").partition("=")[0]: text.partition("=")[2] for text in overrides}
+    given = {key_of(text): text.partition("=")[2] for text in overrides}
     run = given.get("checkpoint", "null").strip("'\"")
     keys = any(key.startswith("policy.") for key in given)
     if verb not in CHECKPOINT_VERBS or not keys or "policy" in given or run == "null" or "," in run:
@@ -180,6 +234,28 @@ def _policy_of_checkpoint(verb: str, overrides: Sequence[str]) -> list[str]:
     return policy_chosen(run)
 
 
+def _points(overrides: list[str], configs: str) -> list[list[str]]:
+    """A sweep's points: every combination of the values that the overrides list, the last one changing fastest.
+
+    Not hydra's own sweep, which applies plain overrides before it chooses the groups that are swept over, and would
+    refuse a key that the default method lacks.
+    """
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    with hydra.initialize_config_dir(configs, version_base="1.3"):
+        parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+        parsed = [(text, parser.parse_override(text)) for text in overrides]
+        values = [
+            [f"{one.get_key_element()}={value}" for value in one.sweep_string_iterator()]
+            if one.is_sweep_override()
+            else [text]
+            for text, one in parsed
+        ]
+    return [list(point) for point in itertools.product(*values)]
+
+
 def register_resolvers() -> None:
     """What the yaml files may write besides plain interpolations: ``${by_kind:ROBOT,TEXT}``."""
     from omegaconf import OmegaConf
@@ -187,43 +263,9 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("by_kind", by_kind, replace=True)
 
 
-def _postponed(text: str) -> str:
-    """`method.group_size=8` as a sweep over one value.
-
-    Hydra applies plain overrides before it chooses the groups that are swept over, and would refuse a key that the
-    default method lacks.
-    """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    key, _, value = text.partition("=")
-    if "." not in key or key.startswith(("-", "~", "hydra.")):
-        return text
-    is_sweep = OverridesParser.create().parse_overrides([text])[0].is_sweep_override()
-    return text if is_sweep else f"{key}=choice({value})"
-
-
-def _load(dotted: str) -> Callable:
+def load(dotted: str) -> Callable:
     module, _, name = dotted.partition(":")
     return getattr(importlib.import_module(module), name)
-
-
-# --- list ---
-
-
-def list_choices(sources: list[Path]) -> None:
-    """Prints what each group offers, with the first comment line of its yaml; the user's search path included."""
-    for group in GROUPS:
-        files = {
-            path.relative_to(folder / group).with_suffix("").as_posix(): path
-            for folder in reversed(sources)
-            for path in (folder / group).rglob("*.yaml")
-        }
-        width = max(map(len, files), default=0)
-        print(f"{group}=")
-        for name, path in sorted(files.items()):
-            lines = path.read_text(encoding="utf-8").splitlines()
-            first = next((line for line in lines if not line.startswith("# @package")), "")
-            print(f"  {name:{width}}  {first.lstrip('# ') if first.startswith('#') else ''}".rstrip())
 
 
 if __name__ == "__main__":

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import is_dataclass
+import re
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 
-from robot_forgetting.config_checks import GROUPS, check_node, check_root, typed
+from robot_forgetting.config_checks import GROUPS, check_node, check_root, key_of, typed
 from robot_forgetting.errors import UserError
+from robot_forgetting.keys import Key, keys_of
+from robot_forgetting.ranges import problem
+from robot_forgetting.settings import Settings
+from robot_forgetting.user_modules import load_object
 
 # Keys that a run's id says in a word of its own, or that change nothing in its results.
 NOT_IN_ID = {*GROUPS, "seed", "sweep", "debug", "run_dir", "output", "device", "processes"}
 CHECKPOINT_VERBS = ("run", "evaluate", "record")  # that go on with a run's policy: checkpoint=RUN
+BUILT = ("policy", "task", "method", "penalty", "reproduce")
+TASKS = ("task", "prior", "held_out")
+OWN = ("names", "run_folders", "sources", "named", "point", "keys")
 
 
 class Arguments:
@@ -23,7 +32,7 @@ class Arguments:
     run_folders: positional arguments of `report`; temperature: decode.temperature; any other key of config.yaml
     """
 
-    def __init__(self, verb: str, config, run_folders: list[Path], hydra_config):
+    def __init__(self, verb: str, config, run_folders: Sequence[str], hydra_config):
         from omegaconf import OmegaConf
 
         self._verb = verb
@@ -33,7 +42,10 @@ class Arguments:
         self._recorded = None  # the policy of checkpoint=RUN
         self.sources = [Path(source.path) for source in hydra_config.runtime.config_sources if source.schema == "file"]
         self.names = {group: hydra_config.runtime.choices.get(group) for group in GROUPS}
-        self.run_folders = run_folders
+        self.run_folders = [Path(folder) for folder in run_folders]
+        self._named: dict[tuple[str, str], object] = {}
+        if said := problem("checkpoint", config.checkpoint, str | None):
+            raise UserError(said)
         if config.checkpoint is not None:
             from robot_forgetting.run_policy import RecordedPolicy
 
@@ -45,50 +57,117 @@ class Arguments:
             self.names["policy"] = self._recorded.name
         self.plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         check_root(self.plain)
+        self._check_added()
+
+    def _check_added(self) -> None:
+        """`+key=value` at the top, which nothing reads: neither we nor any `${key}` in the configuration."""
+        for text in self._overrides:
+            key = re.split(r"[.@/]", key_of(text))[0]
+            if text.startswith("+") and key not in (*GROUPS, *Settings.__annotations__, *self._read_by(self._config)):
+                raise UserError(
+                    f"nothing reads '{key}' ({text}); a setting of a method, task or policy is +method.{key}=..., "
+                    "a value for your own yaml files is read there as ${" + key + "}"
+                )
+
+    @staticmethod
+    def _read_by(node) -> set[str]:
+        """The keys at the top that a part of the configuration refers to."""
+        from omegaconf import OmegaConf
+
+        text = str(OmegaConf.to_container(node, resolve=False)) if OmegaConf.is_config(node) else ""
+        return set(re.findall(r"\$\{(?:[\w.]+:)?(\w+)", text))
 
     def call(self, function: Callable):
-        """Calls a verb's function; a parameter that is a dataclass is built from its fields, found the same way."""
-        given = {}
-        for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
-            kind = parameter.annotation
-            given[name] = self.call(kind) if is_dataclass(kind) else self.value(name)
-        return function(**given)
+        """Checks everything that a verb's function asks for, builds it, and calls the function.
+
+        A parameter that is a dataclass is built from its fields, found the same way.
+        """
+        self.check(function)
+        asked = dict(_asked(function))
+        built = {name: self.value(name) for name in TASKS if name in asked}  # they say whether the policy can suit them
+        if self._verb != "check" and "policy" in asked:
+            self._check_conventions([task for tasks in built.values() for task in _listed(tasks)])
+        built |= {name: self.value(name) for name in asked if name not in built}
+
+        def filled(wanted: Callable):
+            own = inspect.signature(wanted, eval_str=True).parameters.items()
+            return wanted(**{n: filled(p.annotation) if is_dataclass(p.annotation) else built[n] for n, p in own})
+
+        return filled(function)
+
+    def check(self, function: Callable) -> None:
+        """``UserError`` for what is wrong with anything that a function asks for, before any of it is built."""
+        for name, kind in _asked(function):
+            if name in BUILT and self._node(name) is not None:
+                self._checked(name, self._config.get(name), self.names[name])
+            elif name in BUILT and self._verb != "check" and kind is not inspect.Parameter.empty:
+                if type(None) not in typing.get_args(kind):
+                    raise UserError(f"{self._verb} needs a {name}: give {name}=NAME, see robot-forgetting list")
+            elif name in ("prior", "held_out"):
+                for task in self.plain[name]:
+                    self._checked("task", self._entry("task", task), task)
+            elif name == "pretrain":
+                optimiser = {"_target_": "robot_forgetting.train.Optimiser", **self.plain[name]["optimiser"]}
+                check_node(optimiser, "pretrain.optimiser", "pretrain.optimiser")
+
+    def _node(self, name: str):
+        """The plain values of what is chosen in a group; None where nothing is."""
+        if self._verb == "check" and not any(text.split("=")[0] == name for text in self._overrides):
+            return None  # `check` looks at what was named and nothing else
+        if self._verb == "check" and name == "policy" and self.plain["golden"]:
+            return None  # golden= brings its own weights; the policy's need not be there
+        if self.names[name] is None or (name, self.names[name]) == ("penalty", "none"):
+            return None
+        return self.plain.get(name) or {}
 
     def value(self, name: str):
-        if name in ("policy", "task", "method", "penalty", "reproduce"):
-            if self._verb == "check" and not any(text.split("=")[0] == name for text in self._overrides):
-                return None  # `check` looks at what was named and nothing else
-            if self._verb == "check" and name == "policy" and self.plain["golden"]:
-                return None  # golden= brings its own weights; the policy's need not be there
-            node = self.plain.get(name)  # `reproduce: null` leaves no key at all
-            return None if node is None else self._build(name, self._config[name])
+        if name in BUILT:
+            return None if self._node(name) is None else self._build(name, self._config.get(name), self.names[name])
         if name in ("prior", "held_out"):
             return [self.named("task", task) for task in self.plain[name]]
         if name == "config":
             return self.plain
-        if name == "pretrain":
-            optimiser = {"_target_": "robot_forgetting.train.Optimiser", **self.plain[name]["optimiser"]}
-            check_node(optimiser, "pretrain.optimiser", "pretrain.optimiser")
         if name == "temperature":
             return self.plain["decode"]["temperature"]
         if name == "run_dir":
             return Path(self.plain["run_dir"] or f"runs/{self.plain['sweep']}/{self._run_id()}")
         if name in ("output", "golden"):
             return None if self.plain[name] is None else Path(self.plain[name])
-        return (
-            getattr(self, name) if name in ("names", "run_folders", "sources", "named", "point") else self.plain[name]
-        )
+        return getattr(self, name) if name in OWN else self.plain[name]
+
+    def _check_conventions(self, tasks: Sequence) -> None:
+        """Compares what the chosen policy is known to mean before it is built, which may load or fetch gigabytes."""
+        node = self._node("policy")
+        declared = node and getattr(load_object(node["_target_"], "policy"), "declares", None)
+        if declared is not None:
+            from robot_forgetting.evaluate import compare_conventions
+
+            given = {key: node[key] for key in ("action_mode", "rotation", "gripper", "control_hz") if key in node}
+            compare_conventions(replace(declared, **given), node.get("name") or self.names["policy"], tasks)
+
+    def keys(self) -> Iterator[Key]:
+        """Every key of this configuration, see ``keys_of``."""
+        return keys_of(self.plain, self.names, self.sources)
+
+    def keys_read(self, function: Callable) -> list[Key]:
+        """Of these, what a verb's function is given, and what is read to build it."""
+        asked = {"decode" if name == "temperature" else name for name, _ in _asked(function)} | {"debug"}
+        if "run_dir" in asked:
+            asked.add("sweep")
+        for group in asked & set(GROUPS):
+            asked |= self._read_by(self._config.get(group)) - {"budget"}
+        return [key for key in self.keys() if key.name.split(".")[0] in asked]
 
     def point(self, common: Sequence[str], fixed: Sequence[str]) -> Arguments:
         """What `run` would be given: ``common`` overrides, then this command's own, then ``fixed`` ones."""
         import hydra
         from omegaconf import open_dict
 
-        own = [text for text in self._overrides if _key(text).split(".")[0] not in ("reproduce", "quick", "run_dir")]
+        own = [text for text in self._overrides if key_of(text).split(".")[0] not in ("reproduce", "quick", "run_dir")]
         overrides: dict[str, str] = {}
         for text in (*common, *own, *fixed):
-            overrides.pop(_key(text), None)
-            overrides[_key(text)] = text
+            overrides.pop(key_of(text), None)
+            overrides[key_of(text)] = text
         given = [*self._hydra_overrides, *overrides.values()]
         config = hydra.compose("config", overrides=given, return_hydra_config=True)
         chosen = config.hydra.copy()
@@ -107,19 +186,27 @@ class Arguments:
 
     def named(self, group: str, name: str):
         """Builds another entry of a group, as this command's other keys would have it (`prior: [pick_cube, ...]`)."""
-        # Not the overrides meant for the chosen entry (task.spawn=near): the named one may not know them.
-        shared = [text for text in self._overrides if not text.lstrip("+~").startswith((group + ".", group + "="))]
-        config = self._composed([*shared, f"{group}={name}"])
-        return self._build(group, config[group], name)
+        return self._build(group, self._entry(group, name), name)
 
-    def _build(self, group: str, node, name: str | None = None):
-        from hydra.utils import instantiate
+    def _entry(self, group: str, name: str):
+        if (group, name) not in self._named:
+            # Not the overrides meant for the chosen entry (task.spawn=near): the named one may not know them.
+            own = (group + ".", group + "=")
+            shared = [text for text in self._overrides if not text.lstrip("+~").startswith(own)]
+            self._named[group, name] = self._composed([*shared, f"{group}={name}"])[group]
+        return self._named[group, name]
+
+    def _checked(self, group: str, node, name: str) -> None:
         from omegaconf import OmegaConf
 
-        values = OmegaConf.to_container(node, resolve=True, throw_on_missing=True) if node is not None else None
-        if not values:
-            return None  # penalty=none
-        name = name or self.names[group]
+        values = (
+            OmegaConf.to_container(node, resolve=True, throw_on_missing=True) if OmegaConf.is_config(node) else node
+        )
+        if not isinstance(values, dict) or "_target_" not in values:
+            file = next((f for folder in self.sources if (f := folder / group / f"{name}.yaml").is_file()), name)
+            raise UserError(
+                f"{group}={name}: {file} has no `_target_`; it names the class to build: _target_: module.Class"
+            )
         check_node(values, group, f"{group}={name}")
         if group == "task" and self.plain["simulation"] != "cpu" and "simulation" not in values:
             from robot_forgetting.robot.task import check_simulation
@@ -129,6 +216,11 @@ class Arguments:
                 f"task={name} cannot be simulated on the GPU; use simulation=cpu "
                 "(a task of your own says `simulation: ${simulation}` in its yaml)"
             )
+
+    def _build(self, group: str, node, name: str):
+        from hydra.utils import instantiate
+
+        self._checked(group, node, name)
         if group == "policy":
             import torch
 
@@ -151,5 +243,14 @@ class Arguments:
         return "".join(letter if letter.isalnum() or letter in "._-" else "_" for letter in safe)
 
 
-def _key(text: str) -> str:
-    return text.lstrip("+~").partition("=")[0]
+def _asked(function: Callable) -> Iterator[tuple[str, object]]:
+    """Names and annotations of what a function is given, those of its data classes in their place."""
+    for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
+        if is_dataclass(parameter.annotation):
+            yield from _asked(parameter.annotation)
+        else:
+            yield name, parameter.annotation
+
+
+def _listed(tasks) -> list:
+    return tasks if isinstance(tasks, list) else [tasks]

@@ -15,7 +15,7 @@ from robot_forgetting.config_checks import GROUPS
 from robot_forgetting.errors import UserError, unknown
 
 
-def complain(error: BaseException, overrides: Sequence[str], debug: bool, point: str = "") -> int:
+def complain(error: BaseException, overrides: Sequence[str], debug: bool, where: str = "") -> int:
     """Prints an error as one line, which says where in a sweep it happened; returns the exit code."""
     if isinstance(error, BrokenPipeError):  # the reader has gone (`| head`): nothing to say, and nobody to hear it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -23,7 +23,7 @@ def complain(error: BaseException, overrides: Sequence[str], debug: bool, point:
     if debug:
         traceback.print_exception(error)
     message = explain(error, overrides)
-    start = f"error: [{point}] " if {"--multirun", "-m"} & set(overrides) else "error: "
+    start = f"error: {where}"
     if message is not None:
         print(f"{start}{message}", file=sys.stderr)
         return 2
@@ -50,6 +50,8 @@ def explain(error: BaseException, overrides: Sequence[str]) -> str | None:
     if isinstance(error, UserWarning):  # raised only for a search path (see the filter in _hydra_main)
         folder = _one_line(error).rpartition("path=")[2].replace(" is not available.", "")
         return f"hydra.searchpath: {folder} does not exist; give a folder as file://FOLDER"
+    if isinstance(error, UnicodeDecodeError) and (file := _file_being_read(error)):
+        return f"{file} is no text in UTF-8; mend it, or take it out of the folder"
     if not type(error).__module__.startswith(("hydra", "omegaconf", "yaml")):
         return None
     return _explain_hydra(error, _one_line(error), overrides)
@@ -77,12 +79,21 @@ def _explain_hydra(error: BaseException, text: str, overrides: Sequence[str]) ->
         return f"'{match[1]}' is ambiguous: add --multirun to sweep over it, or write '{key}=[{value}]' for a list"
     if type(error).__name__ == "OverrideParseException":
         return f"cannot read '{error.override}' as key=value; quote special characters, for example 'key=\"a b\"'"
+    if match := re.search(r"Interpolation key '([^']+)' not found(?: full_key: (\S+))?", text):
+        where = f"{match[2]} refers to" if match[2] else "there is no"
+        return f"{where} ${{{match[1]}}}{', which there is not' if match[2] else ''}; write a key that --cfg job shows"
     if type(error).__module__.startswith("yaml"):
         return f"not valid yaml: {text}"
     cause = error.__cause__
     if cause is not None and (match := re.search(r"Error in call to target '([^']+)'", text)):
         return f"{match[1]} failed with {type(cause).__name__}: {_one_line(cause)}; debug=true shows the traceback"
     return f"{text} ({_one_line(cause)})" if cause is not None and str(cause) not in str(error) else text
+
+
+def _file_being_read(error: BaseException) -> str | None:
+    """The yaml file that hydra was reading, which its error does not name."""
+    paths = [frame.f_locals.get("full_path") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return next((str(path) for path in paths if path), None)
 
 
 def _unknown_key(key: str, overrides: Sequence[str]) -> str:

@@ -13,7 +13,7 @@ from robot_forgetting.methods.sft import demonstration_columns, take_columns
 from robot_forgetting.metrics import divergence as distances
 from robot_forgetting.metrics.statistics import clustered_mean
 from robot_forgetting.one_step import OneStepTask, answer
-from robot_forgetting.policy import Policy
+from robot_forgetting.policy import ConventionSpec, Policy
 from robot_forgetting.progress import say
 from robot_forgetting.rollout import Episode, EpisodeKey, columns, rollout
 from robot_forgetting.scored import ScoredTask
@@ -25,12 +25,16 @@ STREAM = 1_000_000
 
 def check_conventions(policy: Policy, tasks: Sequence[Task]) -> None:
     """Compares what policy and tasks mean by an action and an observation; a difference is a ``UserError``."""
-    ours = policy.convention()
+    compare_conventions(policy.convention(), policy.name, tasks)
+
+
+def compare_conventions(ours: ConventionSpec, name: str, tasks: Sequence[Task]) -> None:
+    """As ``check_conventions``, for a policy that need not be there yet."""
     for task in tasks:
         theirs = task.convention()
         if problems := ours.mismatches(theirs):
             raise UserError(
-                f"policy '{policy.name}' and task '{task.name}' disagree on {'; '.join(problems)} "
+                f"policy '{name}' and task '{task.name}' disagree on {'; '.join(problems)} "
                 "(policy against task); choose a matching pair or change the task's settings"
             )
 

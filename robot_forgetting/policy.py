@@ -99,6 +99,9 @@ class Policy(nn.Module, ABC):
     """
 
     name: str = "policy"
+    # What every policy of this class means, known before one is built and its weights are fetched, and compared first;
+    # the arguments action_mode, rotation, gripper and control_hz take its place where they are given.
+    declares: ConventionSpec = ConventionSpec()
     # How many independently trained networks this object stacks. Rows are run-major: the first 1/runs of a batch's rows
     # belong to network 0, and so on.
     runs: int = 1

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from safetensors import SafetensorError
@@ -21,6 +22,7 @@ from robot_forgetting.errors import Diverged, UserError
 from robot_forgetting.files import disk, follow_umask, read_json, write_json
 from robot_forgetting.method import Batch, Method, Penalty
 from robot_forgetting.policy import Policy
+from robot_forgetting.ranges import Count, CountOrNone, LearningRate, Range, check_fields
 from robot_forgetting.records import RunFolder
 from robot_forgetting.replica import Replicas
 from robot_forgetting.task import Task
@@ -28,6 +30,9 @@ from robot_forgetting.task import Task
 # Every iteration is saved, unless that takes more than QUICK seconds (all weights and moments of a 3B model are 36 GB):
 # then the next one waits PATIENCE times as long.
 QUICK, PATIENCE = 1.0, 20
+
+
+Beta = Annotated[float, Range(0, 0.999_999)]
 
 
 @dataclass(frozen=True)
@@ -40,19 +45,18 @@ class Optimiser:
         as many as memory has room for, see ``Policy.rows_at_once``
     """
 
-    learning_rate: float
-    weight_decay: float = 0.0
-    warmup_steps: int = 0
+    learning_rate: LearningRate
+    weight_decay: Annotated[float, Range(0, 1000)] = 0.0
+    warmup_steps: CountOrNone = 0
     schedule: str = "constant"
-    max_grad_norm: float | None = 1.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    micro_batch: int | None = None
+    max_grad_norm: Annotated[float, Range(0, 1e9, above=True)] | None = 1.0
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    micro_batch: Count | None = None
 
     def __post_init__(self):
         if self.schedule not in ("constant", "cosine"):
             raise UserError(f"unknown schedule '{self.schedule}'; choose one of: constant, cosine")
-        if not self.learning_rate > 0:
-            raise UserError(f"learning_rate must be above 0, not {self.learning_rate}")
+        check_fields(self)
 
     def rate(self, step: int, fraction: float) -> float:
         """Learning rate of optimiser step ``step`` when ``fraction`` of the iterations is done."""

@@ -271,5 +271,5 @@ def test_the_default_texts(kind, source):
         other = hydra.compose("config", overrides=["budget=full", "held_out_text.number=-1"])
     plain = hydra.utils.instantiate(config.held_out_text, _convert_="all")
     assert plain == {"source": source, "number": 12, "characters": 2000, "neighbours": 10}
-    with pytest.raises(UserError, match="held_out_text.number=-1 is too small"):
+    with pytest.raises(UserError, match="held_out_text.number=-1 is not a whole number"):
         check_root(hydra.utils.instantiate(other, _convert_="all", _recursive_=False) | {"policy": None})

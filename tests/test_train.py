@@ -126,8 +126,8 @@ def test_learning_rate():
 
 @pytest.mark.parametrize(
     "arguments, words",
-    [({"schedule": "step"}, "unknown schedule 'step'"), ({"learning_rate": 0}, "must be above 0"),
-     ({"learning_rate": math.nan}, "must be above 0")],
+    [({"schedule": "step"}, "unknown schedule 'step'"), ({"learning_rate": 0}, "is not a number above 0"),
+     ({"learning_rate": math.nan}, "is not a number above 0")],
 )  # fmt: skip
 def test_bad_settings(arguments, words):
     with pytest.raises(UserError, match=words):

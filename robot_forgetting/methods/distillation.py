@@ -16,8 +16,9 @@ from robot_forgetting.methods.on_policy import RolloutPlan, minibatches, sample_
 from robot_forgetting.metrics.divergence import forward_kl, reverse_kl
 from robot_forgetting.one_step import OneStepTask, answer
 from robot_forgetting.policy import Policy, Reference
+from robot_forgetting.ranges import Count, Environments, Seed, Share
 from robot_forgetting.records import RunFolder
-from robot_forgetting.train import load_weights, trainable, trained_checkpoint
+from robot_forgetting.train import Optimiser, load_weights, trainable, trained_checkpoint
 
 # Of the teacher and the policy, in this order.
 DIRECTIONS = {"forward": forward_kl, "reverse": reverse_kl}
@@ -56,16 +57,16 @@ class OnPolicyDistillation(_Distillation):
     def __init__(
         self,
         *,
-        iterations: int,
-        groups: int,
-        group_size: int,
-        optimiser,
+        iterations: Count,
+        groups: Count,
+        group_size: Count,
+        optimiser: Optimiser,
         teacher: Policy | None = None,
         teacher_run: str | None = None,
         direction: str = "reverse",
-        minibatch_size: int = 512,
-        num_envs: int = 16,
-        seed: int = 0,
+        minibatch_size: Count = 512,
+        num_envs: Environments = 16,
+        seed: Seed = 0,
     ):
         super().__init__(direction)
         if teacher is None and teacher_run is None:
@@ -113,14 +114,14 @@ class SDFT(_Distillation):
     def __init__(
         self,
         *,
-        iterations: int,
-        batch_size: int,
-        optimiser,
+        iterations: Count,
+        batch_size: Count,
+        optimiser: Optimiser,
         template: str,
         labels=None,
         direction: str = "forward",
-        teacher_rate: float = 0.02,
-        seed: int = 0,
+        teacher_rate: Share = 0.02,
+        seed: Seed = 0,
     ):
         super().__init__(direction)
         if min(iterations, batch_size) < 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from robot_forgetting.errors import UserError
 from robot_forgetting.method import Batch, Method, mean_over_tokens
 from robot_forgetting.methods.on_policy import RolloutPlan, minibatches, sample_rollouts
 from robot_forgetting.policy import Policy
+from robot_forgetting.ranges import Count, Environments, Range, Seed
+from robot_forgetting.train import Optimiser
 
 
 class GRPO(Method):
@@ -30,18 +33,18 @@ class GRPO(Method):
     def __init__(
         self,
         *,
-        iterations: int,
-        groups: int,
-        group_size: int,
-        optimiser,
-        minibatch_size: int = 512,
-        epochs: int = 1,
-        clip: float = 0.2,
+        iterations: Count,
+        groups: Count,
+        group_size: Annotated[int, Range(2, 1_000_000)],
+        optimiser: Optimiser,
+        minibatch_size: Count = 512,
+        epochs: Count = 1,
+        clip: Annotated[float, Range(0, 1, above=True)] = 0.2,
         scale_by_std: bool = True,
         length_normalised: bool = True,
         normaliser: str = "tokens",
-        num_envs: int = 16,
-        seed: int = 0,
+        num_envs: Environments = 16,
+        seed: Seed = 0,
     ):
         if group_size < 2:
             raise UserError(f"grpo compares episodes within a group: group_size must be at least 2, not {group_size}")

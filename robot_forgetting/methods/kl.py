@@ -10,6 +10,7 @@ from robot_forgetting.errors import UserError
 from robot_forgetting.method import Batch, Penalty, mean_over_tokens
 from robot_forgetting.metrics.divergence import forward_kl, reverse_kl
 from robot_forgetting.policy import Policy
+from robot_forgetting.ranges import Weight
 
 
 class KL(Penalty):
@@ -19,7 +20,7 @@ class KL(Penalty):
     batch's earlier tokens (sampled by the policy under RL, the expert's under SFT), on the batch's states.
     """
 
-    def __init__(self, *, coefficient: float, direction: str = "forward"):
+    def __init__(self, *, coefficient: Weight, direction: str = "forward"):
         if direction not in ("forward", "reverse"):
             raise UserError(f"unknown KL direction '{direction}'; choose one of: forward, reverse")
         if coefficient < 0:

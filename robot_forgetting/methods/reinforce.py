@@ -10,6 +10,8 @@ from robot_forgetting.errors import UserError
 from robot_forgetting.method import Batch, Method, mean_over_tokens
 from robot_forgetting.methods.on_policy import RolloutPlan, minibatches, sample_rollouts
 from robot_forgetting.policy import Policy
+from robot_forgetting.ranges import Count, Environments, Seed
+from robot_forgetting.train import Optimiser
 
 
 class Reinforce(Method):
@@ -24,14 +26,14 @@ class Reinforce(Method):
     def __init__(
         self,
         *,
-        iterations: int,
-        groups: int,
-        group_size: int,
-        optimiser,
-        minibatch_size: int = 1_000_000,
+        iterations: Count,
+        groups: Count,
+        group_size: Count,
+        optimiser: Optimiser,
+        minibatch_size: Count = 1_000_000,
         advantage: str = "normalised",
-        num_envs: int = 16,
-        seed: int = 0,
+        num_envs: Environments = 16,
+        seed: Seed = 0,
     ):
         if advantage not in ("normalised", "one_zero"):
             raise UserError(f"unknown advantage '{advantage}'; choose one of: normalised, one_zero")

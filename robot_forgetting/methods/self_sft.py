@@ -15,6 +15,8 @@ from robot_forgetting.methods.on_policy import RolloutPlan, sample_rollouts
 from robot_forgetting.methods.sft import take
 from robot_forgetting.one_step import OneStepTask, answer, repeated
 from robot_forgetting.policy import Action, Policy
+from robot_forgetting.ranges import Count, Environments, Seed
+from robot_forgetting.train import Optimiser
 
 
 class SelfSFT(Method):
@@ -29,15 +31,15 @@ class SelfSFT(Method):
     def __init__(
         self,
         *,
-        iterations: int,
-        steps_per_iteration: int,
-        batch_size: int,
-        optimiser,
+        iterations: Count,
+        steps_per_iteration: Count,
+        batch_size: Count,
+        optimiser: Optimiser,
         iterative: bool = False,
-        samples: int = 5,
-        states: int = 64,
-        num_envs: int = 16,
-        seed: int = 0,
+        samples: Count = 5,
+        states: Count = 64,
+        num_envs: Environments = 16,
+        seed: Seed = 0,
     ):
         if min(iterations, steps_per_iteration, batch_size, samples, states) < 1:
             raise UserError("self_sft: iterations, steps_per_iteration, batch_size, samples, states: at least 1 each")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -13,6 +14,8 @@ from robot_forgetting.method import Batch, Method, mean_over_tokens
 from robot_forgetting.methods.labels import LabelledItems
 from robot_forgetting.one_step import OneStepTask
 from robot_forgetting.policy import Action, Policy
+from robot_forgetting.ranges import Count, Range, Seed
+from robot_forgetting.train import Optimiser
 
 
 def smoothed_nll(logits: Tensor, tokens: Tensor, sigma: float) -> Tensor:
@@ -40,14 +43,14 @@ class SFT(Method):
     def __init__(
         self,
         *,
-        iterations: int,
-        steps_per_iteration: int,
-        batch_size: int,
-        demonstrations: int,
-        optimiser,
-        label_sigma: float = 0.0,
+        iterations: Count,
+        steps_per_iteration: Count,
+        batch_size: Count,
+        demonstrations: Count,
+        optimiser: Optimiser,
+        label_sigma: Annotated[float, Range(0, 256)] = 0.0,
         labels=None,
-        seed: int = 0,
+        seed: Seed = 0,
     ):
         if min(iterations, steps_per_iteration, batch_size, demonstrations) < 1:
             raise UserError("sft: iterations, steps_per_iteration, batch_size and demonstrations must be at least 1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -12,6 +13,8 @@ from robot_forgetting.method import Batch, Method, mean_over_tokens
 from robot_forgetting.methods.labels import LabelledItems, WrongLabels
 from robot_forgetting.one_step import OneStepTask
 from robot_forgetting.policy import Action, Policy
+from robot_forgetting.ranges import Count, Range, Seed
+from robot_forgetting.train import Optimiser
 
 
 class SimPO(Method):
@@ -24,14 +27,14 @@ class SimPO(Method):
     def __init__(
         self,
         *,
-        iterations: int,
-        steps_per_iteration: int,
-        batch_size: int,
-        optimiser,
+        iterations: Count,
+        steps_per_iteration: Count,
+        batch_size: Count,
+        optimiser: Optimiser,
         labels=None,
         negatives=None,
-        margin: float = 1.0,
-        seed: int = 0,
+        margin: Annotated[float, Range(0, 1000)] = 1.0,
+        seed: Seed = 0,
     ):
         if min(iterations, steps_per_iteration, batch_size) < 1:
             raise UserError("simpo: iterations, steps_per_iteration and batch_size must be at least 1")

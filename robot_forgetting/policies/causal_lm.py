@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from robot_forgetting.policies.causal_lm_vocabulary import Head, compare, token_
 from robot_forgetting.policies.device import PRECISIONS, parse_device
 from robot_forgetting.policies.own_base import OwnBase
 from robot_forgetting.policy import Action, ConventionSpec, Policy, Reference
+from robot_forgetting.ranges import ArgumentsOf, Processes, Range, Tokens
 
 DTYPES = ("float32", "bfloat16", "mixed")
 
@@ -44,6 +46,7 @@ class CausalLM(OwnBase):
     sampler: null for transformers, or {_target_: ...VLLMSampler, ...}, see ``causal_lm_vllm``
     """
 
+    declares = ConventionSpec(action_dimensions=1, action_mode="text")
     splits_batches = False  # one process with all cores beats forked halves here: the weights are read once
 
     def __init__(
@@ -51,15 +54,15 @@ class CausalLM(OwnBase):
         checkpoint: str,
         *,
         name: str = "causal-lm",
-        max_new_tokens: int = 256,
-        context: int | None = None,
+        max_new_tokens: Tokens = 256,
+        context: Tokens | None = None,
         dtype: str = "float32",
         device: str = "auto",
-        lora: dict | None = None,
+        lora: Annotated[dict, ArgumentsOf(adapters.add)] | None = None,
         keep_base: bool = True,
         gradient_checkpointing: bool = False,
-        batch_rows: int = 64,
-        threads: int | None = None,
+        batch_rows: Annotated[int, Range(1, 65_536)] = 64,
+        threads: Processes | None = None,
         chat_template: str | None = None,
         sampler: Sampler | None = None,
     ):
@@ -184,7 +187,7 @@ class CausalLM(OwnBase):
         return Action(tokens.view(len(rows), width), torch.arange(width) < lengths.view(-1, 1))
 
     def convention(self) -> ConventionSpec:
-        return ConventionSpec(action_dimensions=1, action_mode="text")
+        return self.declares
 
     def check_tokens(self, other: Policy) -> None:
         super().check_tokens(other)

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 from robot_forgetting.errors import UserError
 from robot_forgetting.policies import lora
 from robot_forgetting.policy import Action
+from robot_forgetting.ranges import Range
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,13 @@ class VLLMSampler(Sampler):
     eager: without compilation and CUDA graphs, which cost minutes at the start and pay in a long run
     """
 
-    def __init__(self, *, memory: float = 0.3, eager: bool = False, largest_difference: float = 0.1):
+    def __init__(
+        self,
+        *,
+        memory: Annotated[float, Range(0, 1, above=True)] = 0.3,
+        eager: bool = False,
+        largest_difference: Annotated[float, Range(0, 100)] = 0.1,
+    ):
         if not 0 < memory <= 1:
             raise UserError(
                 f"policy.sampler.memory is a share of the device's memory, more than 0 and at most 1: {memory}"

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -18,6 +19,7 @@ from torch import nn
 
 from robot_forgetting.errors import UserError
 from robot_forgetting.files import disk, follow_umask, read_json
+from robot_forgetting.ranges import Range
 
 ADAPTER = "default"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -37,7 +39,12 @@ WAYS_OUT = "add it to the model's weights with peft (merge_and_unload), save tha
 
 
 def add(
-    model: nn.Module, *, rank: int = 32, alpha: int = 16, targets: list | None = None, adapter: str | None = None
+    model: nn.Module,
+    *,
+    rank: Annotated[int, Range(1, 65_536)] = 32,
+    alpha: Annotated[float, Range(0, 1e6, above=True)] = 16,
+    targets: list[str] | None = None,
+    adapter: str | None = None,
 ) -> None:
     """Freezes the model and adds adapters in float32, initially without effect.
 

@@ -27,6 +27,7 @@ class MLPPolicy(Policy):
     dtype: of weights, gradients and optimiser state; the products are always float32
     """
 
+    declares = ConventionSpec(action_dimensions=1, action_mode="label")
     splits_batches = False  # a batch takes a millisecond, sending a part of it to another process as long
 
     def __init__(
@@ -114,7 +115,7 @@ class MLPPolicy(Policy):
     # ---- the policy
 
     def convention(self) -> ConventionSpec:
-        return ConventionSpec(action_dimensions=1, action_mode="label")
+        return self.declares
 
     def logits(self, obs: dict, action: Action) -> Tensor:
         column, shape = obs["features"], (len(action), 1, self.sizes[-1])

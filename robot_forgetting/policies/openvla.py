@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from robot_forgetting.policies.openvla_tokenizer import PromptTokenizer, train_s
 from robot_forgetting.policies.openvla_vision import dinov2_tower, siglip_tower
 from robot_forgetting.policies.own_base import OwnBase
 from robot_forgetting.policy import Action, ConventionSpec
+from robot_forgetting.ranges import ArgumentsOf, Pixels, Plain, Range, Width
 
 LARGEST_COPY_BYTES = 2 * 10**9
 PANDA_STATISTICS = {"maniskill_panda": {"action": {"q01": [-1.0] * 7, "q99": [1.0] * 7, "mask": [True] * 7}}}
@@ -42,21 +44,23 @@ class OpenVLAPolicy(OwnBase):
     check_images: refuse a checkpoint that gives the same actions for a black and a white picture
     """
 
+    declares = ConventionSpec(action_mode="delta")
+
     def __init__(
         self,
         checkpoint: str | Checkpoint,
         *,
         name: str = "openvla",
         statistics: str | None = None,
-        add_statistics: dict | None = None,
+        add_statistics: dict[str, Plain] | None = None,
         dtype: str = "float32",
         device: str = "auto",
-        lora: dict | None = None,
+        lora: Annotated[dict, ArgumentsOf(adapters.add)] | None = None,
         keep_base: bool | None = None,
         action_mode: str | None = "delta",
         rotation: str | None = None,
         gripper: str | None = None,
-        control_hz: float | None = None,
+        control_hz: Annotated[float, Range(0.01, 10_000)] | None = None,
         gradient_checkpointing: bool = False,
         check_images: bool = True,
     ):
@@ -219,24 +223,24 @@ def take_rows(obs: dict, rows: slice) -> dict:
 def new_nano(
     *,
     name: str = "openvla-nano",
-    image_size: int = 64,
-    patch_size: int = 16,
-    dino_dim: int = 128,
-    dino_depth: int = 5,
-    dino_channels: list | None = None,
-    registers: int = 4,
-    siglip_dim: int = 128,
-    siglip_depth: int = 5,
-    vision_heads: int = 4,
-    mlp_ratio: float = 4.0,
-    hidden_size: int = 128,
-    num_layers: int = 3,
-    num_heads: int = 4,
-    intermediate_size: int = 352,
-    text_tokens: int = 768,
-    instructions: list | None = None,
-    norm_stats: dict | None = None,
-    **options,
+    image_size: Pixels = 64,
+    patch_size: Width = 16,
+    dino_dim: Width = 128,
+    dino_depth: Width = 5,
+    dino_channels: list[Width] | None = None,
+    registers: Annotated[int, Range(0, 1024)] = 4,
+    siglip_dim: Width = 128,
+    siglip_depth: Width = 5,
+    vision_heads: Width = 4,
+    mlp_ratio: Annotated[float, Range(0.1, 100)] = 4.0,
+    hidden_size: Width = 128,
+    num_layers: Width = 3,
+    num_heads: Width = 4,
+    intermediate_size: Width = 352,
+    text_tokens: Annotated[int, Range(257, 1_000_000)] = 768,
+    instructions: list[str] | None = None,
+    norm_stats: dict[str, Plain] | None = None,
+    **options: Annotated[Any, ArgumentsOf(OpenVLAPolicy)],
 ) -> OpenVLAPolicy:
     """A small OpenVLA with random weights (torch's generator) and a tokenizer of its own, for training from scratch.
 
@@ -267,3 +271,6 @@ def new_nano(
     model.initialise()
     tokenizer = train_small_tokenizer(instructions or [], text_tokens=text_tokens, action_bins=bins)
     return OpenVLAPolicy(Checkpoint(model, tokenizer), name=name, **options)
+
+
+new_nano.declares = OpenVLAPolicy.declares

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import tempfile
+from typing import Annotated, Any
 
 from robot_forgetting.policies.causal_lm import CausalLM
 from robot_forgetting.policies.causal_lm_checkpoint import quiet
+from robot_forgetting.ranges import ArgumentsOf, Tokens, Width
 
 # A role is one token: a question of twenty bytes is not worth twenty more of frame.
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
@@ -17,7 +19,13 @@ TEMPLATE = (
 
 
 def new_nano(
-    *, hidden_size: int, num_layers: int, num_heads: int, intermediate_size: int, positions: int = 256, **options
+    *,
+    hidden_size: Width,
+    num_layers: Width,
+    num_heads: Width,
+    intermediate_size: Width,
+    positions: Tokens = 256,
+    **options: Annotated[Any, ArgumentsOf(CausalLM)],
 ) -> CausalLM:
     """The policy; weights are drawn from torch's generator, ``options`` are those of ``CausalLM``."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -42,6 +50,9 @@ def new_nano(
         made = CausalLM(folder, **options)
     made.source = "random weights"
     return made
+
+
+new_nano.declares = CausalLM.declares
 
 
 def byte_tokenizer():

@@ -19,6 +19,7 @@ from robot_forgetting.methods.sft import SFT
 from robot_forgetting.one_step import OneStepTask
 from robot_forgetting.policies.mlp import MLPPolicy
 from robot_forgetting.policy import ConventionSpec
+from robot_forgetting.ranges import Count, LearningRate, Seed, Share
 from robot_forgetting.records import RunFolder
 from robot_forgetting.tasks.parity_mnist import FashionMNIST, ParityMNIST, parity_labels
 from robot_forgetting.train import Optimiser, train
@@ -72,13 +73,13 @@ def pretrain(
     new: ParityMNIST,
     prior: FashionMNIST,
     *,
-    seed: int,
+    seed: Seed,
     sizes: Sequence[int] = (785, 512, 256, 10),
-    images: int = 500,
-    epochs: int = 10,
-    batch_size: int = 64,
-    learning_rate: float = 1e-3,
-    warmup_ratio: float = 0.1,
+    images: Count = 500,
+    epochs: Count = 10,
+    batch_size: Count = 64,
+    learning_rate: LearningRate = 1e-3,
+    warmup_ratio: Share = 0.1,
 ) -> dict[str, Tensor]:
     """Weights of a network trained on ``images`` pictures of each task (section B.3); seconds, the same for a seed.
 
@@ -102,13 +103,16 @@ def pretrain(
 
 
 def pretrained_mlp(
-    *, seed: int = 0, images: int = 500, epochs: int = 10, learning_rate: float = 1e-3, name: str = "mlp"
+    *, seed: Seed = 0, images: Count = 500, epochs: Count = 10, learning_rate: LearningRate = 1e-3, name: str = "mlp"
 ) -> MLPPolicy:
     """The base policy as an ordinary policy, pre-trained on the spot."""
     weights = pretrain(
         ParityMNIST(), FashionMNIST(), seed=seed, images=images, epochs=epochs, learning_rate=learning_rate
     )
     return MLPPolicy(weights=weights, name=name)
+
+
+pretrained_mlp.declares = MLPPolicy.declares
 
 
 def load_weights(file: Path) -> dict[str, Tensor]:

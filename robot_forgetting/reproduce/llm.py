@@ -11,10 +11,12 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, TypedDict
 
 from robot_forgetting.errors import Diverged, UserError, unknown
 from robot_forgetting.experiment import Setup, run
 from robot_forgetting.progress import bar, say
+from robot_forgetting.ranges import Count, LearningRate, Plain, Range, Seeds
 from robot_forgetting.records import RunFolder
 
 # A method's axes, and the keys of the configuration that they set. "passes" over the training questions become numbers
@@ -40,6 +42,26 @@ class Spec:
     passes: float | None
 
 
+class Axes(TypedDict, total=False):
+    """Values of ``AXES``."""
+
+    rates: list[LearningRate]
+    schedules: list[str]
+    batch_sizes: list[Count]
+    updates: list[Count]
+    annotators: list[str]
+    iterations: list[Count]
+    passes: list[Annotated[float, Range(0, 10_000, above=True)]]
+
+
+class Quick(TypedDict, total=False):
+    """What of the study `quick=true` changes."""
+
+    common: dict[str, Plain]
+    grid: dict[str, Axes | list[Axes]]
+    seeds: Seeds
+
+
 class Study:
     """The sweep: for each method every combination of its axes, for each seed.
 
@@ -50,7 +72,15 @@ class Study:
 
     composes = True  # its runs are configurations, see ``run``
 
-    def __init__(self, *, name: str, common: dict, grid: dict, seeds: int, quick: dict):
+    def __init__(
+        self,
+        *,
+        name: str,
+        common: dict[str, Plain],
+        grid: dict[str, Axes | list[Axes]],
+        seeds: Seeds,
+        quick: Quick,
+    ):
         for key in quick:
             if key not in ("common", "grid", "seeds"):
                 raise unknown("key of reproduce.quick", key, ("common", "grid", "seeds"))

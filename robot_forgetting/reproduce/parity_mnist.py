@@ -14,15 +14,18 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from robot_forgetting.errors import UserError
+from robot_forgetting.methods.kl import KL
 from robot_forgetting.one_step import OneStepTask
 from robot_forgetting.policies.mlp import MLPPolicy
 from robot_forgetting.progress import bar, say
+from robot_forgetting.ranges import ArgumentsOf, Count, LearningRate, Range, Seeds, Share, Width
 from robot_forgetting.reproduce import base, extras, methods
 from robot_forgetting.reproduce.probe import Probe, Settings, mean_success
 from robot_forgetting.reproduce.stack import Spec, done, train_stack
@@ -33,6 +36,31 @@ from robot_forgetting.tasks.parity_mnist import FashionMNIST, ParityMNIST
 QUICK = {"rates": 6, "schedules": ["constant"], "epochs": [1], "checkpoints": 5, "images": 40_000}
 QUICK_PROBE = {"images": 1000, "similarity": 300}
 QUICK_DYNAMICS = {"rates": [1e-4]}
+
+
+class Teacher(TypedDict):
+    method: str
+    learning_rate: LearningRate
+    schedule: str
+    epochs: Count
+
+
+class Dynamics(TypedDict):
+    rates: list[LearningRate]
+    every: Count
+
+
+class Precision(TypedDict):
+    methods: list[str]
+    learning_rate: LearningRate
+
+
+class Extras(TypedDict, total=False):
+    """See ``extras.jobs``."""
+
+    dynamics: Dynamics | None
+    precision: Precision | None
+    theorem: bool
 
 
 class Study:
@@ -52,27 +80,27 @@ class Study:
     def __init__(
         self,
         *,
-        methods: list,
-        rates,
-        lowest_rate: float,
-        highest_rate: float,
-        schedules: list,
-        epochs: list,
-        seeds: int,
-        checkpoints: int,
-        batch_size: int,
-        group_size: int,
-        warmup_ratio: float,
-        max_grad_norm: float | None,
-        images: int | None,
-        stack: int,
-        log_every: int,
-        kl: dict,
-        pretraining: dict,
-        teacher: dict,
-        probe: dict,
-        extras: dict,
-        sizes: list,
+        methods: list[str],
+        rates: Annotated[int, Range(1, 1000)] | list[LearningRate],
+        lowest_rate: LearningRate,
+        highest_rate: LearningRate,
+        schedules: list[str],
+        epochs: list[Count],
+        seeds: Seeds,
+        checkpoints: Count,
+        batch_size: Count,
+        group_size: Annotated[int, Range(2, 1_000_000)],
+        warmup_ratio: Share,
+        max_grad_norm: Annotated[float, Range(0, 1e9, above=True)] | None,
+        images: Count | None,
+        stack: Annotated[int, Range(1, 10_000)],
+        log_every: Count,
+        kl: Annotated[dict, ArgumentsOf(KL)],
+        pretraining: Annotated[dict, ArgumentsOf(base.pretrain, without=("seed", "sizes"))],
+        teacher: Teacher,
+        probe: Annotated[dict, ArgumentsOf(Settings)],
+        extras: Extras,
+        sizes: list[Width],
     ):
         self.settings = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from robot_forgetting.metrics import divergence, drift, representation
 from robot_forgetting.metrics.statistics import wilson
 from robot_forgetting.one_step import OneStepTask
 from robot_forgetting.policies.mlp import MLPPolicy
+from robot_forgetting.ranges import Count, Range
 
 UNITS = {"forward_kl": "nats/token", "reverse_kl": "nats/token", "jensen_shannon": "nats/token"}
 SAMPLING = 1_000_000  # the evaluations' stream of sampling noise
@@ -34,11 +36,11 @@ class Settings:
     layer: hidden layer of CKA and CKNNA, counted from 1; k: neighbours of CKNNA
     """
 
-    images: int = 2000
-    similarity: int = 500
-    fisher: int = 1000
-    layer: int = 2
-    k: int = 10
+    images: Count = 2000
+    similarity: Count = 500
+    fisher: Count = 1000
+    layer: Annotated[int, Range(1, 1000)] = 2
+    k: Count = 10
 
     def __post_init__(self):
         if not 4 <= self.similarity <= self.images or self.fisher < 1 or not 1 <= self.k < self.similarity:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from itertools import permutations
 
+from robot_forgetting.ranges import Pixels, Plain, Processes, Steps
 from robot_forgetting.robot.conventions import declared
 from robot_forgetting.robot.robots import Robot
-from robot_forgetting.robot.task import ManiSkillTask
+from robot_forgetting.robot.task import ManiSkillTask, Noise
 
 GOOGLE_ROBOT = Robot(
     controller="robot_forgetting.robot.google_robot.PlannedController",
@@ -57,16 +58,16 @@ def google_robot_task(
     instruction: str,
     *,
     expert: str | None = None,
-    max_steps: int = 80,
-    image_size: int = 224,
+    max_steps: Steps = 80,
+    image_size: Pixels = 224,
     full_pictures: bool = True,
     render: str = "stock",
-    env_arguments: dict | None = None,
+    env_arguments: dict[str, Plain] | None = None,
     rotation: str | None = "axis_angle",
     gripper: str | None = "+1 closes",
     statistics: str = "fractal20220817_data",
-    noise: dict | None = None,
-    processes: int | None = None,
+    noise: Noise | None = None,
+    processes: Processes | None = None,
     simulation: str = "cpu",
 ) -> ManiSkillTask:
     """A task at 3 Hz with a photo for the background; success as it stands when the time is up.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from robot_forgetting.errors import unknown
+from robot_forgetting.ranges import Pixels, Processes, Steps
 from robot_forgetting.robot.conventions import declared
-from robot_forgetting.robot.task import ManiSkillTask
+from robot_forgetting.robot.task import ManiSkillTask, Noise
 
 # The robot's camera, a Logitech C920: [fx, fy, cx, cy] in pixels of its 640 x 480.
 WIDOWX_CAMERA = {"size": [640, 480], "intrinsic": [623.588, 623.588, 319.501, 239.545]}
@@ -19,15 +20,15 @@ def widowx_task(
     *,
     variant: str = "original",
     expert: str | None = None,
-    max_steps: int = 60,
-    image_size: int = 224,
+    max_steps: Steps = 60,
+    image_size: Pixels = 224,
     full_pictures: bool = True,
     render: str = "stock",
     rotation: str | None = "axis_angle",
     gripper: str | None = "+1 opens",
     statistics: str = "bridge_orig",
-    noise: dict | None = None,
-    processes: int | None = None,
+    noise: Noise | None = None,
+    processes: Processes | None = None,
     simulation: str = "cpu",
 ) -> ManiSkillTask:
     """A Bridge task: 5 Hz, a photo for the background, success as it stands when the time is up.

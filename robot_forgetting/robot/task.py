@@ -4,13 +4,35 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Annotated, TypedDict
 
 from robot_forgetting.errors import UserError, unknown
 from robot_forgetting.policy import ConventionSpec
+from robot_forgetting.ranges import Pixels, Plain, Processes, Range, Steps
 from robot_forgetting.robot.conventions import Boundary
 from robot_forgetting.robot.robots import find_robot
 from robot_forgetting.robot.simulation import SimulationSpec
 from robot_forgetting.task import Demonstration, Task, VectorEnv
+
+Metres = Annotated[float, Range(-100, 100)]
+
+
+class View(TypedDict, total=False):
+    """Where the camera stands; or the size and the intrinsic matrix of the robot's own, see ``SimulationSpec``."""
+
+    eye: tuple[Metres, Metres, Metres]
+    target: tuple[Metres, Metres, Metres]
+    fov: Annotated[float, Range(0.01, 3.1)]
+    size: tuple[Pixels, Pixels]
+    intrinsic: list[Annotated[float, Range(0, 100_000)]]
+
+
+class Noise(TypedDict):
+    """See ``workers._demonstrate``."""
+
+    small: Annotated[float, Range(0, 10)]
+    kick: Annotated[float, Range(0, 10)]
+    kick_probability: Annotated[float, Range(0, 1)]
 
 
 class ManiSkillTask(Task):
@@ -38,14 +60,14 @@ class ManiSkillTask(Task):
         expert: str | None = None,
         modules: list[str] | tuple[str, ...] = (),
         spawn: str = "stock",
-        max_steps: int = 60,
-        camera: dict | None = None,
-        image_size: int = 64,
+        max_steps: Steps = 60,
+        camera: View | None = None,
+        image_size: Pixels = 64,
         render: str = "low_poly",
-        env_arguments: dict | None = None,
-        noise: dict | None = None,
+        env_arguments: dict[str, Plain] | None = None,
+        noise: Noise | None = None,
         statistics: str | None = None,
-        processes: int | None = None,
+        processes: Processes | None = None,
         simulation: str = "cpu",
         robot: str = "panda",
         overlay: bool = False,

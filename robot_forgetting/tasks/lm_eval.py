@@ -24,12 +24,14 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 
 from robot_forgetting.errors import UserError
 from robot_forgetting.policy import Policy
 from robot_forgetting.progress import say
+from robot_forgetting.ranges import Count, Range, Tokens
 from robot_forgetting.rollout import Episode, EpisodeKey
 from robot_forgetting.scored import ScoredTask
 from robot_forgetting.tasks.code_sandbox import check_allowed, run_tests
@@ -60,11 +62,11 @@ class LmEval(ScoredTask):
         *,
         configuration: str,
         metric: str,
-        num_fewshot: int = 0,
+        num_fewshot: Annotated[int, Range(0, 1000)] = 0,
         chat_template: bool = False,
-        limit: int | None = None,
-        batch_size: int | None = None,
-        max_new_tokens: int | None = None,
+        limit: Count | None = None,
+        batch_size: Count | None = None,
+        max_new_tokens: Tokens | None = None,
         allow_code_execution: bool | str = False,
     ):
         for key, value, least in (("num_fewshot", num_fewshot, 0), ("limit", limit, 1), ("batch_size", batch_size, 1),

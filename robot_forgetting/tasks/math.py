@@ -18,6 +18,7 @@ from __future__ import annotations
 import re
 
 from robot_forgetting.errors import UserError, unknown
+from robot_forgetting.ranges import Count, Fraction
 from robot_forgetting.tasks.sources import Row, find, read_rows
 from robot_forgetting.tasks.text import Item, TextTask, distinct, divide, ordered, say_dropped, without
 
@@ -48,8 +49,8 @@ class Math(TextTask):
         name: str = "math",
         source: str = "orz_57k",
         test: str = "held_out",
-        test_fraction: float = 0.1,
-        limit: int | None = None,
+        test_fraction: Fraction = 0.1,
+        limit: Count | None = None,
         teacher=None,
     ):
         super().__init__(name, limit, teacher)

@@ -15,6 +15,7 @@ from robot_forgetting.errors import UserError
 from robot_forgetting.methods.labels import FixedLabels, Labeler
 from robot_forgetting.one_step import OneStepTask
 from robot_forgetting.policy import ConventionSpec
+from robot_forgetting.ranges import Count
 from robot_forgetting.tasks.idx import Images, load_images
 
 
@@ -25,7 +26,7 @@ class _Pictures(OneStepTask):
     data: str
     bit: float
 
-    def __init__(self, name: str, limit: int | None):
+    def __init__(self, name: str, limit: Count | None):
         if limit is not None and limit < 1:
             raise UserError(f"task '{name}' cannot be limited to {limit} training pictures; give at least 1, or null")
         self.name, self.limit = name, limit
@@ -61,7 +62,7 @@ class ParityMNIST(_Pictures):
 
     data, bit = "mnist", 1.0
 
-    def __init__(self, name: str = "parity_mnist", limit: int | None = None):
+    def __init__(self, name: str = "parity_mnist", limit: Count | None = None):
         super().__init__(name, limit)
 
     def rewards(self, seeds: np.ndarray, answers: Sequence) -> np.ndarray:
@@ -77,7 +78,7 @@ class FashionMNIST(_Pictures):
 
     data, bit = "fashion_mnist", -1.0
 
-    def __init__(self, name: str = "fashion_mnist", limit: int | None = None):
+    def __init__(self, name: str = "fashion_mnist", limit: Count | None = None):
         super().__init__(name, limit)
 
     def rewards(self, seeds: np.ndarray, answers: Sequence) -> np.ndarray:

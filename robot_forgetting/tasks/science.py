@@ -20,6 +20,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from robot_forgetting.errors import UserError, unknown
+from robot_forgetting.ranges import Count, Fraction
 from robot_forgetting.tasks.equations import parse_equation, same_equation
 from robot_forgetting.tasks.sources import Row, find, read_rows
 from robot_forgetting.tasks.text import Item, TextTask, distinct, divide
@@ -65,9 +66,9 @@ class Science(TextTask):
         name: str = "science",
         kinds: Sequence[str] = ("choice", "equation"),
         answer_format: str = "tags",
-        test_fraction: float = 0.1,
-        longest: int | None = None,
-        limit: int | None = None,
+        test_fraction: Fraction = 0.1,
+        longest: Count | None = None,
+        limit: Count | None = None,
         teacher=None,
     ):
         super().__init__(name, limit, teacher)

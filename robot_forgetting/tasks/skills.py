@@ -15,6 +15,7 @@ from string import ascii_lowercase
 import numpy as np
 
 from robot_forgetting.errors import UserError, unknown
+from robot_forgetting.ranges import Count, Fraction
 from robot_forgetting.tasks.text import SPLIT_SEED, Item, TextTask, divide
 
 Questions = dict[str, str | None]  # what comes after the verb, and the right answer; None: there are many
@@ -79,10 +80,10 @@ class Skill(TextTask):
         *,
         name: str,
         skill: str,
-        items: int = 20_000,
+        items: Count = 20_000,
         annotator: str = "uniform",
-        test_fraction: float = 0.25,
-        limit: int | None = None,
+        test_fraction: Fraction = 0.25,
+        limit: Count | None = None,
     ):
         if skill not in SKILLS:
             raise unknown("skill", skill, SKILLS)

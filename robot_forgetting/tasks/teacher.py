@@ -19,11 +19,13 @@ import urllib.request
 from itertools import islice
 from pathlib import Path
 from queue import Empty, SimpleQueue
+from typing import Annotated
 
 from robot_forgetting.errors import UserError
 from robot_forgetting.files import disk, release_lock, take_lock
 from robot_forgetting.methods.labels import Labeler, Labels
 from robot_forgetting.progress import bar, say
+from robot_forgetting.ranges import Range, Tokens
 
 MOST_SAMPLES = 16
 LONGEST_WAIT = 60.0  # seconds between two tries
@@ -47,13 +49,13 @@ class Teacher(Labeler):
         model: str = "gpt-4o",
         key_variable: str = "OPENAI_API_KEY",
         cache: str | None = None,
-        samples: int = MOST_SAMPLES,
-        temperature: float = 0.7,
-        max_tokens: int = 4096,
-        parallel: int = 4,
-        tries: int = 6,
-        pause: float = 1.0,
-        seconds: float = 300.0,
+        samples: Annotated[int, Range(1, 10_000)] = MOST_SAMPLES,
+        temperature: Annotated[float, Range(0, 2)] = 0.7,
+        max_tokens: Tokens = 4096,
+        parallel: Annotated[int, Range(1, 1000)] = 4,
+        tries: Annotated[int, Range(1, 1000)] = 6,
+        pause: Annotated[float, Range(0, 3600)] = 1.0,
+        seconds: Annotated[float, Range(0, 86_400, above=True)] = 300.0,
     ):
         if not 1 <= samples <= MOST_SAMPLES:
             raise UserError(f"teacher.samples must be 1 to {MOST_SAMPLES}, not {samples}")
@@ -130,7 +132,7 @@ class Teacher(Labeler):
 class _Passing(Exception):
     """A failure that may pass. seconds: how long the endpoint asks to wait, or None."""
 
-    def __init__(self, text: str, seconds: float | None = None):
+    def __init__(self, text: str, seconds: Annotated[float, Range(0, 86_400, above=True)] = None):
         super().__init__(text)
         self.seconds = seconds
 

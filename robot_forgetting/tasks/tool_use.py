@@ -23,6 +23,7 @@ from collections.abc import Iterator
 
 from robot_forgetting.errors import UserError
 from robot_forgetting.progress import say
+from robot_forgetting.ranges import Count
 from robot_forgetting.tasks.sources import Row, find, read_rows
 from robot_forgetting.tasks.text import Item, TextTask, distinct, ordered, say_dropped, without
 
@@ -44,7 +45,7 @@ Call = tuple[str, dict]
 class ToolUse(TextTask):
     """Success: the calls of the given answer, see the module."""
 
-    def __init__(self, name: str = "tool_use", limit: int | None = None, teacher=None):
+    def __init__(self, name: str = "tool_use", limit: Count | None = None, teacher=None):
         super().__init__(name, limit, teacher)
 
     def load(self) -> dict[str, list[Item]]:
