@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ OPTIONAL = ("numexpr", "bottleneck", "flash_attn", "tensorflow", "torchvision", 
 TRAP = "import pathlib\npathlib.Path(__file__ + '.was-run').touch()\n"
 METHOD = "from robot_forgetting.methods.sft import SFT\n\n\nclass Mine(SFT):\n    pass\n"
 NAME = "my_method.Mine"
+PAGES = ("page.html", "usual.html")
 TEXT = ("policy=qwen-nano", "task=skill_reverse", "prior=[]", "held_out=[]", "device=cpu", "held_out_text.source=null")
 needs_vulkan = pytest.mark.skipif(not vulkan.physical_devices(), reason="no Vulkan device; `make setup` installs one")
 
@@ -155,3 +157,14 @@ def test_a_downloaded_run_names_nothing_that_is_built(downloaded, arguments):
     result = command(downloaded, *arguments)
     assert marks(downloaded) == [] and "Traceback" not in result.stderr
     assert result.returncode in (0, 2), result.stderr
+
+
+def test_settings_beside_the_data_do_not_change_the_page(downloaded):
+    """Matplotlib reads a `matplotlibrc` of the working folder: this one would run LaTeX and paint in red."""
+    usual = command(downloaded, "report", "run", "run", "output=usual.html")
+    (downloaded / "matplotlibrc").write_text("backend: module://planted\ntext.usetex: True\nfigure.facecolor: red\n")
+    result = command(downloaded, "report", "run", "run", "output=page.html")
+    assert (usual.returncode, result.returncode) == (0, 0), usual.stderr + result.stderr
+    page, expected = (re.findall(r"<svg.*?</svg>", (downloaded / name).read_text(), re.S) for name in PAGES)
+    assert page == expected and page
+    assert marks(downloaded) == []

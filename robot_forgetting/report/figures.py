@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import matplotlib
 import numpy as np
@@ -41,6 +42,15 @@ RC = {
 }
 
 
+@contextlib.contextmanager
+def drawing(**more) -> Iterator[None]:
+    """Matplotlib's own defaults, then ``RC``: a `matplotlibrc` in the working folder changes nothing."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(RC | more)
+        yield
+
+
 class Colours:
     """A colour and a marker per method, the same in all figures and tables of a page."""
 
@@ -56,7 +66,7 @@ class Colours:
 
 def scatter(points: Sequence[dict], fronts: Sequence[dict], colours: Colours, name: str) -> str:
     """New-task against prior-task success: small marks are checkpoints, large ones final policies, lines the fronts."""
-    with matplotlib.rc_context(RC):
+    with drawing():
         figure = Figure(figsize=(6.6, 4.6), layout="constrained")
         axes = figure.add_subplot()
         for front in fronts:
@@ -89,7 +99,7 @@ def scatter(points: Sequence[dict], fronts: Sequence[dict], colours: Colours, na
 def kl_against_forgetting(points: Sequence[dict], key: str, colours: Colours, name: str) -> str:
     """Forgetting over a divergence, all checkpoints, with the quadratic fit where there are enough points."""
     used = [row for row in points if key in row["divergence"] and row["forgetting"] is not None]
-    with matplotlib.rc_context(RC):
+    with drawing():
         figure = Figure(figsize=(6.6, 4.2), layout="constrained")
         axes = figure.add_subplot()
         axes.axhline(0, color=FAINT, linewidth=0.8, alpha=0.5)
@@ -123,7 +133,7 @@ def learning_curves(points: Sequence[dict], rollouts: Sequence[dict], colours: C
     on_policy = [row for row in rollouts if row["success"] is not None]
     seconds = all(row["seconds"] is not None for row in points)
     x_key, unit = ("seconds", 60.0) if seconds else ("iteration", 1.0)
-    with matplotlib.rc_context(RC):
+    with drawing():
         figure = Figure(figsize=(9.4, 3.9), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True)
         for run in dict.fromkeys(row["run"] for row in on_policy):

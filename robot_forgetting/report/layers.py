@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
 from robot_forgetting.layers import TEXT, WEIGHTS
-from robot_forgetting.report.figures import FAINT, RC, Colours, svg
+from robot_forgetting.report.figures import FAINT, Colours, drawing, svg
 from robot_forgetting.report.runs import Group
 from robot_forgetting.report.tables import final_divergence
 
@@ -84,7 +83,7 @@ def layer_section(rows: Sequence[dict], colours: Colours, name: str) -> dict | N
 
 def by_layer(rows: Sequence[dict], colours: Colours, name: str) -> str:
     """CKNNA and change of weights against the layer: a line per method, the mean of its runs, and their range."""
-    with matplotlib.rc_context(RC):
+    with drawing():
         figure = Figure(figsize=(9.4, 3.6), layout="constrained")
         for axes, (measure, title) in zip(figure.subplots(1, 2, sharex=True), PANELS.items(), strict=True):
             mine = [row for row in rows if row["measure"] == measure and row["layer"] is not None]

@@ -7,7 +7,6 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
@@ -98,7 +97,7 @@ def draw(study: Study, found: dict[str, rows.Law], tables: dict) -> dict[str, di
     scope += words.plural(len(study.seeds), "seed")
 
     def add(name: str, title: str, caption: str, make, *arguments) -> None:
-        with matplotlib.rc_context(figures.RC | {"pdf.fonttype": 42}):
+        with figures.drawing(**{"pdf.fonttype": 42}):
             drawn[name] = save(make(*arguments), name, title) | {"caption": caption}
 
     if study.points:

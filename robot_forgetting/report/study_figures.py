@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
 from robot_forgetting.metrics import law
-from robot_forgetting.report.figures import FAINT, INK, RC, percent
+from robot_forgetting.report.figures import FAINT, INK, drawing, percent
 from robot_forgetting.report.study_runs import FIVE, Study, label
 from robot_forgetting.report.study_tables import MAIN, TWO_BY_TWO, Law
 from robot_forgetting.report.words import r2
@@ -348,7 +347,7 @@ def teacher(study: Study, rows: Sequence[dict], taught: Sequence[dict]) -> Figur
 
 def in_style(make, *arguments) -> Figure:
     """A figure made with the page's settings; save it with them too."""
-    with matplotlib.rc_context(RC):
+    with drawing():
         return make(*arguments)
 
 
