@@ -13,6 +13,8 @@ PLUS = re.compile(r"\s\+\s")
 DIGITS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 LATEX = re.compile(r"\\(?:text|mathrm|ce)\{([^{}]*)\}")
 
+LONGEST = 2000  # characters; what is longer is no equation, and the patterns' steps grow with the square of it
+
 Side = dict[str, Fraction]
 
 
@@ -27,6 +29,9 @@ def same_equation(one: str, other: str) -> bool:
 
 def parse_equation(text: str) -> tuple[Side, Side] | None:
     """'2H2 + O2 = 2H2O' as ({'H2': 2, 'O2': 1}, {'H2O': 2}); None where the text is no single equation."""
+    text = " ".join(text.split())
+    if len(text) > LONGEST:
+        return None
     text = LATEX.sub(r"\1", text.translate(DIGITS)).replace("$", "").replace("_", "").strip().rstrip(".")
     sides = [_parse_side(part) for part in ARROW.split(text)]
     return (sides[0], sides[1]) if len(sides) == 2 and all(sides) else None
@@ -41,7 +46,7 @@ def _parse_side(text: str) -> Side | None:
             return None
         try:
             count = Fraction(match[1] or 1)
-        except ZeroDivisionError:
+        except (ZeroDivisionError, ValueError):  # or thousands of digits
             return None
         if count <= 0:
             return None

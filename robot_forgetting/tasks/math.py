@@ -6,9 +6,10 @@ answer into \boxed{}, and ``test_fraction`` of the problems held out by a hash o
 ``test: math500`` the test items are the 500 problems of MATH that the same project evaluates on; training problems that
 are among them are dropped.
 
-The last \boxed{} of a completion counts, whatever is said before it. math-verify compares it with the given answer: the
-same number, set, interval or formula however it is written. What it would let pass and we do not: a word made of the
-same letters, and an expression left to be worked out where the answer is a number (\boxed{12 \times 34}).
+The last \boxed{} (or \fbox{}) of a completion counts, whatever is said before it. math-verify compares it with the
+given answer: the same number, set, interval or formula however it is written. What it would let pass and we do not: a
+word made of the same letters, and an expression left to be worked out where the answer is a number
+(\boxed{12 \times 34}).
 
 Open-Reasoner-Zero gives no solutions: supervised methods need a teacher (the paper's is DeepSeek-R1). GSM8K does.
 """
@@ -38,6 +39,8 @@ ASK = "Please reason step by step, and put your final answer within \\boxed{}."
 # An operation between two numbers that is not the power of ten of scientific notation.
 OPERATION = re.compile(r"\d\s*(?:\+|-|\*|\\times|\\cdot)\s*(?!10\s*\^)\d")
 NUMBER = re.compile(r"-?\d+(?:[.,]\d+)*")
+BRACE = re.compile(r"\\f?boxed\s*\{|\\fbox\s*\{|[{}]")
+LONGEST, DEEPEST = 1000, 40  # of an answer that is compared: characters, and brackets of a kind
 WORDS = re.compile(r"[^\W\d_]{2,}(?:\s+[^\W\d_]+)*")
 
 
@@ -92,20 +95,23 @@ class Math(TextTask):
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What the last complete \boxed{...} holds, braces matched; None where there is none."""
-    for start in reversed([match.end() for match in re.finditer(r"\\f?boxed\s*\{", text)]):
-        depth = 1
-        for index in range(start, len(text)):
-            depth += (text[index] == "{") - (text[index] == "}")
-            if depth == 0:
-                return text[start:index].strip()
-    return None
+    r"""What the last complete \boxed{...} or \fbox{...} holds, braces matched; None where there is none."""
+    opened: list[int | None] = []  # of each open brace where a box's content begins, or None
+    last, found = -1, None
+    for match in BRACE.finditer(text):
+        if match[0] != "}":
+            opened.append(match.end() if len(match[0]) > 1 else None)
+        elif opened and (start := opened.pop()) is not None and start > last:
+            last, found = start, text[start : match.start()]
+    return None if found is None else found.strip()
 
 
 def same_answer(given: str, answer: str) -> bool:
     """Whether ``given`` is ``answer``, both LaTeX or text without dollar signs around it; see the module."""
     given, answer = given.strip().strip("$").strip(), answer.strip().strip("$").strip()
     if not given or not answer:
+        return False
+    if len(given) > max(LONGEST, 2 * len(answer)) or max(map(given.count, "([{")) > max(DEEPEST, 2 * len(answer)):
         return False
     if _plain_text(given) == _plain_text(answer):
         return True

@@ -29,6 +29,7 @@ from robot_forgetting.tasks.text import Item, TextTask, distinct, ordered, say_d
 
 FOLDER = "toolalpaca"
 ORIGIN = "https://raw.githubusercontent.com/tangqiaoyu/ToolAlpaca/189069998d64a7baf1b4a1c3c4b2e75eb9d05532/data"
+DEEPEST = 100  # of nested arguments; the data's have 5
 MOST_STEPS = 5  # of a training instance, as in ToolAlpaca's own training set
 
 SYSTEM = """You fulfil a user's request by calling functions of an API. For every call that is needed write three lines:
@@ -37,7 +38,8 @@ Action: the function's name
 Action Input: the arguments, as one JSON object
 Write all calls one after the other and nothing else; do not write their results."""
 
-CALL = re.compile(r"^\s*Action:[ \t]*(.+?)[ \t]*\n+\s*Action Input:\s*(?:```(?:json)?\s*)?", re.MULTILINE)
+LINE = re.compile(r"[^\n]+")
+FENCE = re.compile(r"\s*(?:```(?:json)?\s*)?")
 
 Call = tuple[str, dict]
 
@@ -80,25 +82,42 @@ class ToolUse(TextTask):
 
 def parse_calls(text: str) -> list[Call] | None:
     """The calls that a completion makes, whatever follows their JSON; None where one's arguments cannot be read."""
-    calls = []
-    for match in CALL.finditer(text):
-        arguments = _object(text[match.end() :])
-        if arguments is None:
-            return None
-        calls.append((match[1].strip("`\"' "), arguments))
+    calls, name = [], None
+    for line in LINE.finditer(text):
+        if not (said := line[0].strip()):
+            continue
+        if name is not None and said.startswith("Action Input:"):
+            start = line.start() + line[0].index("Action Input:") + len("Action Input:")
+            arguments = _object(text, FENCE.match(text, start).end())
+            if arguments is None:
+                return None
+            calls.append((name, arguments))
+        named = said.startswith("Action:") and said != "Action:"
+        name = said.removeprefix("Action:").strip().strip("`\"' ") if named else None
     return calls
 
 
-def _object(text: str) -> dict | None:
-    """The JSON object (or Python dict: models often quote with ') that a text begins with."""
+def _object(text: str, start: int) -> dict | None:
+    """The JSON object (or Python dict: models often quote with ') that begins at ``start``."""
     try:
-        value = json.JSONDecoder().raw_decode(text)[0]
+        value = json.JSONDecoder().raw_decode(text, start)[0]
     except (ValueError, RecursionError):
+        end = text.find("\n", start)
         try:
-            value = ast.literal_eval(text.split("\n", 1)[0].strip().rstrip("`"))
+            value = ast.literal_eval(text[start : None if end < 0 else end].strip().rstrip("`"))
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             return None
-    return value if isinstance(value, dict) else None
+    return value if isinstance(value, dict) and _depth(value) <= DEEPEST else None
+
+
+def _depth(value) -> int:
+    """Of nested lists and dicts, counted level by level."""
+    depth, level = 0, [value]
+    while level:
+        depth += 1
+        inner = [item.values() if isinstance(item, dict) else item for item in level]
+        level = [item for items in inner for item in items if isinstance(item, (dict, list, tuple))]
+    return depth
 
 
 def _multiset(calls: list[Call], hidden: frozenset[str]) -> Counter:
