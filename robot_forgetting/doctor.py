@@ -97,9 +97,7 @@ def packages() -> Check:
             unfit.append(f"{one.name} {found} (needed: {one.specifier})")
     if missing or unfit:
         words = [f"missing: {', '.join(missing)}"] * bool(missing) + [f"unfit: {', '.join(unfit)}"] * bool(unfit)
-        return Check(
-            "packages", "FAIL", "; ".join(words), "type: make setup, or python -m pip install robot-forgetting"
-        )
+        return Check("packages", "FAIL", "; ".join(words), "in a clone type: make setup, or python -m pip install .")
     shown = ("torch", "transformers", "mani-skill", "sapien")
     return Check("packages", "ok", ", ".join(f"{name} {_version(name)}" for name in shown))
 
@@ -153,19 +151,30 @@ def vulkan_device() -> Check:
 def render_cure(found: dict) -> str:
     """What to type where nothing renders; never what has been done already."""
     drivers = vulkan.installable_drivers()
-    lavapipe = [name for name in drivers if name.startswith("lvp")]
     if variable := vulkan.chosen_by():
         return f"{variable} allows no other driver; type: unset {variable}"
-    if vulkan.is_lavapipe(found) and vulkan.fault(found):
-        return f"type: make setup (Debian 12: takes it from backports); other systems: a release with Mesa {NEEDED}"
+    on_the_cpu = ""
+    if not any(name.startswith("lvp") for name in drivers):
+        on_the_cpu = INSTALL_LAVAPIPE
+    elif vulkan.old_lavapipe(found) and _release() == "bookworm":
+        on_the_cpu = "type: make setup (it takes lavapipe from backports)"
+    elif vulkan.old_lavapipe(found):
+        on_the_cpu = f"use a release that has Mesa {NEEDED} or newer (Debian 13, Ubuntu 24.04 with its updates)"
     if nvidia.gpus() and not vulkan.loads("libGLX_nvidia.so.0"):
         start = "a container gets the GPU's Vulkan driver with: docker run -e NVIDIA_DRIVER_CAPABILITIES=all"
-        return start if lavapipe else f"{start}; or draw on the CPU: {INSTALL_LAVAPIPE}"
-    if not lavapipe:
-        return INSTALL_LAVAPIPE
+        return f"{start}; or draw on the CPU: {on_the_cpu}" if on_the_cpu else start
+    if on_the_cpu:
+        return on_the_cpu
     if any("nvidia" in name for name in drivers):
         return f"to draw on the CPU, type: export VK_DRIVER_FILES=$(ls {vulkan.ICD_FOLDERS[-1]}/lvp*.json)"
     return "the loader says why: VK_LOADER_DEBUG=all python -P -m robot_forgetting.vulkan"
+
+
+def _release() -> str:
+    try:
+        return platform.freedesktop_os_release().get("VERSION_CODENAME", "")
+    except OSError:
+        return ""
 
 
 def lavapipe() -> Check:

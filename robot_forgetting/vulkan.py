@@ -39,7 +39,8 @@ def probe() -> dict:
 def rendered(python: Path | str) -> dict:
     """Renders a small picture in a child process.
 
-    Returns {"device", "driver", "version", "icd", "blank": bool, "seconds"} or, where that failed, {"error": one line}.
+    Returns {"device", "driver", "version", "icd", "blank": bool, "seconds"} or, where that failed, {"error": one line},
+    where the driver lived on with "devices", as ``physical_devices`` lists them.
     """
     # -P: no modules from the working folder
     command = [str(python), "-P", "-m", "robot_forgetting.vulkan", str(os.getpid())]
@@ -58,14 +59,19 @@ def rendered(python: Path | str) -> dict:
 
 def fault(found: dict) -> str:
     """What is wrong with a probe's answer; "" where pictures can be rendered."""
+    if old := old_lavapipe(found):
+        return f"lavapipe is of Mesa {old}, {'.'.join(map(str, LAVAPIPE_NEEDED))} or newer is needed"
     if "error" in found:
         return found["error"]
-    device = f"{found['device']}, {found['driver']} {found['version']}"
-    if found["blank"]:
-        return f"{device} renders a blank picture"
-    if is_lavapipe(found) and () < mesa_version(found) < LAVAPIPE_NEEDED:
-        return f"{device} is too old, {'.'.join(map(str, LAVAPIPE_NEEDED))} or newer is needed"
-    return ""
+    return f"{found['device']}, {found['driver']} {found['version']} renders a blank picture" if found["blank"] else ""
+
+
+def old_lavapipe(found: dict) -> str:
+    """The version of a lavapipe that SAPIEN cannot use, if it is that, or all there is; else ""."""
+    rows = found.get("devices") or [found]
+    versions = [mesa_version(row) for row in rows if is_lavapipe(row)]
+    old = len(versions) == len(rows) and all(() < version < LAVAPIPE_NEEDED for version in versions)
+    return ".".join(map(str, versions[0])) if old else ""
 
 
 def loads(library: str) -> bool:
@@ -203,5 +209,9 @@ def physical_devices() -> list[dict]:
 if __name__ == "__main__":
     if sys.argv[1:]:  # a driver that hangs would outlive who asked
         children.end_with(int(sys.argv[1]))
-    print(json.dumps(render()), flush=True)
+    try:
+        answer = render()
+    except Exception as error:  # which devices there are may say why
+        answer = {"error": f"{type(error).__name__}: {' '.join(str(error).split())}", "devices": physical_devices()}
+    print(json.dumps(answer), flush=True)
     os._exit(0)  # some drivers crash while they are unloaded, after all is said

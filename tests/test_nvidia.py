@@ -193,6 +193,23 @@ def test_a_cure_is_never_what_was_done_already(machine, monkeypatch, gpu, driver
     assert check.state == "FAIL" and words in check.cure and absent not in check.cure
 
 
+@pytest.mark.parametrize(
+    "release, words, absent",
+    [("bookworm", "make setup (it takes lavapipe from backports)", "Ubuntu"), ("jammy", "use a release", "make setup")],
+)
+@pytest.mark.parametrize("rendered", [True, False])
+def test_an_old_lavapipe(machine, monkeypatch, release, words, absent, rendered):
+    """Whether it draws or SAPIEN finds no device in it: only Debian 12 has a newer one to offer."""
+    machine([], code=6)
+    old = {"device": "llvmpipe", "driver": "llvmpipe", "version": "Mesa 22.3.6"}
+    found = {**old, "blank": False} if rendered else {"error": "RuntimeError: no device", "devices": [old]}
+    monkeypatch.setattr(vulkan, "installable_drivers", lambda: ["lvp"])
+    monkeypatch.setattr(vulkan, "probe", lambda: found)
+    monkeypatch.setattr(doctor, "_release", lambda: release)
+    check = doctor.vulkan_device()
+    assert "Mesa 22.3, 24.3 or newer is needed" in check.found and words in check.cure and absent not in check.cure
+
+
 def test_a_driver_that_was_chosen_by_hand(monkeypatch):
     monkeypatch.setenv("VK_ICD_FILENAMES", "/no/such/icd.json")
     assert "unset VK_ICD_FILENAMES" in doctor.render_cure({"error": "no device"})
