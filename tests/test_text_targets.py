@@ -23,7 +23,7 @@ from robot_forgetting.tasks.sources import VARIABLE
 from robot_forgetting.tasks.teacher import Teacher
 from tests.text_data import write_science
 
-KEY = "TEST_TEACHER_KEY"
+KEY, SECRET = "TEST_TEACHER_KEY", "sk-very/secret"
 
 
 @pytest.fixture
@@ -40,6 +40,7 @@ class Endpoint:
         self.script: list[str] = []
         self.requests: list[dict] = []
         self.headers: list[dict] = []
+        self.elsewhere, self.stopped = "", threading.Event()
         self.answers = {item.messages[-1]["content"]: item.answer for item in task.splits["train"]}
         endpoint = self
 
@@ -68,16 +69,38 @@ class Endpoint:
         ).encode()
         if what.isdigit():
             content = b'{"error": {"message": "over\nloaded"}}'
+        if what == "401 with the key":
+            content = f"Incorrect API key: {handler.headers['Authorization']} {'x' * 280}".encode() * 2
+        if what == "the key":
+            choice = {"message": {"content": SECRET + right}, "finish_reason": SECRET}
+            content = json.dumps({"choices": [choice]}).encode()
+        if what == "half a character":
+            content = b'{"choices": [{"message": {"content": "<answer>\\ud800</answer>"}}]}'
         if what == "garbage":
             content = b"<html>not json"
-        handler.send_response(int(what) if what.isdigit() else 200)
+        if what == "dripping headers":
+            handler.wfile.write(b"HTTP/1.1 200 OK\r\n")
+            return self.drip(handler, b"X: " + b"x" * 10_000)
+        handler.send_response(int(what[:3]) if what[:3].isdigit() else 200)
+        if what.startswith("30"):
+            handler.send_header("Location", self.elsewhere)
         if what == "429":
             handler.send_header("Retry-After", "0")
         handler.send_header("Content-Length", str(len(content) + (100 if what == "cut" else 0)))
         handler.end_headers()
-        handler.wfile.write(content)
+        self.drip(handler, content + b" " * 10_000) if what == "dripping" else handler.wfile.write(content)
+
+    def drip(self, handler, content: bytes) -> None:
+        for byte in content:
+            try:
+                handler.wfile.write(bytes([byte]))
+            except OSError:
+                return
+            if self.stopped.wait(0.02):
+                return
 
     def close(self) -> None:
+        self.stopped.set()
         self.server.shutdown()
         self.server.server_close()
 
@@ -164,6 +187,46 @@ def test_a_teacher_that_fails_half_way_loses_nothing(task, endpoint, tmp_path, s
     assert len(endpoint.requests) - asked == 12 - done
 
 
+@pytest.mark.parametrize("code", ["301", "302", "303", "307", "308"])
+def test_a_redirect_is_refused_and_the_key_stays(task, endpoint, tmp_path, monkeypatch, code):
+    monkeypatch.setenv(KEY, SECRET)
+    other = Endpoint(task)
+    endpoint.script, endpoint.elsewhere = [code], f"{other.url}/chat/completions?key={SECRET}"
+    with pytest.raises(UserError, match=f"HTTP {code}: it sends requests on to http.*set base_url") as error:
+        ask(teacher(endpoint, tmp_path), task)
+    other.close()
+    assert other.requests == []
+    assert SECRET not in str(error.value)
+
+
+def test_a_key_that_is_sent_back_is_never_written(task, endpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv(KEY, SECRET + "\n")
+    endpoint.script = ["the key", "half a character", "401 with the key"]
+    with pytest.raises(UserError, match=r"HTTP 401: Incorrect API key: Bearer \[key\]") as error:
+        ask(teacher(endpoint, tmp_path), task)
+    assert "sk-very" not in str(error.value)
+    assert b"sk-very" not in (tmp_path / "replies" / "replies.jsonl").read_bytes()
+    assert [row["text"][:5] for row in replies(tmp_path)] == ["[key]", "<answ"]
+    assert endpoint.headers[0]["Authorization"] == f"Bearer {SECRET}"
+
+
+@pytest.mark.parametrize("value", ["two words", "caf\u00e9", "a\x01b"])
+def test_what_is_no_key_is_refused_without_being_shown(task, endpoint, tmp_path, monkeypatch, value):
+    monkeypatch.setenv(KEY, value)
+    with pytest.raises(UserError, match=f"the variable {KEY} holds no key") as error:
+        ask(teacher(endpoint, tmp_path), task)
+    assert value not in str(error.value) and endpoint.requests == []
+
+
+@pytest.mark.parametrize("how", ["dripping", "dripping headers"])
+def test_an_answer_that_drips_is_given_up(task, endpoint, tmp_path, how):
+    endpoint.script = [how]
+    assert None not in ask(teacher(endpoint, tmp_path, seconds=0.5), task)  # the second try is answered
+    endpoint.script = ["right"] * 13 + [how] * 5
+    with pytest.raises(UserError, match=r"no whole answer within 0.5 seconds|too slow"):
+        ask(teacher(endpoint, tmp_path / "again", seconds=0.5, tries=1), Science(kinds=["choice"], limit=20))
+
+
 def test_nobody_at_home(task, endpoint, tmp_path):
     endpoint.close()
     with pytest.raises(UserError, match="failed .*refused, tried 2 times.*; 0 of 12 items are done"):
@@ -232,7 +295,9 @@ def test_ctrl_c_keeps_what_arrived(task, endpoint, tmp_path):
 @pytest.mark.parametrize(
     "options, says",
     [
+        ({"base_url": "https://me:word@host/v1"}, "holds a password"),
         ({"samples": 17}, "samples must be 1 to 16"),
+        ({"base_url": "https://me:word@host/v1"}, "holds a password"),
         ({"samples": 0}, "samples must be 1 to 16"),
         ({"tries": 0}, "must be positive"),
         ({"base_url": "example.org"}, "is no address"),

@@ -15,6 +15,7 @@ import random
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from itertools import islice
 from pathlib import Path
@@ -22,13 +23,14 @@ from queue import Empty, SimpleQueue
 from typing import Annotated
 
 from robot_forgetting.errors import UserError
-from robot_forgetting.files import disk, release_lock, take_lock
+from robot_forgetting.files import disk, plain, release_lock, take_lock
 from robot_forgetting.methods.labels import Labeler, Labels
 from robot_forgetting.progress import bar, say
 from robot_forgetting.ranges import Range, Tokens
 
 MOST_SAMPLES = 16
 LONGEST_WAIT = 60.0  # seconds between two tries
+LARGEST = 1 << 24  # bytes of an answer
 RETRIED = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 
 
@@ -38,7 +40,7 @@ class Teacher(Labeler):
     base_url: of the endpoint, 'https://HOST/v1'; None: no teacher, the task uses its own targets
     key_variable: the environment variable that holds the key; not set: none is sent (local servers need none)
     cache: the folder of the replies; None: teacher/TASK. It may hold those of several models and prompts.
-    temperature, max_tokens: of the request; seconds: without an answer, before a request is given up
+    temperature, max_tokens: of the request; seconds: to the last byte of its answer, before a request is given up
     tries: of one request that fails in a way that may pass, with doubling pauses from ``pause`` seconds on
     parallel: requests at a time
     """
@@ -63,6 +65,8 @@ class Teacher(Labeler):
             raise UserError("teacher: parallel, tries, max_tokens and seconds must be positive, pause not negative")
         if base_url is not None and not base_url.startswith(("http://", "https://")):
             raise UserError(f"teacher.base_url={base_url} is no address; give one like https://HOST/v1")
+        if "@" in urllib.parse.urlsplit(base_url or "").netloc:
+            raise UserError(f"teacher.base_url holds a password; put a key into the variable {key_variable} instead")
         self.base_url, self.model, self.key_variable = base_url, model, key_variable
         self.cache, self.samples = cache, samples
         self.settings = {"model": model, "temperature": temperature, "max_tokens": max_tokens}
@@ -94,30 +98,50 @@ class Teacher(Labeler):
         raise UserError(f"{reason}, tried {number + 1} times")
 
     def _request(self, messages: list[dict]) -> dict:
+        """One request within ``seconds``, counted from its beginning to the last byte of its answer."""
+        found: SimpleQueue = SimpleQueue()
+
+        def exchange() -> None:
+            try:
+                found.put(self._exchange(messages, time.monotonic() + self.seconds))
+            except BaseException as error:  # the waiting thread raises it
+                found.put(error)
+
+        threading.Thread(target=exchange, name="request", daemon=True).start()
+        try:
+            reply = found.get(timeout=self.seconds)
+        except Empty:  # the other thread ends when its next byte comes, or the connection's own time is over
+            raise _Passing(f"no whole answer within {self.seconds:g} seconds") from None
+        if isinstance(reply, BaseException):
+            raise reply
+        return reply
+
+    def _exchange(self, messages: list[dict], deadline: float) -> dict:
         headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(self.key_variable):
+        if key := self._key():
             headers["Authorization"] = f"Bearer {key}"
         body = json.dumps({**self.settings, "messages": messages}).encode()
         request = urllib.request.Request(f"{self.base_url.rstrip('/')}/chat/completions", body, headers)
         try:
-            with urllib.request.urlopen(request, timeout=self.seconds) as answer:
-                content = answer.read()
+            with OPENER.open(request, timeout=self.seconds) as answer:
+                content = _read(answer, deadline)
         except urllib.error.HTTPError as error:
-            raise self._refused(error) from None
+            raise self._refused(error, deadline) from None
         except (OSError, http.client.HTTPException) as error:  # no connection, a cut one, a time-out
-            raise _Passing(_one_line(getattr(error, "reason", error)) or type(error).__name__) from None
+            raise _Passing(self._shown(getattr(error, "reason", error)) or type(error).__name__) from None
         try:
             choice = json.loads(content)["choices"][0]
             text, reason = choice["message"]["content"], choice.get("finish_reason")
         except (ValueError, KeyError, IndexError, TypeError):
-            raise _Passing(f"a reply that is no chat completion: {_one_line(content[:80])}") from None
+            raise _Passing(f"a reply that is no chat completion: {self._shown(content)[:80]}") from None
         # A refusal comes without content: an empty answer, which is wrong.
+        text, reason = (self._without_key(value) if isinstance(value, str) else value for value in (text, reason))
         return {"text": text if isinstance(text, str) else "", "finish_reason": reason}
 
-    def _refused(self, error: urllib.error.HTTPError) -> Exception:
+    def _refused(self, error: urllib.error.HTTPError, deadline: float) -> Exception:
         with error:
             try:
-                said = _one_line(error.read()[:300])
+                said = self._shown(_read(error, deadline))[:300]
             except (OSError, http.client.HTTPException):
                 said = ""
         text = f"HTTP {error.code}" + (f": {said}" if said else "")
@@ -126,7 +150,54 @@ class Teacher(Labeler):
             return _Passing(text, float(after) if after.isdigit() else None)
         if error.code in (401, 403):
             return UserError(f"{text}; put a valid key into the variable {self.key_variable}")
+        if 300 <= error.code < 400:
+            there = self._shown(error.headers.get("Location", "nowhere"))[:200]
+            return UserError(
+                f"HTTP {error.code}: it sends requests on to {there}, which a key does not follow; set base_url to the "
+                "address that answers"
+            )
         return UserError(text)
+
+    def _key(self) -> str:
+        key = os.environ.get(self.key_variable, "").strip()
+        if not (key.isascii() and key.isprintable() and " " not in key):
+            raise UserError(f"the variable {self.key_variable} holds no key: it has blanks or special characters in it")
+        return key
+
+    def _without_key(self, text: str) -> str:
+        """What an endpoint says goes into records and messages: never with the key, even if it is sent back."""
+        if key := os.environ.get(self.key_variable, "").strip():
+            for form in {key, json.dumps(key)[1:-1], urllib.parse.quote(key, safe="")}:
+                text = text.replace(form, "[key]")
+        return text
+
+    def _shown(self, text: object) -> str:
+        """In one line."""
+        text = text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text)
+        return " ".join(self._without_key(text).split())
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Every redirect is an ``HTTPError``: the key would go along to wherever it points."""
+
+    def redirect_request(self, *arguments) -> None:
+        return None
+
+
+OPENER = urllib.request.build_opener(_NoRedirects)
+
+
+def _read(answer, deadline: float) -> bytes:
+    """All of an answer's body, at most ``LARGEST``, piece by piece as it comes."""
+    parts, size = [], 0
+    while part := answer.read1(1 << 16):
+        parts.append(part)
+        size += len(part)
+        if time.monotonic() > deadline or size > LARGEST:
+            raise OSError("an answer that is too slow" if size <= LARGEST else "an answer that is too long")
+    if getattr(answer, "length", None):
+        raise http.client.IncompleteRead(b"".join(parts), answer.length)
+    return b"".join(parts)
 
 
 class _Passing(Exception):
@@ -230,6 +301,7 @@ class _Work:
 
     def _take(self, index: int, text: str) -> None:
         """Counts a reply and keeps it as the target where it is the first right one."""
+        text = plain(text)  # no tokenizer reads half of a surrogate pair
         seen = self.texts.setdefault(self.keys[index], [])
         seen.append(text)
         if (
@@ -262,7 +334,3 @@ class _Work:
     def _key(self, item) -> str:
         asked = json.dumps([self.teacher.settings, list(item.messages)], sort_keys=True)
         return hashlib.sha256(asked.encode()).hexdigest()[:24]
-
-
-def _one_line(text: object) -> str:
-    return " ".join((text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text)).split())
