@@ -246,7 +246,7 @@ def _points(overrides: list[str], configs: str) -> list[list[str]]:
 
     with hydra.initialize_config_dir(configs, version_base="1.3"):
         parser = OverridesParser.create(GlobalHydra.instance().config_loader())
-        parsed = [(text, parser.parse_override(text)) for text in overrides]
+        parsed = zip(overrides, parser.parse_overrides(overrides), strict=True)
         values = [
             [f"{one.get_key_element()}={value}" for value in one.sweep_string_iterator()]
             if one.is_sweep_override()

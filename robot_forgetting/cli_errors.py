@@ -50,8 +50,8 @@ def explain(error: BaseException, overrides: Sequence[str]) -> str | None:
     if isinstance(error, UserWarning):  # raised only for a search path (see the filter in _hydra_main)
         folder = _one_line(error).rpartition("path=")[2].replace(" is not available.", "")
         return f"hydra.searchpath: {folder} does not exist; give a folder as file://FOLDER"
-    if isinstance(error, UnicodeDecodeError) and (file := _file_being_read(error)):
-        return f"{file} is no text in UTF-8; mend it, or take it out of the folder"
+    if (file := _file_being_read(error)) and not type(error).__module__.startswith(("hydra", "omegaconf", "yaml")):
+        return f"{file} is no yaml file with keys ({_one_line(error)}); mend it, or take it out of the folder"
     if not type(error).__module__.startswith(("hydra", "omegaconf", "yaml")):
         return None
     return _explain_hydra(error, _one_line(error), overrides)
@@ -92,8 +92,8 @@ def _explain_hydra(error: BaseException, text: str, overrides: Sequence[str]) ->
 
 def _file_being_read(error: BaseException) -> str | None:
     """The yaml file that hydra was reading, which its error does not name."""
-    paths = [frame.f_locals.get("full_path") for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return next((str(path) for path in paths if path), None)
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name == "load_config"]
+    return next((str(path) for frame in frames if (path := frame.f_locals.get("full_path"))), None)
 
 
 def _unknown_key(key: str, overrides: Sequence[str]) -> str:
