@@ -78,6 +78,8 @@ def python() -> Check:
     found = f"{platform.python_version()} ({sys.executable})"
     if sys.version_info < (3, 11):  # noqa: UP036  (what a doctor is for)
         return Check("Python", "FAIL", found, "3.11 or newer is needed; type: make setup PYTHON=python3.12")
+    if places := os.environ.get("PYTHONPATH"):  # ROS sets it
+        return Check("Python", "warn", f"{found}; PYTHONPATH={places} goes before its packages", "type: unset PYTHONPATH")
     return Check("Python", "ok", found)
 
 

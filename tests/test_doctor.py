@@ -85,6 +85,13 @@ def test_missing_and_old_packages(monkeypatch):
     assert "make setup" in doctor.packages().cure
 
 
+def test_packages_of_another_place(monkeypatch):
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    assert doctor.python().state == "ok"
+    monkeypatch.setenv("PYTHONPATH", "/opt/ros/jazzy/lib/python3.12/site-packages")
+    assert doctor.python().state == "warn" and "unset PYTHONPATH" in str(doctor.python())
+
+
 def test_weights(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "SHIPPED", tmp_path)
     assert "no base policy" in doctor.weights().found

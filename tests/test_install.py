@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -167,3 +168,26 @@ def test_an_old_python_gets_as_far_as_the_line_that_says_so():
     source = (ROOT / "scripts" / "install.py").read_text()
     assert "from __future__" not in source  # 3.6 does not know annotations
     ast.parse(source, feature_version=(3, 6))
+
+
+def test_another_environments_settings_do_not_reach_setup(monkeypatch):
+    """ROS sets PYTHONPATH, clusters PIP_TARGET or PIP_USER: packages would come from, or go to, another place."""
+    settings = {"PYTHONPATH": "/opt/ros", "PYTHONHOME": "/opt/conda", "PIP_TARGET": "/x", "PIP_USER": "1"}
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    runpy.run_path(str(ROOT / "scripts" / "install.py"))["clear_environment"]()
+    assert {name: os.environ.get(name) for name in settings} == {**dict.fromkeys(settings), "PIP_USER": "0"}
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
+def test_another_environments_packages_do_not_reach_what_make_starts():
+    show = "show: ; @echo [$${PYTHONPATH-}$${PYTHONHOME-}]"
+    environment = {**os.environ, "PYTHONPATH": "/opt/ros", "PYTHONHOME": "/opt/conda"}
+    result = subprocess.run(
+        ["make", "--no-print-directory", "--eval", show, "show"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.stdout == "[]\n", result.stderr
