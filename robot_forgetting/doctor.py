@@ -79,7 +79,7 @@ def python() -> Check:
     if sys.version_info < (3, 11):  # noqa: UP036  (what a doctor is for)
         return Check("Python", "FAIL", found, "3.11 or newer is needed; type: make setup PYTHON=python3.12")
     if places := os.environ.get("PYTHONPATH"):  # ROS sets it
-        return Check("Python", "warn", f"{found}; PYTHONPATH={places} goes before its packages", "type: unset PYTHONPATH")
+        return Check("Python", "warn", f"{found}, but PYTHONPATH={places} goes first", "type: unset PYTHONPATH")
     return Check("Python", "ok", found)
 
 

@@ -188,6 +188,11 @@ def clear_environment() -> None:
     for name in ("PYTHONHOME", "PYTHONPATH", "PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_REQUIREMENT", "PIP_NO_DEPS"):
         os.environ.pop(name, None)
     os.environ["PIP_USER"] = "0"
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pip"
+        cache.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # a home that cannot be written: pip would fail when it has built a wheel
+        os.environ["PIP_NO_CACHE_DIR"] = "1"
 
 
 def main() -> int:

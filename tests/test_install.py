@@ -179,6 +179,18 @@ def test_another_environments_settings_do_not_reach_setup(monkeypatch):
     assert {name: os.environ.get(name) for name in settings} == {**dict.fromkeys(settings), "PIP_USER": "0"}
 
 
+@pytest.mark.parametrize("home, cached", [("home", True), ("file/home", False)])
+def test_a_home_that_cannot_be_written_is_not_needed(tmp_path, monkeypatch, home, cached):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HOME", str(tmp_path / home))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("PIP_NO_CACHE_DIR", raising=False)
+    monkeypatch.setenv("PIP_USER", "0")
+    runpy.run_path(str(ROOT / "scripts" / "install.py"))["clear_environment"]()
+    assert ("PIP_NO_CACHE_DIR" not in os.environ) is cached
+    monkeypatch.delenv("PIP_NO_CACHE_DIR", raising=False)
+
+
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
 def test_another_environments_packages_do_not_reach_what_make_starts():
     show = "show: ; @echo [$${PYTHONPATH-}$${PYTHONHOME-}]"
