@@ -12,7 +12,7 @@ from robot_forgetting.code_digest import code_of
 from robot_forgetting.errors import UserError
 from robot_forgetting.evaluate import episode_row, evaluate
 from robot_forgetting.policy import Policy
-from robot_forgetting.progress import bar
+from robot_forgetting.progress import bar, say
 from robot_forgetting.records import RunFolder, holds_records
 from robot_forgetting.rollout import rollout
 from robot_forgetting.task import Task
@@ -58,18 +58,20 @@ def reuse(folder: RunFolder, wanted: dict[tuple, int], role_of: Callable[[str], 
     mine = folder.run
     have = {_identity(row) for row in folder.episodes()}
     for sibling in sorted(folder.path.parent.glob("*/run.json")):
+        if sibling.parent == folder.path:
+            continue
         try:
             other = RunFolder(sibling.parent)
             theirs = other.run
-        except UserError:  # a damaged sibling is no reason to stop a healthy run
-            continue
-        if other.path == folder.path or theirs.get("fingerprint") != mine["fingerprint"]:
-            continue
-        if theirs.get("decode") != mine["decode"]:
+            if theirs.get("fingerprint") != mine["fingerprint"] or theirs.get("decode") != mine["decode"]:
+                continue
+            episodes = other.episodes()
+        except UserError as error:  # a damaged sibling is no reason to stop a healthy run
+            say(f"  {sibling.parent.name} is passed over, no base episodes come from it: {error}")
             continue
         rows = [
             {**row, "episode": wanted[_identity(row)], "source": row["source"] or other.id, "video": None}
-            for row in other.episodes()
+            for row in episodes
             if _identity(row) in wanted.keys() - have and row["role"] == role_of(row["task"])
         ]
         if rows:

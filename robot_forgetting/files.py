@@ -81,7 +81,7 @@ def read_json(path: Path) -> dict:
     """A JSON object from a file; ``UserError`` where it is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); restore it or delete the run folder") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object; restore it or delete the run folder")

@@ -18,6 +18,7 @@ from typing import Self
 
 import yaml
 
+from robot_forgetting import schema
 from robot_forgetting.children import undisturbed
 from robot_forgetting.errors import UserError
 from robot_forgetting.files import disk, has_writer, plain, read_json, release_lock, take_lock, write_atomic, write_json
@@ -121,7 +122,8 @@ class RunFolder:
     @property
     def run(self) -> dict:
         """The content of run.json."""
-        return read_json(self.path / "run.json")
+        file = self.path / "run.json"
+        return schema.checked(read_json(file), schema.RUN, str(file), "restore it or delete the run folder")
 
     @property
     def id(self) -> str:
@@ -145,8 +147,11 @@ class RunFolder:
 
     def rows(self, table: str) -> list[dict]:
         """Complete rows of ``<table>.jsonl`` in the order written; none where the file is absent."""
-        file = self.path / f"{table}.jsonl"
-        return _parse(file, file.read_bytes())[0] if file.is_file() else []
+        file, keys = self.path / f"{table}.jsonl", schema.TABLES.get(table, {})
+        return [
+            schema.checked(row, keys, f"{file} line {number}", "remove that line")
+            for number, row in enumerate(_lines(file), start=1)
+        ]
 
     def episodes(self) -> list[dict]:
         return self.rows("episodes")
@@ -154,7 +159,23 @@ class RunFolder:
     def summary(self) -> dict | None:
         """The content of summary.json, or None before the run has ended."""
         file = self.path / "summary.json"
-        return read_json(file) if file.is_file() else None
+        if not file.is_file():
+            return None
+        fix = "restore it, or delete it and run the same command again"
+        found = schema.checked(read_json(file), schema.SUMMARY, str(file), fix)
+        for name, keys in {"success": schema.SUCCESS, **schema.TABLES}.items():
+            if found.get(name):
+                rows = enumerate(found[name], start=1)
+                found[name] = [schema.checked(row, keys, f"{file}, {name}, row {n}", fix) for n, row in rows]
+        return found
+
+    def file(self, name: str | Path) -> Path | None:
+        """The regular file that a record or a link in the folder names, where it lies below the folder; else None."""
+        try:
+            path, top = (self.path / name).resolve(), self.path.resolve()
+            return path if path.is_file() and path.is_relative_to(top) else None
+        except (OSError, ValueError, RuntimeError):  # too long, with a zero byte, a link to itself
+            return None
 
     @property
     def checkpoints(self) -> Path:
@@ -196,8 +217,8 @@ class RunFolder:
         For a restart: rows of iterations after the last checkpoint will be written again.
         """
         self._must_write()
-        rows = self.rows(table)
-        kept = [row for row in rows if predicate(row)]
+        rows = _lines(self.path / f"{table}.jsonl")
+        kept = [row for row, read in zip(rows, self.rows(table), strict=True) if predicate(read)]
         if len(kept) < len(rows):
             if table in self._files:
                 os.close(self._files.pop(table))
@@ -303,11 +324,29 @@ def _dumps(row: Mapping) -> str:
     return json.dumps(plain(row), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
+class _Loader(yaml.SafeLoader):
+    """Without aliases, of which none is written here: a few lines of them are a gigabyte."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"an alias in line {self.peek_event().start_mark.line + 1}")
+        return super().compose_node(parent, index)
+
+
 def _read_yaml(path: Path) -> dict:
+    """The values that JSON knows; a date is a text."""
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        value = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
+        value = json.loads(json.dumps(value, default=str))
+        if not isinstance(value, dict):
+            raise TypeError("no mapping")
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is not valid YAML ({' '.join(str(error).split())}); restore it") from None
+    return value
+
+
+def _lines(path: Path) -> list[dict]:
+    return _parse(path, path.read_bytes())[0] if path.is_file() else []
 
 
 def _parse(path: Path, data: bytes) -> tuple[list[dict], int]:
@@ -319,7 +358,7 @@ def _parse(path: Path, data: bytes) -> tuple[list[dict], int]:
             row = json.loads(line)
             if not isinstance(row, dict):
                 raise TypeError("not an object")
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             # A power cut can leave a last line of zero bytes that even ends in a newline.
             if number == len(lines) - 1 and not lines[-1]:
                 break

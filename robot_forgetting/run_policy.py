@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from robot_forgetting.errors import UserError
-from robot_forgetting.files import read_json
 from robot_forgetting.policy import Policy
 from robot_forgetting.progress import say
 from robot_forgetting.records import RunFolder
-from robot_forgetting.train import load_weights, trained_checkpoint
+from robot_forgetting.train import load_weights, read_state, trained_checkpoint
 
 # Settings of a policy that change no result: where and how it is computed. They are the command's own.
 COMPUTING = ("device", "name", "threads", "batch_rows", "gradient_checkpointing", "keep_base", "check_images",
@@ -203,7 +202,7 @@ def checkpoint_state(folder: RunFolder, checkpoint: Path) -> dict:
     record = folder.run
     before = (record.get("checkpoint_state") or {}).get("trained_on") or []
     return {
-        "iteration": read_json(checkpoint / "state.json")["iteration"],
+        "iteration": read_state(checkpoint)["iteration"],
         "iterations": record.get("iterations"),
         "status": folder.status,
         "trained_on": [*before, *(record.get("roles") or {}).get("new", [])],

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from robot_forgetting import schema
 from robot_forgetting.errors import Diverged, UserError
 from robot_forgetting.files import disk, follow_umask, read_json, write_json
 from robot_forgetting.method import Batch, Method, Penalty
@@ -302,10 +303,16 @@ def load_checkpoint(run: RunFolder, policy: Policy, adams, method: Method) -> di
                     for key in ("step", "exp_avg", "exp_avg_sq")
                 }
     method.load_state_dict(_read(folder / "method.safetensors"))
+    return read_state(folder)
+
+
+def read_state(checkpoint: Path) -> dict:
+    """{"iteration", "step"} of a checkpoint's folder."""
+    file = checkpoint / "state.json"
     try:
-        return read_json(folder / "state.json")
+        return schema.checked(read_json(file), schema.STATE, "state", "restore it")
     except (UserError, OSError) as error:
-        raise _damaged(folder / "state.json", error) from error
+        raise _damaged(file, error) from error
 
 
 def load_weights(policy: Policy, folder: Path) -> None:

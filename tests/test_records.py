@@ -28,8 +28,8 @@ def test_create_append_finish_and_read_back(tmp_path):
     with RunFolder.create(tmp_path / "a", config=CONFIG, run={"verb": "run", "seed": 0}) as folder:
         assert folder.status == "running"
         assert not folder.finished
-        folder.append("episodes", {"task": "x", "success": True}, {"task": "x", "success": np.bool_(False)})
-        folder.append("train", {"loss": math.nan, "step": np.int64(3)})
+        folder.append("notes", {"task": "x", "success": True}, {"task": "x", "success": np.bool_(False)})
+        folder.append("train", {"iteration": 1, "loss": math.nan, "step": np.int64(3)})
         folder.update(timings={"train": 1.5})
         folder.add_seconds("train", 2.0)
         folder.add_seconds("evaluate", 1.0)
@@ -38,8 +38,8 @@ def test_create_append_finish_and_read_back(tmp_path):
     assert run.finished
     assert run.status == "finished"
     assert run.id == "a"
-    assert run.episodes() == [{"task": "x", "success": True}, {"task": "x", "success": False}]
-    assert run.rows("train") == [{"loss": None, "step": 3}]
+    assert run.rows("notes") == [{"task": "x", "success": True}, {"task": "x", "success": False}]
+    assert run.rows("train") == [{"iteration": 1, "loss": None, "step": 3}]
     assert run.rows("divergence") == []
     assert run.summary() == {"schema_version": 1, "success": []}
     assert run.run["timings"] == {"train": 3.5, "evaluate": 1.0}
@@ -51,27 +51,27 @@ def test_create_append_finish_and_read_back(tmp_path):
 def test_reader_cannot_write(tmp_path):
     RunFolder.create(tmp_path / "a", config=CONFIG).close()
     with pytest.raises(RuntimeError, match="open for reading"):
-        RunFolder(tmp_path / "a").append("episodes", {})
+        RunFolder(tmp_path / "a").append("notes", {})
 
 
 @pytest.mark.parametrize("tail", [b'{"episode": 2, "succ', b'{"episode": 2}', b"\0\0\0\0", b"\0\0\n", b'{"episode"\n'])
 def test_truncated_last_line_is_dropped(tmp_path, tail):
     with RunFolder.create(tmp_path / "a", config=CONFIG) as folder:
-        folder.append("episodes", {"episode": 0}, {"episode": 1})
-    with open(tmp_path / "a" / "episodes.jsonl", "ab") as file:
+        folder.append("notes", {"episode": 0}, {"episode": 1})
+    with open(tmp_path / "a" / "notes.jsonl", "ab") as file:
         file.write(tail)
-    assert [row["episode"] for row in RunFolder(tmp_path / "a").episodes()] == [0, 1]
+    assert [row["episode"] for row in RunFolder(tmp_path / "a").rows("notes")] == [0, 1]
     with RunFolder.create(tmp_path / "a", config=CONFIG) as folder:
-        folder.append("episodes", {"episode": 2})
-    assert [row["episode"] for row in RunFolder(tmp_path / "a").episodes()] == [0, 1, 2]
+        folder.append("notes", {"episode": 2})
+    assert [row["episode"] for row in RunFolder(tmp_path / "a").rows("notes")] == [0, 1, 2]
 
 
 def test_broken_line_in_the_middle_is_named(tmp_path):
     with RunFolder.create(tmp_path / "a", config=CONFIG) as folder:
-        folder.append("episodes", {"episode": 0})
-    (tmp_path / "a" / "episodes.jsonl").write_bytes(b'{"episode": 0}\nrubbish\n{"episode": 2}\n')
-    with pytest.raises(UserError, match="episodes.jsonl line 2"):
-        RunFolder(tmp_path / "a").episodes()
+        folder.append("notes", {"episode": 0})
+    (tmp_path / "a" / "notes.jsonl").write_bytes(b'{"episode": 0}\nrubbish\n{"episode": 2}\n')
+    with pytest.raises(UserError, match="notes.jsonl line 2"):
+        RunFolder(tmp_path / "a").rows("notes")
 
 
 def test_kill_9_then_resume(tmp_path):
@@ -81,7 +81,7 @@ from robot_forgetting.records import RunFolder
 folder = RunFolder.create({str(tmp_path / "a")!r}, config={CONFIG!r})
 i = 0
 while True:
-    folder.append("episodes", dict(episode=i, padding="x" * 5000)); i += 1
+    folder.append("notes", dict(episode=i, padding="x" * 5000)); i += 1
     print(i, flush=True)
 """
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=Path(__file__).parent.parent)
@@ -95,7 +95,7 @@ while True:
     process.stdout.close()
     assert RunFolder(tmp_path / "a").status == "interrupted"  # run.json still says "running", but nobody writes
     with RunFolder.create(tmp_path / "a", config=CONFIG) as folder:
-        rows = folder.episodes()
+        rows = folder.rows("notes")
         assert [row["episode"] for row in rows] == list(range(len(rows)))
         assert len(rows) >= 5
         assert folder.status == "running"
@@ -169,26 +169,26 @@ def test_stale_lock_file_of_a_dead_process_is_taken_over(tmp_path):
 
 def test_full_disk_keeps_what_was_recorded(tmp_path, monkeypatch):
     with RunFolder.create(tmp_path / "a", config=CONFIG) as folder:
-        folder.append("episodes", {"episode": 0})
+        folder.append("notes", {"episode": 0})
         real = os.write
         monkeypatch.setattr(os, "write", lambda file, data: real(file, data[:5]))  # what a nearly full disk does
         with pytest.raises(UserError, match="disk is full.*run the same command again"):
-            folder.append("episodes", {"episode": 1}, {"episode": 2})
+            folder.append("notes", {"episode": 1}, {"episode": 2})
         # Room for the first row of the group only: none of it stays.
         monkeypatch.setattr(os, "write", lambda file, data: real(file, data[: data.index(b"\n") + 3]))
         with pytest.raises(UserError, match="disk is full"):
-            folder.append("episodes", {"episode": 1}, {"episode": 2})
+            folder.append("notes", {"episode": 1}, {"episode": 2})
         monkeypatch.undo()
-        assert (tmp_path / "a" / "episodes.jsonl").read_bytes() == b'{"episode":0}\n'
-        folder.append("episodes", {"episode": 1})
-    assert [row["episode"] for row in RunFolder(tmp_path / "a").episodes()] == [0, 1]
+        assert (tmp_path / "a" / "notes.jsonl").read_bytes() == b'{"episode":0}\n'
+        folder.append("notes", {"episode": 1})
+    assert [row["episode"] for row in RunFolder(tmp_path / "a").rows("notes")] == [0, 1]
 
 
 def test_rows_of_one_call_are_one_write(tmp_path, monkeypatch):
     with RunFolder.create(tmp_path / "a", config=CONFIG) as folder:
         written, real = [], os.write
         monkeypatch.setattr(os, "write", lambda file, data: written.append(data) or real(file, data))
-        folder.append("episodes", {"episode": 0}, {"episode": 1})
+        folder.append("notes", {"episode": 0}, {"episode": 1})
         folder.append("train")
         monkeypatch.undo()
     assert written == [b'{"episode":0}\n{"episode":1}\n']
@@ -296,13 +296,13 @@ def test_find_runs_passes_over_what_lies_beside_the_folders(tmp_path):
 def test_any_text_can_be_recorded_and_read_back(tmp_path, text):
     shown = text.encode("utf-8", "backslashreplace").decode()
     with RunFolder.create(tmp_path / "a", config={**CONFIG, "policy": text}, run={"name": text}) as folder:
-        folder.append("episodes", {"flags": {"why": text, text: 1}}, {"flags": [text], "error": Path(text)})
-        folder.keep("episodes", lambda row: "error" not in row)
+        folder.append("notes", {"flags": {"why": text, text: 1}}, {"flags": [text], "error": Path(text)})
+        folder.keep("notes", lambda row: "error" not in row)
         folder.update(error=text)
-        folder.finish({"success": [text]})
+        folder.finish({"said": [text]})
     run = RunFolder(tmp_path / "a")
-    assert run.episodes() == [{"flags": {"why": shown, shown: 1}}]
-    assert (run.run["name"], run.summary()["success"], run.config()["policy"]) == (shown, [shown], shown)
+    assert run.rows("notes") == [{"flags": {"why": shown, shown: 1}}]
+    assert (run.run["name"], run.summary()["said"], run.config()["policy"]) == (shown, [shown], shown)
 
 
 def test_plain():

@@ -33,7 +33,8 @@ def test_summary_by_hand(tmp_path):
         folder.append("episodes", row(1, 5, "lift", "held_out", 0, True))
         folder.append("episodes", row(1, 5, "pick", "prior", 2, True), row(1, 5, "pick", "prior", 2, True))  # repeated
         for value in (1.0, 2.0):
-            folder.append("divergence", {"stage": 1, "iteration": 5, "task": "pick", "measure": "l2", "value": value})
+            where = {"stage": 1, "iteration": 5, "task": "pick", "states": "base"}
+            folder.append("divergence", {**where, "measure": "l2", "unit": "1/token", "value": value})
         summary = summarise(folder)
 
     success = {(r["stage"], r["task"]): r for r in summary["success"]}

@@ -38,7 +38,7 @@ def layer_rows(groups: Sequence[Group]) -> list[dict]:
         for run in group.runs:
             for (measure, layer), row in _of_run(final_divergence(run)).items():
                 found.setdefault((measure, layer), []).append(row["value"])
-                about[measure] = {"texts": row["task"], "n": row["n"], "k": row.get("k")}
+                about[measure] = {"texts": row.get("task"), "n": row.get("n"), "k": row.get("k")}
         for (measure, layer), values in found.items():
             spread = {"value": float(np.mean(values)), "least": min(values), "largest": max(values)}
             rows.append(
@@ -50,9 +50,9 @@ def layer_rows(groups: Sequence[Group]) -> list[dict]:
 def _of_run(rows: Sequence[dict]) -> dict[tuple, dict]:
     """(measure, layer) -> row, with the mean over blocks."""
     rows = [row for row in rows if row.get("states") in (TEXT, WEIGHTS) and row.get("value") is not None]
-    found = {(row["measure"], row["layer"]): row for row in rows}
+    found = {(row["measure"], row.get("layer")): row for row in rows}
     for measure in dict.fromkeys(row["measure"] for row in rows if row["states"] == TEXT):
-        blocks = [row for row in rows if row["measure"] == measure and row["layer"]]
+        blocks = [row for row in rows if row["measure"] == measure and row.get("layer")]
         if blocks:
             mean = float(np.mean([row["value"] for row in blocks]))
             found[measure, None] = {**blocks[0], "layer": None, "value": mean}

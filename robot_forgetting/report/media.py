@@ -17,15 +17,15 @@ def recorded(run: Run) -> list[dict]:
     """Videos of a run: those its episodes name, then others in its folder whose names say what they show."""
     found: dict[Path, dict] = {}
     for row in run.episodes:
-        path = run.folder.path / row["video"] if row.get("video") else None
-        if path is not None and path.is_file():
+        path = run.folder.file(row["video"]) if row.get("video") else None
+        if path is not None:
             keys = ("task", "role", "seed", "stage", "iteration", "decode")
             success = bool(row.get("success")) and not row.get("error")
             found[path] = {key: row.get(key) for key in keys} | {"success": success, "path": path}
     roles = {task: role for role, tasks in run.tasks.items() for task in tasks}
     for path in sorted(run.folder.videos.glob("*.mp4")) if run.folder.videos.is_dir() else []:
-        match = NAME.fullmatch(path.name)
-        if match and path not in found:
+        match, path = NAME.fullmatch(path.name), run.folder.file(path)
+        if match and path is not None and path not in found:
             stage = 0 if match["who"] == BASE else 1
             found[path] = {
                 "task": match["task"],
