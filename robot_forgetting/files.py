@@ -33,7 +33,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     with disk(path):
         try:
             with open(temporary, "wb") as file:
-                file.write(content.encode() if isinstance(content, str) else content)
+                file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)

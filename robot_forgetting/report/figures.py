@@ -24,6 +24,7 @@ RC = {
     "svg.hashsalt": "robot_forgetting",
     "font.family": "sans-serif",
     "font.size": 10,
+    "text.parse_math": False,  # a name with a dollar is a name
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": FAINT,
