@@ -18,6 +18,61 @@ LINE = re.compile(
     r"^(?P<indent> *)(?P<key>[\w@/.]+):(?P<value>(?:[^#\"']|\"[^\"]*\"|'[^']*'|(?<! )#)*)(?:# ?(?P<comment>.*))?$"
 )
 
+# What a key means wherever it stands, unless a comment in its yaml says more.
+MEANINGS = {
+    "alpha": "of LoRA: its output is scaled by alpha / rank",
+    "batch_rows": "completions sampled at once",
+    "batch_size": "demonstrations, questions or pictures per optimiser step",
+    "clip": "how far pi / pi_sampled may leave 1",
+    "coefficient": "nats of KL against the method's loss",
+    "control_hz": "commands per second that the policy was trained for",
+    "demonstrations": "episodes of the expert that are imitated",
+    "dino_dim": "width of the first vision tower",
+    "divergence_states": "decisions per task, at most, on which divergence is measured",
+    "epochs": "passes over what was collected",
+    "every": "steps between measurements",
+    "greedy_episodes": "evaluated per task, greedily; 0: none",
+    "group_size": "episodes or answers per initial state or question",
+    "hidden_size": "width of the language model",
+    "highest_rate": "the last of the evenly spaced learning rates",
+    "image_size": "pixels a side",
+    "images": "pictures of each data set",
+    "interim_episodes": "evaluated per task at an interim point",
+    "interim_points": "evaluations between the base and the end",
+    "intermediate_size": "width of the language model's feed-forward layers",
+    "iterations": "of collecting data and taking optimiser steps",
+    "kick": "sigma of rare, large disturbances of demonstrations, in command units",
+    "kick_probability": "how often a step of a demonstration gets one",
+    "label_sigma": "bins by which an action's label is smoothed; 0: not at all",
+    "learning_rate": "of AdamW",
+    "limit": "training items; null: all",
+    "lowest_rate": "the first of the evenly spaced learning rates",
+    "margin": "by which a right answer is to be ahead of a wrong one, in nats per token",
+    "max_new_tokens": "of an answer, at most",
+    "max_steps": "control steps of an episode, at most",
+    "micro_batch": "rows per forward pass, with the same gradient; null: as many as memory has room for",
+    "minibatch_size": "decisions per optimiser step",
+    "num_envs": "environments that a method's rollouts use",
+    "num_heads": "of attention",
+    "num_layers": "of the language model",
+    "processes": "that share the simulation, and the optimiser steps on a CPU",
+    "rank": "of LoRA's matrices",
+    "rates": "learning rates",
+    "rl_iterations": "of RL methods",
+    "seed": "of everything that is drawn at random",
+    "seeds": "how many, from seed= on",
+    "sft_iterations": "of supervised methods",
+    "siglip_depth": "layers of the second vision tower",
+    "siglip_dim": "width of the second vision tower",
+    "sizes": "of the network's layers, inputs first",
+    "small": "sigma of the disturbance of every step of a demonstration, in command units",
+    "steps_per_iteration": "optimiser steps",
+    "test_fraction": "of the items, held out for tests",
+    "threads": "on a CPU",
+    "warmup_ratio": "of a run's steps, over which the learning rate rises",
+    "warmup_steps": "over which the learning rate rises",
+}
+
 
 @dataclass(frozen=True)
 class Key:
@@ -40,7 +95,8 @@ def keys_of(plain: dict, names: dict[str, str | None], folders: Sequence[Path]) 
     for key in every:
         if key.name not in seen:
             seen.add(key.name)
-            yield Key(key.name, key.value, key.kind, meant.get(key.name, ""))
+            meaning = meant.get(key.name) or MEANINGS.get(key.name.rpartition(".")[2], "")
+            yield Key(key.name, key.value, key.kind, meaning)
 
 
 def _keys(path: str, value: Any, kind: Any) -> Iterator[Key]:

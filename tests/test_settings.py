@@ -288,6 +288,12 @@ def test_the_docs_are_in_step():
     assert written == page(CONFIGS), "python -m robot_forgetting.keys > docs/settings.md"
 
 
+def test_every_number_in_the_docs_says_what_it_means():
+    rows = [line.split(" | ") for line in (CONFIGS.parent / "docs" / "settings.md").read_text().splitlines()]
+    bare = [row[0] for row in rows if len(row) == 4 and "number" in row[1] and not row[3].strip(" |")]
+    assert bare == [], "write a comment behind it in its yaml"
+
+
 def test_every_key_of_a_configuration_is_listed():
     plain = configuration("method=grpo")
     listed = {key.name for key in keys_of(plain, {"method": "grpo"}, [CONFIGS])}
