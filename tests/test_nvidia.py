@@ -150,6 +150,26 @@ def test_a_gpu_that_is_hidden_on_purpose_is_not_missed(machine, monkeypatch, cap
     assert "none that CUDA_VISIBLE_DEVICES lets torch see" in doctor.gpu().found
 
 
+def test_a_choice_of_gpus_that_are_not_there_is_named(machine, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    machine(MACHINES["13.0"][0])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
+    assert device.unusable_gpu().endswith("says: no GPU (CUDA_VISIBLE_DEVICES=5)")
+
+
+def test_a_gpu_without_code_for_it_counts_as_unusable(machine, monkeypatch):
+    """torch calls a V100 available in its build for CUDA 13, and fails at the first kernel."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_90", "sm_100", "sm_120"])
+    machine(MACHINES["Volta, driver of CUDA 13"][0])
+    assert "torch==2.13.0+cu126" in device.unusable_gpu() and device.parse_device("auto") == torch.device("cpu")
+    device.unusable_gpu.cache_clear()
+    machine(MACHINES["both"][0])  # one of them can be used
+    assert device.unusable_gpu() == ""
+
+
 def test_a_broken_driver_is_named(machine):
     machine([], code=18)
     assert doctor.gpu().state == "warn" and "nvidia-smi fails: GPU 0: one" in doctor.gpu().found

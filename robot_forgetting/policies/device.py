@@ -42,7 +42,8 @@ def unusable_gpu() -> str:
 
     A GPU for which torch's build has no code counts as unusable too: torch calls it available, and then fails.
     """
-    if os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1"):
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible in ("", "-1"):
         return ""
     with warnings.catch_warnings(record=True) as caught:  # torch's own words about an old driver are a paragraph
         warnings.simplefilter("always")
@@ -56,6 +57,7 @@ def unusable_gpu() -> str:
     return nvidia.mismatch(found, torch.__version__, torch.version.cuda) or (
         f"{nvidia.described(found)}; torch {torch.__version__} "
         + ("has no code for it" if usable else f"says: {said or 'no GPU'}")
+        + (f" (CUDA_VISIBLE_DEVICES={visible})" if visible else "")
     )
 
 
