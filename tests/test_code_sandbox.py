@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from robot_forgetting.errors import UserError
-from robot_forgetting.tasks import code_sandbox
-from robot_forgetting.tasks.code_sandbox import check_allowed, lock_problem, run_tests
+from robot_forgetting.tasks import code_cgroup, code_sandbox
+from robot_forgetting.tasks.code_cgroup import groups_parent
+from robot_forgetting.tasks.code_sandbox import check_allowed, lock_problem, protection, run_tests
 
 ONE = {"prompt": "def f():\n    pass\n", "entry_point": "f", "test": "def check(f):\n    assert f() == 1\n"}
 
@@ -71,6 +72,11 @@ ESCAPES = {
     "memory": "def f():\n    block = bytearray(10 << 30)\n    return 1",
     "memory_shared": "import mmap\ndef f():\n    block = mmap.mmap(-1, 10 << 30)\n    return 1",
     "memory_file": "import os\ndef f():\n    os.memfd_create('x')\n    return 1",
+    "semaphores": "import ctypes\ndef f():\n    return 1 if ctypes.CDLL(None).semget(0, 1, 0o1600) >= 0 else 0",
+    "messages": "import ctypes\ndef f():\n    return 1 if ctypes.CDLL(None).msgget(0, 0o1600) >= 0 else 0",
+    "shared_memory": "import ctypes\ndef f():\n    return 1 if ctypes.CDLL(None).shmget(0, 4096, 0o1600) >= 0 else 0",
+    "message_queue": "import ctypes\ndef f():\n"
+    "    return 1 if ctypes.CDLL(None).mq_open(b'/q', 0o102, 0o600, None) >= 0 else 0",
     "disk": "def f():\n    for n in range(100):\n        with open(f'file{{n}}', 'wb') as file:\n"
     "            file.write(bytes(4 << 20))\n    return 1",
     "big_file": "def f():\n    with open('file', 'wb') as file:\n        file.write(bytes(12 << 20))\n    return 1",
@@ -99,6 +105,50 @@ def test_nothing_gets_out(outside, name):
     for listener, call in ((outside["tcp"], "accept"), (outside["udp"], "recvfrom")):
         with pytest.raises(BlockingIOError):  # nobody called
             getattr(listener, call)(*([10] if call == "recvfrom" else []))
+
+
+CHILDREN = """
+import os, signal, time
+def f():
+    blocks = []
+    for n in range(4):
+        if os.fork() == 0:
+            block = bytearray(400 << 20)  # each less than a process may have
+            for place in range(0, len(block), 4096):
+                block[place] = 1
+            time.sleep(2)
+            os._exit(0)
+    return 1 if all(os.wait()[1] == 0 for n in range(4)) else 0
+"""
+
+
+def test_children_share_one_memory_limit():
+    if groups_parent() is None:
+        pytest.skip("no memory groups on this machine")
+    assert not attempt(CHILDREN, wall_seconds=60).passed
+    assert attempt(CHILDREN.replace("400 << 20", "20 << 20"), wall_seconds=60).passed
+    assert not list(groups_parent().glob(f"jail-{os.getpid()}-*"))
+
+
+@pytest.mark.parametrize("limit", [0, 1 << 30])
+def test_a_machine_without_memory_groups_does_without(monkeypatch, tmp_path, limit):
+    monkeypatch.setattr(code_cgroup, "_candidates", lambda: iter([tmp_path / "none", tmp_path]))
+    code_cgroup.groups_parent.cache_clear()
+    try:
+        with code_cgroup.memory_group(limit) as group:
+            assert group is None
+        assert protection(True)["memory"] == "of each process"
+        assert attempt("def f():\n    return 1").passed
+    finally:
+        code_cgroup.groups_parent.cache_clear()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("allow", [True, "unconfined"])
+def test_records_say_how_programs_were_locked_in(allow):
+    said = protection(allow)
+    assert said["confined"] == (allow is True)
+    assert set(said) == {"confined", "system_calls", "memory"}
 
 
 @pytest.mark.parametrize("confine", [True, False])

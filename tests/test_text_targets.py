@@ -297,7 +297,6 @@ def test_ctrl_c_keeps_what_arrived(task, endpoint, tmp_path):
     [
         ({"base_url": "https://me:word@host/v1"}, "holds a password"),
         ({"samples": 17}, "samples must be 1 to 16"),
-        ({"base_url": "https://me:word@host/v1"}, "holds a password"),
         ({"samples": 0}, "samples must be 1 to 16"),
         ({"tries": 0}, "must be positive"),
         ({"base_url": "example.org"}, "is no address"),

@@ -29,12 +29,14 @@ LONGEST = 4_000_000  # bytes of one message between the jails
 # other processes, sockets. {machine: (audit architecture, clone, names -> numbers)}
 SYSCALLS = {
     "x86_64": (0xC000003E, 56, {
-        "socket": 41, "shmget": 29, "ptrace": 101, "chroot": 161, "pivot_root": 155, "mount": 165, "umount2": 166,
+        "socket": 41, "shmget": 29, "semget": 64, "msgget": 68, "mq_open": 240,
+        "ptrace": 101, "chroot": 161, "pivot_root": 155, "mount": 165, "umount2": 166,
         "add_key": 248, "request_key": 249, "keyctl": 250, "unshare": 272, "perf_event_open": 298, "setns": 308,
         "process_vm_readv": 310, "process_vm_writev": 311, "memfd_create": 319, "bpf": 321, "userfaultfd": 323,
     }),
     "aarch64": (0xC00000B7, 220, {
-        "socket": 198, "shmget": 194, "ptrace": 117, "chroot": 51, "pivot_root": 41, "mount": 40, "umount2": 39,
+        "socket": 198, "shmget": 194, "semget": 190, "msgget": 186, "mq_open": 180,
+        "ptrace": 117, "chroot": 51, "pivot_root": 41, "mount": 40, "umount2": 39,
         "add_key": 217, "request_key": 218, "keyctl": 219, "unshare": 97, "perf_event_open": 241, "setns": 268,
         "process_vm_readv": 270, "process_vm_writev": 271, "memfd_create": 279, "bpf": 280, "userfaultfd": 282,
     }),
@@ -52,6 +54,9 @@ def main() -> int:
     libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
     if libc is not None:
         _prctl(libc, DEATH_SIGNAL, signal.SIGKILL)
+    if settings["group"] is not None:
+        with open(settings["group"], "w") as group:
+            group.write("0")  # this process, and all that it starts
     if not settings["confine"]:
         _locked(settings, libc, None, source)
     uid = _namespaces(libc)

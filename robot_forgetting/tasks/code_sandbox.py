@@ -2,8 +2,9 @@
 
 Linux only: every program gets namespaces of its own (no network but an unconnected loopback, no other processes, a file
 system of the interpreter read-only and 16 MB of memory to write in), a system-call filter, an unprivileged user, no
-environment, no descriptors, and limits on memory, processor time, processes and file sizes; all of it ends with its
-first process or after the wall-clock limit. ``code_jail`` is the part that runs on the far side.
+environment, no descriptors, and limits on memory (of all its processes together where cgroups can be made, otherwise of
+each), processor time, processes and file sizes; all of it ends with its first process or after the wall-clock limit.
+``code_jail`` is the part that runs on the far side.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import platform
 import select
 import signal
 import subprocess
@@ -23,6 +25,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from robot_forgetting.errors import UserError
+from robot_forgetting.tasks.code_cgroup import groups_parent, memory_group
+from robot_forgetting.tasks.code_jail import SYSCALLS
 
 JAIL = Path(__file__).with_name("code_jail.py")
 # 3 seconds are those of the published evaluation. Wall clock: generous, for machines that are busy with other things.
@@ -67,6 +71,15 @@ def lock_problem() -> str | None:
     return None if verdict.passed else verdict.why
 
 
+def protection(allow: bool | str) -> dict:
+    """What a run's records say of it: pass@1 from a machine that cannot lock programs in is to be seen as such."""
+    return {
+        "confined": allow is True,
+        "system_calls": "filtered" if sys.platform == "linux" and platform.machine() in SYSCALLS else "unfiltered",
+        "memory": "of all processes" if groups_parent() is not None else "of each process",
+    }
+
+
 def run_tests(
     program: str,
     *,
@@ -87,8 +100,9 @@ def run_tests(
         theirs = _file(stack, {"program": program, "entry_point": entry_point})
         ours = _file(stack, {"prompt": prompt, "entry_point": entry_point, "test": test})
         limits = _limits(cpu_seconds)
-        model = _start(stack, "serve", [theirs, asks_in, says_out], confine, limits)
-        judge = _start(stack, "judge", [ours, asks_out, says_in, result_out], confine, limits)
+        group = stack.enter_context(memory_group(MEMORY))
+        model = _start(stack, "serve", [theirs, asks_in, says_out], confine, limits, group)
+        judge = _start(stack, "judge", [ours, asks_out, says_in, result_out], confine, limits, None)
         for descriptor in (asks_in, asks_out, says_in, says_out, result_out):
             os.close(descriptor)
         text = _read(result_in, time.monotonic() + wall_seconds)
@@ -124,12 +138,15 @@ def _limits(cpu_seconds: int) -> dict[str, int]:
     return limits | {"STACK": 8 << 20}
 
 
-def _start(stack: contextlib.ExitStack, role: str, fds: list[int], confine: bool, limits: dict) -> subprocess.Popen:
+def _start(
+    stack: contextlib.ExitStack, role: str, fds: list[int], confine: bool, limits: dict, group: str | None
+) -> subprocess.Popen:
     folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="jail-", ignore_cleanup_errors=True))
     python = os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
     site = sorted({sysconfig.get_paths()[key] for key in ("purelib", "platlib")})
     settings = {
         "confine": confine,
+        "group": group,
         "root": os.path.realpath(folder),
         "mounts": _mounts(python, site),
         "limits": limits,

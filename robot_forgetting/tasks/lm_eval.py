@@ -34,7 +34,7 @@ from robot_forgetting.progress import say
 from robot_forgetting.ranges import Count, Range, Tokens
 from robot_forgetting.rollout import Episode, EpisodeKey
 from robot_forgetting.scored import ScoredTask
-from robot_forgetting.tasks.code_sandbox import check_allowed, run_tests
+from robot_forgetting.tasks.code_sandbox import check_allowed, protection, run_tests
 from robot_forgetting.tasks.lm_eval_data import Splits, local_splits
 from robot_forgetting.tasks.sources import VARIABLE
 
@@ -148,10 +148,13 @@ class LmEval(ScoredTask):
         """Settings and items: rows that differ in any of it are never pooled."""
         from importlib.metadata import version
 
-        return {"lm_eval": version("lm_eval"), **self.settings(), "items": self._items_digest}
+        return {"lm_eval": version("lm_eval"), **self._protocol(), "items": self._items_digest}
 
     def settings(self) -> dict:
-        """The protocol, for run.json."""
+        """The protocol, for run.json, and how well programs were locked in."""
+        return self._protocol() | ({"code": protection(self.allow_code_execution)} if self._runs_code else {})
+
+    def _protocol(self) -> dict:
         keys = ("configuration", "metric", "num_fewshot", "chat_template", "max_new_tokens")
         without = {"without": self._without[1]} if self._without[0] else {}
         return {key: getattr(self, key) for key in keys} | without
@@ -360,7 +363,7 @@ class LmEval(ScoredTask):
         keys = ("prompt", "entry_point", "test")
         confine = self.allow_code_execution is True
         verdict = run_tests(results[0][0], **{key: document[key] for key in keys}, confine=confine)
-        return {"pass@1": float(verdict.passed), "why": verdict.why}
+        return {"pass@1": float(verdict.passed), "why": verdict.why} | ({} if confine else {"confined": False})
 
 
 def _programs(resps: list[list[str]], docs: list[dict]) -> list[list[str]]:
