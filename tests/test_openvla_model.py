@@ -11,8 +11,9 @@ from scipy import stats
 from robot_forgetting.errors import UserError
 from robot_forgetting.policies import openvla_model
 from robot_forgetting.policies.openvla_checkpoint import read_config
+from robot_forgetting.policies.openvla_decode import sample_bins
 from robot_forgetting.policies.openvla_golden import check_golden
-from robot_forgetting.policies.openvla_model import OpenVLAConfig, OpenVLAModel, sample_bins
+from robot_forgetting.policies.openvla_model import OpenVLAConfig, OpenVLAModel
 from robot_forgetting.policies.openvla_vision import dinov2_tower, siglip_tower
 
 PAD = 300 + 256

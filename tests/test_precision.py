@@ -67,6 +67,11 @@ def test_full_fine_tuning_in_half_precision_is_refused(name):
         built(name, dtype="bfloat16", lora=None).check_training()
 
 
+def test_fine_tuning_in_float16_is_refused():
+    with pytest.raises(UserError, match=r"lose small gradients in float16; use policy\.dtype=bfloat16"):
+        nano("float16", lora=LORA).check_training()
+
+
 def nano(dtype: str, **options) -> OpenVLAPolicy:
     return OpenVLAPolicy(small_checkpoint(), dtype=dtype, device="cpu", **options)
 

@@ -36,8 +36,8 @@ class CausalLM(OwnBase):
     checkpoint: a folder, a Hub id, a GGUF file, or one inside an installed package; see ``causal_lm_checkpoint.load``
     max_new_tokens: the longest completion that is sampled; context: the longest prompt with completion, in tokens
         (null: what the model was made for)
-    dtype: float32, bfloat16, or mixed: weights in float32, products in bfloat16. Full fine-tuning in plain bfloat16
-        loses updates smaller than 1/256 of a weight.
+    dtype: float32; mixed: weights in float32, products in bfloat16; bfloat16: to evaluate, or with lora. Full
+        fine-tuning in it is refused: it would lose updates smaller than 1/256 of a weight.
     lora: null for full fine-tuning, or {rank, alpha, targets} of ``lora.add``; adapters are float32
     keep_base: whether full fine-tuning keeps a copy of the base weights, which ``base()`` needs
     batch_rows: completions sampled at once, and rows of a forward pass without gradients

@@ -17,6 +17,23 @@ from torch import Tensor, nn
 WIDEST_FUSED = 512  # hidden size up to which copying the weights costs less than it saves
 
 
+def sample_bins(logits: Tensor, temperature: float, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Draws one index per row by inverse CDF: the first index whose cumulative probability exceeds the noise.
+
+    logits: [N, V]; noise: [N] in [0, 1), ignored at temperature 0 (argmax). Returns indices and log-probabilities, [N].
+    The log-probability is at the given temperature; of a greedy choice it is at temperature 1.
+    """
+    log_probs = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
+    if temperature == 0:
+        index = log_probs.argmax(-1, keepdim=True)
+    else:
+        # Doubles: the last cumulative sum must not fall below a noise close to one.
+        cumulative = log_probs.double().exp().cumsum(-1)
+        threshold = noise.to(cumulative).unsqueeze(-1) * cumulative[:, -1:]
+        index = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=logits.shape[-1] - 1)
+    return index.squeeze(-1), log_probs.gather(-1, index).squeeze(-1)
+
+
 def effective_weight(layer: nn.Module) -> Tensor:
     """The matrix a linear layer applies, with whatever LoRA adapters are active on it."""
     if type(layer) is nn.Linear:

@@ -7,6 +7,7 @@ which costs much less per token.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from robot_forgetting.policies.openvla_decode import WIDEST_FUSED, FusedLlama, effective_weight
+from robot_forgetting.policies.openvla_decode import WIDEST_FUSED, FusedLlama, effective_weight, sample_bins
 from robot_forgetting.policies.openvla_vision import DINOV2_LARGE, SIGLIP_SO400M, Projector, TowerConfig, VisionBackbone
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -81,23 +82,6 @@ class OpenVLAConfig:
             bos_token_id=self.bos_token_id,
             pad_token_id=self.pad_token_id,
         )
-
-
-def sample_bins(logits: Tensor, temperature: float, noise: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Draws one index per row by inverse CDF: the first index whose cumulative probability exceeds the noise.
-
-    logits: [N, V]; noise: [N] in [0, 1), ignored at temperature 0 (argmax). Returns indices and log-probabilities, [N].
-    The log-probability is at the given temperature; of a greedy choice it is at temperature 1.
-    """
-    log_probs = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
-    if temperature == 0:
-        index = log_probs.argmax(-1, keepdim=True)
-    else:
-        # Doubles: the last cumulative sum must not fall below a noise close to one.
-        cumulative = log_probs.double().exp().cumsum(-1)
-        threshold = noise.to(cumulative).unsqueeze(-1) * cumulative[:, -1:]
-        index = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=logits.shape[-1] - 1)
-    return index.squeeze(-1), log_probs.gather(-1, index).squeeze(-1)
 
 
 def smooth_rows(count: int, width: int, scale: float) -> Tensor:
@@ -358,15 +342,18 @@ class OpenVLAModel(nn.Module):
     def _head_rows(self) -> Tensor:
         """The head's rows of the action tokens in the order of bins, in float32."""
         first = self.config.first_action_id
-        weight = effective_weight(self.language_model.lm_head)
+        with self._in_float32():
+            weight = effective_weight(self.language_model.lm_head)
         return weight[first : first + self.config.action_bins].flip(0).float()
 
     def _head(self, hidden: Tensor, rows: Tensor) -> Tensor:
         """Logits in float32: in bfloat16 they have steps of 1/16 from 8 on, and so would ratios of probabilities."""
-        if hidden.dtype == torch.float32 and self.products is None:
-            return F.linear(hidden, rows)
-        with torch.autocast(hidden.device.type, enabled=False):
+        with self._in_float32():
             return F.linear(hidden.float(), rows)
+
+    def _in_float32(self):
+        device = self.language_model.lm_head.weight.device.type
+        return nullcontext() if self.products is None else torch.autocast(device, enabled=False)
 
     def _mask(self, attention_mask: Tensor | None, length: int) -> Tensor | None:
         """Which of ``length`` positions (BOS, patches, text) count, [N, length] bool; None when all do.

@@ -67,6 +67,8 @@ class OwnBase(Policy):
                 f"policy '{self.name}' would lose small updates: its trained weights are held in "
                 f"{str(weights[0].dtype).removeprefix('torch.')}; use {LORA}, or policy.dtype=mixed"
             )
+        if self._product_dtype == torch.float16:
+            raise UserError(f"policy '{self.name}' would lose small gradients in float16; use policy.dtype=bfloat16")
         count, copied = sum(p.numel() for p in weights), compared and self._base_weights is None and self.lora is None
         parts = {"gradients": 4 * count, "Adam's moments": 8 * count, "a copy of the base": 4 * count * copied}
         parts["products' copies"] = self._autocast_bytes()
@@ -76,8 +78,10 @@ class OwnBase(Policy):
 
     def _autocast_bytes(self) -> int:
         """What autocast keeps of trained weights while it computes."""
-        held = sum(p.numel() for p in self.trainable_parameters() if p.dtype == torch.float32)
-        return 0 if self._product_dtype is None else held * self._product_dtype.itemsize
+        if self._product_dtype is None:
+            return 0
+        held = sum(parameter.numel() for parameter in self.trainable_parameters() if parameter.dtype == torch.float32)
+        return held * self._product_dtype.itemsize
 
     def _check_room(self, what: str, parts: dict[str, int]) -> None:
         needed, free = sum(parts.values()), free_bytes(self.device)
