@@ -1,24 +1,16 @@
-"""Files that survive a kill: atomic JSON, clear words for a full disk, and a lock that dies with its process."""
+"""Files that survive a kill: atomic JSON, and clear words for a disk that is full or a folder that is gone."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import math
 import os
-import socket
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from robot_forgetting.errors import UserError
-
-# Folders this process has locked. POSIX locks belong to a process and vanish when *any* descriptor of the lock file is
-# closed, so we must know which locks are our own before probing one. (Unlike flock they are not inherited by forked
-# environment workers, which could outlive a killed parent and keep its folder locked.)
-_LOCKED: set[str] = set()
 
 
 def write_json(path: Path, value: Mapping) -> None:
@@ -43,7 +35,8 @@ def write_atomic(path: Path, content: str | bytes) -> None:
             raise
         directory = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(directory)  # the rename itself must survive a power cut
+            with contextlib.suppress(OSError):  # some file systems cannot
+                os.fsync(directory)  # the rename itself must survive a power cut
         finally:
             os.close(directory)
 
@@ -81,6 +74,8 @@ def read_json(path: Path) -> dict:
     """A JSON object from a file; ``UserError`` where it is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {_reason(path, error)}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); restore it or delete the run folder") from None
     if not isinstance(value, dict):
@@ -99,53 +94,10 @@ def disk(path: Path) -> Iterator[None]:
                 f"the disk is full: {path} could not be written; free some space and run the same command again, "
                 "what was recorded before is intact"
             ) from error
-        raise UserError(f"{path} cannot be written: {error.strerror}; choose another run_dir or output") from error
+        raise UserError(f"{path} cannot be written: {_reason(path, error)}") from error
 
 
-def take_lock(path: Path) -> int:
-    """Locks a folder for this process until ``release_lock`` or the process's death, however it dies."""
-    key = str(path.resolve())
-    with disk(path):
-        file = None if key in _LOCKED else os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    if file is None or not _locked_soon(file):
-        owner = f"pid {os.getpid()}" if file is None else (path / ".lock").read_text().strip()
-        if file is not None:
-            os.close(file)
-        raise UserError(
-            f"{path} is being written by another process ({owner}); wait for it, stop it, or choose another run_dir"
-        )
-    with contextlib.suppress(OSError):  # the text is only for the message above
-        os.ftruncate(file, 0)
-        os.pwrite(file, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-    _LOCKED.add(key)
-    return file
-
-
-def _locked_soon(file: int) -> bool:
-    for _ in range(5):  # a reader's ``has_writer`` holds the lock for an instant
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except (BlockingIOError, PermissionError):
-            time.sleep(0.05)
-    return False
-
-
-def release_lock(path: Path, file: int) -> None:
-    """Gives a folder free."""
-    os.close(file)  # the kernel does the same for a process that dies, so a lock is never stale
-    _LOCKED.discard(str(path.resolve()))
-
-
-def has_writer(path: Path) -> bool:
-    """Whether a living process has the folder locked."""
-    if str(path.resolve()) in _LOCKED:
-        return True
-    try:
-        with open(path / ".lock", "rb") as file:
-            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return True
-    except OSError:  # no lock file: a copied or shipped folder
-        return False
-    return False
+def _reason(path: Path, error: OSError) -> str:
+    if error.errno == errno.ENOENT and not Path(path).parent.is_dir():
+        return "its folder was deleted or moved meanwhile; run the same command again"
+    return f"{error.strerror}; choose another run_dir or output"

@@ -21,7 +21,8 @@ import yaml
 from robot_forgetting import schema
 from robot_forgetting.children import undisturbed
 from robot_forgetting.errors import UserError
-from robot_forgetting.files import disk, has_writer, plain, read_json, release_lock, take_lock, write_atomic, write_json
+from robot_forgetting.files import disk, plain, read_json, write_atomic, write_json
+from robot_forgetting.locks import has_writer, release_lock, take_lock
 
 SCHEMA_VERSION = 1
 STATUSES = ("running", "finished", "interrupted", "failed")
@@ -201,6 +202,8 @@ class RunFolder:
                 self._files[table] = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             file = self._files[table]
             lines = "".join(_dumps(row) + "\n" for row in rows).encode()
+            if os.fstat(file).st_nlink == 0:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
             size = os.fstat(file).st_size
             try:
                 if os.write(file, lines) < len(lines):  # the rest does not fit
@@ -259,12 +262,12 @@ class RunFolder:
 
     def __exit__(self, kind, error, traceback) -> None:
         """An exception is recorded as the run's end: Ctrl-C as "interrupted", anything else as "failed"."""
-        with undisturbed(), contextlib.closing(self):
+        with undisturbed(), contextlib.closing(self), contextlib.suppress(UserError):
+            # Suppressed: that the disk is full, or the folder gone, must not hide the first error.
             if kind is not None and not self.finished:
                 status = "interrupted" if issubclass(kind, KeyboardInterrupt) else "failed"
                 text = " ".join(str(error).split()) if isinstance(error, UserError) else f"{kind.__name__}: {error}"
-                with contextlib.suppress(UserError):  # a full disk must not hide the first error
-                    self.update(status=status, error=None if status == "interrupted" else " ".join(text.split()))
+                self.update(status=status, error=None if status == "interrupted" else " ".join(text.split()))
 
     def _must_write(self) -> None:
         if self._lock is None:

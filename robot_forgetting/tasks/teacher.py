@@ -23,7 +23,8 @@ from queue import Empty, SimpleQueue
 from typing import Annotated
 
 from robot_forgetting.errors import UserError
-from robot_forgetting.files import disk, plain, release_lock, take_lock
+from robot_forgetting.files import disk, plain
+from robot_forgetting.locks import release_lock, take_lock
 from robot_forgetting.methods.labels import Labeler, Labels
 from robot_forgetting.progress import bar, say
 from robot_forgetting.ranges import Range, Tokens
