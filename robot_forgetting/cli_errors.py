@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from robot_forgetting.config_checks import GROUPS
-from robot_forgetting.errors import UserError, unknown
+from robot_forgetting.errors import UserError, blamed, caller, unknown
 
 
 def complain(error: BaseException, overrides: Sequence[str], debug: bool, where: str = "") -> int:
@@ -29,8 +29,9 @@ def complain(error: BaseException, overrides: Sequence[str], debug: bool, where:
         return 2
     frames = traceback.extract_tb(error.__traceback__)
     place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    via = f" (called from {plugin})" if (plugin := caller(error)) else ""
     hint = "" if debug else "; debug=true shows the traceback"
-    print(f"{start}{type(error).__name__}{place}: {_one_line(error)}{hint}", file=sys.stderr)
+    print(f"{start}{type(error).__name__}{place}: {_one_line(error)}{via}{hint}", file=sys.stderr)
     return 1
 
 
@@ -47,6 +48,8 @@ def explain(error: BaseException, overrides: Sequence[str]) -> str | None:
     for link in chain:
         if isinstance(link, UserError):
             return _one_line(link)
+    if (line := blamed(error)) is not None:
+        return f"{line}; debug=true shows the traceback"
     if isinstance(error, UserWarning):  # raised only for a search path (see the filter in _hydra_main)
         folder = _one_line(error).rpartition("path=")[2].replace(" is not available.", "")
         return f"hydra.searchpath: {folder} does not exist; give a folder as file://FOLDER"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from robot_forgetting.contracts import checked_policy, checked_task
 from robot_forgetting.errors import UserError
 from robot_forgetting.methods.sft import demonstration_columns, take_columns
 from robot_forgetting.metrics import divergence as distances
@@ -25,12 +26,14 @@ STREAM = 1_000_000
 
 def check_conventions(policy: Policy, tasks: Sequence[Task]) -> None:
     """Compares what policy and tasks mean by an action and an observation; a difference is a ``UserError``."""
+    checked_policy(policy)
     compare_conventions(policy.convention(), policy.name, tasks)
 
 
 def compare_conventions(ours: ConventionSpec, name: str, tasks: Sequence[Task]) -> None:
     """As ``check_conventions``, for a policy that need not be there yet."""
     for task in tasks:
+        checked_task(task)
         theirs = task.convention()
         if problems := ours.mismatches(theirs):
             raise UserError(

@@ -28,6 +28,7 @@ from robot_forgetting.method import Method, Penalty
 from robot_forgetting.methods.labels import check_targets
 from robot_forgetting.one_step import OneStepTask
 from robot_forgetting.policy import Policy
+from robot_forgetting.preflight import check_parts, try_parts
 from robot_forgetting.progress import bar, say
 from robot_forgetting.records import RunFolder
 from robot_forgetting.rollout import Episode
@@ -77,6 +78,7 @@ class Setup:
 
 def run(setup: Setup) -> int:
     """Fine-tunes the policy on the task and records what it gained and forgot; continues an unfinished run."""
+    check_parts(setup.policy, setup.task, setup.method, setup.penalty)
     prior, left_out = measurable(setup.prior)
     started = start_from(setup)
     experiment = Experiment(replace(setup, prior=prior), started)
@@ -189,6 +191,9 @@ class Experiment:
     def go(self, folder: RunFolder) -> None:
         """All steps, into ``folder``."""
         self.folder = folder
+        with self.timed("preflight"):
+            slots = min(self.setup.num_envs, self.episodes)
+            try_parts(self.policy, self.task, self.method, self.setup.penalty, slots)
         with self.timed("evaluate_base"):
             self.reuse_base_rows()
             self.measure_success(stage=0, iteration=0)

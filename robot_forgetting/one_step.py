@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from robot_forgetting.contracts import checked_action, checked_columns, checked_commands, checked_rewards
 from robot_forgetting.policy import Action, Policy
 from robot_forgetting.task import Task, Transition, VectorEnv
 
@@ -147,13 +148,16 @@ def answer(
     that a run does not depend on which others it is stacked with.
     """
     group = streams.shape[1]
-    obs = repeated(task.observations(seeds), inner=group, outer=policy.runs)
+    columns = checked_columns(task, task.observations(seeds), len(seeds))
+    obs = repeated(columns, inner=group, outer=policy.runs)
     each = np.repeat(seeds, group)
     noise = torch.from_numpy(np.tile(uniforms(each, streams.ravel()), policy.runs)).unsqueeze(1)
-    action = policy.act(obs, temperature=temperature, noise=noise).to("cpu")
-    answers = policy.decode(action, statistics=getattr(task, "statistics", None))
-    rewards = task.rewards(np.tile(each, policy.runs), answers)
-    return Answers(obs, action, torch.from_numpy(np.asarray(rewards, np.float32)))
+    rows = len(each) * policy.runs
+    action = checked_action(policy, policy.act(obs, temperature=temperature, noise=noise), rows).to("cpu")
+    statistics = getattr(task, "statistics", None)
+    answers = checked_commands(policy, policy.decode(action, statistics=statistics), rows)
+    rewards = checked_rewards(task, task.rewards(np.tile(each, policy.runs), answers), rows)
+    return Answers(obs, action, torch.from_numpy(rewards))
 
 
 class OneStepEnv(VectorEnv):
@@ -170,13 +174,16 @@ class OneStepEnv(VectorEnv):
         if commands:
             slots = list(commands)
             seeds = np.array([self._seeds[slot] for slot in slots])
-            rewards = self.task.rewards(seeds, [commands[slot] for slot in slots])
+            answers = [commands[slot] for slot in slots]
+            rewards = self.task.rewards(seeds, answers)
+            checked_rewards(self.task, rewards, len(slots))
             for slot, reward in zip(slots, map(float, rewards), strict=True):
                 success = reward >= 1.0
                 flags = {"success": success, **self.task.flags(self._seeds[slot], commands[slot])}
                 made.append(Transition(slot, self._rows[slot], reward, success, True, flags))
         if resets:
             obs = self.task.observations(np.array(list(resets.values())))
+            obs = checked_columns(self.task, obs, len(resets))
             for index, (slot, seed) in enumerate(resets.items()):
                 self._seeds[slot] = seed
                 self._rows[slot] = {key: column[index] for key, column in obs.items()}

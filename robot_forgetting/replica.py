@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from robot_forgetting import children
-from robot_forgetting.errors import UserError
+from robot_forgetting.errors import UserError, raised, told
 from robot_forgetting.method import Batch
 
 # part -> (loss, penalty) after having called backward
@@ -67,8 +67,8 @@ class Replicas:
                 answer = connection.recv()
             except (EOFError, ConnectionResetError) as error:
                 raise self._died(process) from error
-            if isinstance(answer, str):
-                raise RuntimeError(answer)
+            if isinstance(answer[0], type):
+                raise raised(*answer)
             loss, penalty = loss + answer[0], penalty + answer[1]
             start = 0
             for parameter in self._parameters:
@@ -105,7 +105,7 @@ class Replicas:
                 missing = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
                 torch.cat([gradient.flatten() for gradient in missing], out=gradients)
             except Exception as error:
-                answer = f"{type(error).__name__} in a training process: {error}"
+                answer = told(error)
             try:
                 connection.send(answer)
             except OSError:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from robot_forgetting.contracts import checked_action, checked_commands, checked_transition
 from robot_forgetting.policy import Action, Policy
 from robot_forgetting.task import Task, VectorEnv
 
@@ -125,7 +126,7 @@ def _rollout(policy, env, keys, temperature, statistics, width, draw) -> Iterato
         running -= 1
         resets, finished = {}, []
         for transition in transitions:
-            slot = slots[transition.slot]
+            slot = slots[checked_transition(env, transition).slot]
             _record(slot, transition)
             if transition.done:
                 finished.append(slot.episode)
@@ -174,8 +175,9 @@ def _act(policy, members, names, active, temperature, statistics, width, draw) -
         if name in active:
             episode = slot.episode
             noise[index] = draw(episode.key.seed, episode.key.stream, episode.steps, MAX_TOKENS)
-    action = policy.act(columns(rows), temperature=temperature, noise=torch.from_numpy(noise)).to("cpu")
-    commands = policy.decode(action, statistics=statistics)
+    chosen_action = policy.act(columns(rows), temperature=temperature, noise=torch.from_numpy(noise))
+    action = checked_action(policy, chosen_action, len(rows)).to("cpu")
+    commands = checked_commands(policy, policy.decode(action, statistics=statistics), len(rows))
     chosen = {}
     for index, (name, slot) in enumerate(zip(names, members, strict=True)):
         if name in active:

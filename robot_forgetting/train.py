@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from robot_forgetting import schema
+from robot_forgetting.contracts import checked_batches, checked_loss
 from robot_forgetting.errors import Diverged, UserError
 from robot_forgetting.files import disk, follow_umask, read_json, write_json
 from robot_forgetting.method import Batch, Method, Penalty
@@ -141,7 +142,7 @@ def train(
         while done < method.iterations and not all(stepper.dead):
             torch.manual_seed(seed * 1_000_003 + done)
             started = time.perf_counter()
-            batches = method.collect(policy, task, done)
+            batches = checked_batches(method, method.collect(policy, task, done))
             collected = time.perf_counter()
             rows: list[list[dict]] = []  # logged step -> network -> row
             for batch in batches:
@@ -202,8 +203,9 @@ def _backward(policy, method, penalties, part: Batch, share: float, micro_batch:
     for start in range(0, len(part), micro_batch * policy.runs):
         rows = part[start : start + micro_batch * policy.runs].to(policy.device)
         weight = share * len(rows) / len(part)
-        loss = method.loss(policy, rows)
-        penalty = sum((rider(policy, rows) for rider in penalties), start=torch.zeros_like(loss))
+        loss = checked_loss(method, "loss", method.loss(policy, rows), policy.runs)
+        riders = [checked_loss(one, "__call__", one(policy, rows), policy.runs, learns=False) for one in penalties]
+        penalty = sum(riders, start=torch.zeros_like(loss))
         ((loss + penalty) * weight).sum().backward()
         loss_sum += _number(loss) * weight
         penalty_sum += _number(penalty) * weight

@@ -138,7 +138,7 @@ def test_records(undisturbed):
     header = undisturbed.run
     assert header["roles"] == {"new": ["reach"], "prior": ["mirror"], "held_out": []}
     assert (header["verb"], header["method"], header["penalty"], header["iterations"]) == ("run", "grpo", None, 4)
-    assert set(header["timings"]) == {"evaluate_base", "train", "evaluate_final", "divergence", "videos"}
+    assert set(header["timings"]) == {"preflight", "evaluate_base", "train", "evaluate_final", "divergence", "videos"}
     assert header["peak_memory_bytes"] > 10**6 and header["versions"]["torch"] and header["hardware"]["cores"]
     episodes = undisturbed.episodes()
     counts = {}

@@ -82,7 +82,7 @@ def test_an_error_in_a_training_process_is_told(tmp_path):
     def fail():
         raise ValueError("the shapes do not fit")
 
-    with pytest.raises(RuntimeError, match="ValueError in a training process: the shapes do not fit"):
+    with pytest.raises(UserError, match=r"test_train.py, line \d+, in fail: ValueError: the shapes do not fit"):
         start(tmp_path, method=Fragile(fail), processes=2)
 
 

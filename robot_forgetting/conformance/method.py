@@ -15,10 +15,12 @@ from torch import Tensor
 
 from robot_forgetting.conformance.table import Table, Wrong, expect
 from robot_forgetting.conformance.toy import ToyTask, tiny_policy
+from robot_forgetting.contracts import checked_batches, checked_kind, checked_loss
 from robot_forgetting.method import Batch, Method, Penalty
-from robot_forgetting.policy import Action, Policy
+from robot_forgetting.policy import Policy
+from robot_forgetting.preflight import check_method as checked_method
 from robot_forgetting.task import Task
-from robot_forgetting.train import Optimiser, trainable
+from robot_forgetting.train import trainable
 
 ROWS = 48  # of a batch, for the loss; a multiple of 3
 # Columns of train.jsonl that the optimiser loop writes itself.
@@ -43,7 +45,7 @@ def check_method(table: Table, method: Method, task: Task | None = None) -> None
         return
     if table.check("batch columns", lambda: _columns(batches)):
         batch = batches[0][: min(ROWS, len(batches[0]))]
-        if table.check("loss and gradient", lambda: _gradient(policy, lambda: method.loss(policy, batch))):
+        if table.check("loss and gradient", lambda: _gradient(policy, method, "loss", batch)):
             table.check("loss is a mean over rows", lambda: _row_mean(policy, method, batch))
         table.check("collect is repeatable", lambda: _repeatable(policy, task, method))
     table.check("metrics", lambda: _metrics(method))
@@ -54,6 +56,8 @@ def check_method(table: Table, method: Method, task: Task | None = None) -> None
 
 def check_penalty(table: Table, penalty: Penalty, task: Task | None = None) -> None:
     table.section(f"penalty {type(penalty).__name__}")
+    if not table.check("description", lambda: checked_kind("penalty", penalty, Penalty)):
+        return
     task = task or ToyTask()
     policy = tiny_policy(task).eval()
     batch = _toy_batch(policy, task)
@@ -63,13 +67,12 @@ def check_penalty(table: Table, penalty: Penalty, task: Task | None = None) -> N
         return
 
     def at_base() -> str:
-        value = penalty(policy, batch)
-        _scalar(value, "the penalty")
+        value = _value(policy, penalty, "__call__", batch, learns=False)
         return f"{value.item():.4g} at the base policy"
 
     def moved() -> str:
         perturb(policy)
-        return _gradient(policy, lambda: penalty(policy, batch))
+        return _gradient(policy, penalty, "__call__", batch)
 
     if table.check("value at the base", at_base):
         table.check("value and gradient", moved)
@@ -79,15 +82,7 @@ def check_penalty(table: Table, penalty: Penalty, task: Task | None = None) -> N
 
 
 def _constructor(method: Method) -> str:
-    expect(
-        type(getattr(method, "iterations", None)) is int and method.iterations >= 1,
-        f"iterations is {getattr(method, 'iterations', 'missing')!r}; set self.iterations to a whole number above 0",
-    )
-    expect(
-        isinstance(getattr(method, "optimiser", None), Optimiser),
-        "self.optimiser is not an Optimiser; take `optimiser` as an argument, keep it, and give the yaml a block "
-        "`optimiser: {_target_: robot_forgetting.train.Optimiser, learning_rate: 1.0e-4}`",
-    )
+    checked_method(method)
     return f"{method.iterations} iterations, learning rate {method.optimiser.learning_rate:g}"
 
 
@@ -98,14 +93,7 @@ def _begin(method: Method, policy: Policy, task: Task) -> None:
 
 def _collect(policy: Policy, task: Task, method: Method, found: list[Batch]) -> str:
     for iteration in range(3):
-        made = _collected(policy, task, method, iteration)
-        expect(
-            isinstance(made, Sequence) and not isinstance(made, Batch),
-            f"collect() gives a {type(made).__name__}; return a list of Batch (one optimiser step each)",
-        )
-        for batch in made:
-            expect(isinstance(batch, Batch), f"collect() lists a {type(batch).__name__}; list Batch objects")
-            expect(len(batch) > 0, "collect() lists an empty batch; leave it out")
+        made = checked_batches(method, _collected(policy, task, method, iteration))
         if made:
             found.extend(made)
             return f"{len(made)} batch(es), {sum(map(len, made))} rows"
@@ -114,28 +102,15 @@ def _collect(policy: Policy, task: Task, method: Method, found: list[Batch]) -> 
 
 def _columns(batches: Sequence[Batch]) -> str:
     for batch in batches:
-        action, rows = batch.action, len(batch)
-        expect(isinstance(action, Action), f"batch.action is a {type(action).__name__}; give an Action")
-        lengths = {f"obs['{key}']": len(column) for key, column in batch.obs.items()}
-        lengths |= {"action.mask": len(action.mask)}
-        lengths |= {} if action.log_prob is None else {"action.log_prob": len(action.log_prob)}
-        lengths |= {} if batch.advantage is None else {"advantage": len(batch.advantage)}
-        lengths |= {f"extra['{key}']": len(value) for key, value in (batch.extra or {}).items()}
-        wrong = [f"{name} {length}" for name, length in lengths.items() if length != rows]
-        expect(not wrong, f"the batch has {rows} tokens rows, but {', '.join(wrong)}; all columns need equal lengths")
-        expect(action.tokens.dtype == torch.int64, f"action.tokens are {action.tokens.dtype}; give int64")
-        expect(action.mask.dtype == torch.bool, f"action.mask is {action.mask.dtype}; give bool")
-        for name, value in (("advantage", batch.advantage), ("action.log_prob", action.log_prob)):
+        for name, value in (("advantage", batch.advantage), ("action.log_prob", batch.action.log_prob)):
             expect(value is None or torch.isfinite(value).all(), f"{name} is not finite; look for a division by zero")
             expect(value is None or not value.requires_grad, f"{name} carries gradients; detach it in collect()")
     return ""
 
 
-def _gradient(policy: Policy, compute) -> str:
+def _gradient(policy: Policy, source: Method | Penalty, hook: str, batch: Batch) -> str:
     policy.zero_grad(set_to_none=True)
-    value = compute()
-    _scalar(value, "the loss")
-    expect(value.requires_grad, "the loss carries no gradient; compute it from policy.logits or policy.log_prob")
+    value = _value(policy, source, hook, batch)
     value.backward()
     gradients = [p.grad for p in trainable(policy).values() if p.grad is not None]
     policy.zero_grad(set_to_none=True)
@@ -146,10 +121,10 @@ def _gradient(policy: Policy, compute) -> str:
     return f"{value.item():.4g}, gradient norm {norm:.3g}"
 
 
-def _scalar(value, what: str) -> None:
-    expect(isinstance(value, Tensor), f"{what} is a {type(value).__name__}; return a torch scalar")
-    expect(value.dim() == 0, f"{what} has shape {list(value.shape)}; reduce it to a scalar, the mean over rows")
-    expect(torch.isfinite(value), f"{what} is {value.item()}; look for log(0), 0/0 or exp of large numbers")
+def _value(policy: Policy, source: Method | Penalty, hook: str, batch: Batch, *, learns: bool = True) -> Tensor:
+    value = checked_loss(source, hook, getattr(source, hook)(policy, batch), policy.runs, learns=learns)
+    expect(torch.isfinite(value), f"{hook}() gives {value.item()}; look for log(0), 0/0 or exp of large numbers")
+    return value
 
 
 @torch.no_grad()

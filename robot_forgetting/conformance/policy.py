@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from robot_forgetting.conformance.table import NotApplicable, Row, Table, expect
+from robot_forgetting.contracts import checked_action, checked_policy
 from robot_forgetting.one_step import OneStepTask
-from robot_forgetting.policy import Action, ConventionSpec, Policy
+from robot_forgetting.policy import Action, Policy
+from robot_forgetting.preflight import made_up_pictures
 from robot_forgetting.task import Task
 from robot_forgetting.train import trainable
 
@@ -75,10 +77,7 @@ def _count(obs: dict) -> int:
 
 def observations(size: int, instructions: list[str]) -> dict:
     """Six pictures: four of random blocks, a black and a white one; instructions in turn."""
-    rng = np.random.default_rng(0)
-    blocks = rng.integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
-    repeats = -(-size // 8)
-    pictures = blocks.repeat(repeats, axis=1).repeat(repeats, axis=2)[:, :size, :size]
+    pictures = made_up_pictures(size, instructions, 4)["image"]
     flat = [np.zeros((size, size, 3), np.uint8), np.full((size, size, 3), 255, np.uint8)]
     images = np.ascontiguousarray(np.concatenate([pictures, np.stack(flat)]))
     return {"image": images, "instruction": [instructions[i % len(instructions)] for i in range(len(images))]}
@@ -95,9 +94,9 @@ def _row(obs: dict, index: int) -> dict:
 
 
 def _description(policy: Policy) -> str:
+    checked_policy(policy)
     expect(isinstance(policy.name, str) and policy.name, f"name is {policy.name!r}; give the policy a name")
     spec = policy.convention()
-    expect(isinstance(spec, ConventionSpec), f"convention() gives {type(spec).__name__}; return a ConventionSpec")
     expect(spec.action_dimensions, "convention() leaves action_dimensions open; say how many numbers a command has")
     total = sum(p.numel() for p in policy.parameters())
     moving = sum(p.numel() for p in trainable(policy).values())
@@ -114,25 +113,13 @@ def _agrees(policy: Policy, task: Task) -> None:
 def _act(policy: Policy, obs: dict, noise: Tensor, made: list[Action]) -> str:
     action = policy.act(obs, temperature=1.0, noise=noise)
     rows = _count(obs)
-    expect(isinstance(action, Action), f"act() gives a {type(action).__name__}; return an Action")
-    tokens, mask, log_prob = action.tokens, action.mask, action.log_prob
-    expect(
-        tokens.dim() == 2 and len(tokens) == rows and tokens.dtype == torch.int64,
-        f"tokens are {tokens.dtype} {list(tokens.shape)}; give int64 [{rows}, T]",
-    )
-    expect(
-        mask.shape == tokens.shape and mask.dtype == torch.bool,
-        f"mask is {mask.dtype} {list(mask.shape)}; give bool {list(tokens.shape)}",
-    )
+    checked_action(policy, action, rows)
+    mask, log_prob = action.mask, action.log_prob
     expect(mask.any(dim=1).all(), "a decision has no token that counts (its mask is all False)")
-    expect(
-        log_prob is not None and log_prob.shape == tokens.shape,
-        f"log_prob must be {list(tokens.shape)}, one number per token; RL methods need it",
-    )
     expect(not log_prob.requires_grad, "act() keeps gradients; decorate it with torch.no_grad()")
     expect(torch.isfinite(log_prob).all() and (log_prob <= 1e-4).all(), "log_prob is not finite, or above 0")
     made.append(action)
-    return f"{tokens.shape[1]} tokens per decision"
+    return f"{action.tokens.shape[1]} tokens per decision"
 
 
 def _logits(policy: Policy, obs: dict, action: Action) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from robot_forgetting.errors import UserError
+from robot_forgetting.errors import UserError, blamed, caller, described
 
 
 class Wrong(Exception):
@@ -42,7 +42,6 @@ class Table:
 
     def __init__(self):
         self.rows: list[Row] = []
-        self._own = Path(__file__).parent
 
     def section(self, title: str) -> None:
         print(title, flush=True)
@@ -59,9 +58,7 @@ class Table:
         except (Wrong, UserError) as finding:
             row = Row("FAIL", name, _one_line(finding))
         except Exception as error:
-            in_worker = str(error).startswith("Traceback")  # another process's, whose last line says it all
-            where = "" if in_worker else f"{type(error).__name__}{self._place(error)}: "
-            row = Row("FAIL", name, where + _one_line(error))
+            row = Row("FAIL", name, blamed(error) or _ours(error))
         self.add(row)
         return row.state != "FAIL"
 
@@ -75,19 +72,13 @@ class Table:
         print(f"{failed} of {len(self.rows)} checks failed" if failed else f"all {len(self.rows)} checks passed")
         return 2 if failed else 0
 
-    def _place(self, error: Exception) -> str:
-        """' at my_method.py:17': the innermost line that is not in an installed library."""
-        frames = traceback.extract_tb(error.__traceback__)
-        outside = [f for f in frames if "site-packages" not in f.filename and "/lib/python" not in f.filename]
-        outside = [f for f in outside if Path(f.filename).parent != self._own] or frames
-        return f" at {Path(outside[-1].filename).name}:{outside[-1].lineno}"
+
+def _ours(error: Exception) -> str:
+    """An exception in our own code, and from where in a plug-in that had been called."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    via = f", called from {plugin}" if (plugin := caller(error)) else ""
+    return f"{described(error)} (at {Path(frame.filename).name}, line {frame.lineno}{via})"
 
 
 def _one_line(error: BaseException) -> str:
-    """The message; of a worker's traceback only its last line."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    if lines and lines[0].startswith("Traceback"):
-        places = [line.strip() for line in lines if line.strip().startswith("File ")]
-        own = [line for line in places if "site-packages" not in line and "/lib/python" not in line] or places
-        return f"{lines[-1].strip()} ({own[-1]})" if own else lines[-1].strip()
-    return " ".join(" ".join(lines).split()) or type(error).__name__
+    return " ".join(str(error).split()) or type(error).__name__

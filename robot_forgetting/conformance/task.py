@@ -11,17 +11,16 @@ import numpy as np
 
 from robot_forgetting.conformance.one_step import check_one_step
 from robot_forgetting.conformance.table import NotApplicable, Table, expect
+from robot_forgetting.contracts import checked_pictures, checked_task, checked_transition
 from robot_forgetting.evaluate import test_seeds
 from robot_forgetting.files import disk
 from robot_forgetting.metrics.statistics import wilson
 from robot_forgetting.one_step import OneStepTask
-from robot_forgetting.policy import ConventionSpec
+from robot_forgetting.preflight import TRIED_SEED, still
 from robot_forgetting.task import Task, Transition, VectorEnv
 
 EXPERT_EPISODES = 20
 LEAST_SUCCESS = 0.8
-CHECK_SEED = 300_000  # of the training split: neither trained on by default nor tested
-STILL = np.array([0, 0, 0, 0, 0, 0, 1], np.float32)  # no motion, gripper open
 
 
 def check_task(table: Table, task: Task, output: Path | None = None, episodes: int | None = None) -> bool:
@@ -47,17 +46,14 @@ def check_task(table: Table, task: Task, output: Path | None = None, episodes: i
 
 
 def _description(task: Task) -> str:
+    checked_task(task)
     expect(
         isinstance(task.name, str) and re.fullmatch(r"[A-Za-z0-9_.]+", task.name),
         f"name {task.name!r} becomes part of file names; use letters, digits and underscores",
     )
     expect(
-        isinstance(task, OneStepTask) or (isinstance(task.instruction, str) and task.instruction.strip()),
+        isinstance(task, OneStepTask) or task.instruction.strip(),
         f"instruction {task.instruction!r} is not a sentence; tell the policy what to do",
-    )
-    expect(
-        type(task.max_steps) is int and task.max_steps >= 1,
-        f"max_steps {task.max_steps!r} is not a whole number above 0; give the time limit in control steps",
     )
     if isinstance(task, OneStepTask):
         expect(task.max_steps == 1, f"max_steps is {task.max_steps}, but a one-step task has one decision")
@@ -81,7 +77,6 @@ def _seeds(task: Task) -> str:
 
 def _convention(task: Task) -> str:
     spec = task.convention()
-    expect(isinstance(spec, ConventionSpec), f"convention() gives {type(spec).__name__}; return a ConventionSpec")
     if isinstance(task, OneStepTask):
         expect(spec.action_mode, "convention() leaves action_mode open; say what an answer is, as in 'label' or 'text'")
         return f"answers: {spec.action_mode}"
@@ -109,7 +104,7 @@ class Player:
                 asked += 1
         for _ in range(asked):
             for transition in self.env.wait()[1]:
-                answers[transition.slot] = transition
+                answers[checked_transition(self.env, transition).slot] = transition
         missing = (resets.keys() | commands.keys()) - answers.keys()
         expect(not missing, f"no answer for slots {sorted(missing)}; wait() returns one Transition per requested slot")
         return answers
@@ -138,7 +133,7 @@ def _check_environment(table: Table, task: Task, output: Path | None) -> None:
     try:
         if not table.check("environment starts", start):
             return
-        player, first = Player(made[0]), task.seeds("train")[CHECK_SEED % len(task.seeds("train"))]
+        player, first = Player(made[0]), task.seeds("train")[TRIED_SEED % len(task.seeds("train"))]
         if not table.check("reset and picture", lambda: _picture(task, player, first)):
             return
         if output is not None:
@@ -155,21 +150,16 @@ def _check_environment(table: Table, task: Task, output: Path | None) -> None:
 
 def _picture(task: Task, player: Player, seed: int) -> str:
     row = player.reset(0, seed).observation
-    for key in ("image", "instruction"):
-        expect(key in row, f"the observation has no '{key}', only {sorted(row)}; robot policies read it")
+    checked_pictures(task, player.env, row)
     _instruction(task, row)
-    image, size = row["image"], task.convention().image_size
-    expect(isinstance(image, np.ndarray), f"the image is a {type(image).__name__}; give a numpy array")
-    expect(
-        image.dtype == np.uint8 and image.shape == (size, size, 3),
-        f"the image is {image.dtype} {list(image.shape)}; convention() promises uint8 [{size}, {size}, 3]",
-    )
+    image = row["image"]
     expect(
         image.std() >= 2,
         f"the picture is blank (standard deviation {image.std():.1f} of 255); look at the camera's eye and target, "
         "and run `robot-forgetting doctor`",
     )
-    return f"uint8 {list(image.shape)}, grey values {image.min()} to {image.max()}"
+    camera = f", from {player.env.camera}" if hasattr(player.env, "camera") else ""
+    return f"uint8 {list(image.shape)}, grey values {image.min()} to {image.max()}{camera}"
 
 
 def _show(player: Player, seed: int, output: Path) -> str:
@@ -215,8 +205,6 @@ def _motion(task: Task, player: Player, seed: int) -> str:
     for index in range(min(8, task.max_steps)):
         command = np.array([0.5, 0.5 * (-1) ** (index // 4), -0.3, 0, 0, 0, 1], np.float32) * _unit(task)
         transition = player.step(0, command)
-        expect(type(transition.success) is bool, _not_bool("success", transition.success))
-        expect(type(transition.done) is bool, _not_bool("done", transition.done))
         expect(np.isfinite(transition.reward), f"the reward is {transition.reward}; it must be finite")
         changed = max(changed, float((transition.observation["image"] != before).any(-1).mean()))
         if transition.done:
@@ -232,10 +220,6 @@ def _unit(task: Task) -> np.ndarray:
     """What scales commands to steps of at most 0.1 m: the WidowX's are metres, the Panda's tenths of one."""
     metres = getattr(getattr(task, "robot", None), "metres_per_unit", 0.1)
     return np.array([0.1 / metres] * 6 + [1], np.float32)
-
-
-def _not_bool(name: str, value) -> str:
-    return f"{name} is {value!r} of type {type(value).__name__}; give a bool"
 
 
 def _repeatable(task: Task, player: Player, seed: int) -> str:
@@ -268,7 +252,7 @@ def _repeatable(task: Task, player: Player, seed: int) -> str:
 def _time_limit(task: Task, player: Player, seed: int) -> str:
     player.reset(1, seed)
     for step in range(1, task.max_steps + 1):
-        transition = player.step(1, STILL)
+        transition = player.step(1, still(task))
         _instruction(task, transition.observation)
         if transition.done:
             early = step < task.max_steps and not transition.success
@@ -323,7 +307,7 @@ def _expert_episodes(task, seeds: Sequence[int]) -> tuple[list[int], float]:
 
 
 def _expert(task) -> str:
-    first = CHECK_SEED % len(task.seeds("train"))
+    first = TRIED_SEED % len(task.seeds("train"))
     seeds = task.seeds("train")[first : first + EXPERT_EPISODES]
     lost, steps = _expert_episodes(task, seeds)
     won = len(seeds) - len(lost)
@@ -367,7 +351,7 @@ def _commands(task: Task, images: np.ndarray, commands: np.ndarray, seed: int) -
 
 
 def _demonstrations(task: Task, count: int) -> str:
-    start = CHECK_SEED % len(task.seeds("train"))
+    start = TRIED_SEED % len(task.seeds("train"))
     if not task.has_demonstrations:
         raise NotApplicable("none: methods that clone an expert (sft) will refuse this task")
     episodes: Sequence = list(task.demonstrations(count, start=start))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import queue
-import traceback
 from collections.abc import Callable, Sequence
 
 import torch
 
 from robot_forgetting import children
-from robot_forgetting.errors import UserError
+from robot_forgetting.errors import UserError, raised, told
 
 Tell = Callable[[int], None]  # units of work done
 
@@ -45,7 +44,7 @@ def work_through(jobs: Sequence[Callable[[Tell], None]], processes: int, advance
             elif kind == "done":
                 left -= 1
             else:
-                raise UserError(value) if kind == "user_error" else RuntimeError(value)
+                raise raised(*value)
     finally:
         children.end(*workers)
 
@@ -65,9 +64,7 @@ def _serve(jobs, todo, messages) -> None:
         index = todo.get()
         try:
             jobs[index](lambda units: messages.put(("advanced", units)))
-        except UserError as error:
-            messages.put(("user_error", str(error)))
-        except Exception:
-            messages.put(("error", traceback.format_exc()))
+        except Exception as error:
+            messages.put(("error", told(error)))
         else:
             messages.put(("done", index))
