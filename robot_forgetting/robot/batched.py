@@ -14,27 +14,29 @@ those of the CPU path; docs/gpu_simulation.md says how well inverse kinematics a
 from __future__ import annotations
 
 import dataclasses
-import re
 
 import numpy as np
 import torch
 
-from robot_forgetting.errors import UserError
+from robot_forgetting.errors import PluginError, UserError
 from robot_forgetting.policies.device import unusable_gpu
 from robot_forgetting.robot.conventions import Boundary
+from robot_forgetting.robot.environment import (
+    VIDEO_PIXELS,
+    SimulationSpec,
+    chosen_sensor,
+    make_environment,
+    overlay_of,
+    photo_of,
+)
 from robot_forgetting.robot.pictures import BatchedCamera
 from robot_forgetting.robot.robots import find_robot
 from robot_forgetting.robot.simulation import (
-    VIDEO_PIXELS,
     CommandError,
     Simulation,
-    SimulationSpec,
     checked,
-    flags_of,
-    make_environment,
+    evaluated,
     outcome,
-    overlay_of,
-    photo_of,
     renew_physics,
     state_of,
 )
@@ -73,7 +75,7 @@ class BatchedSimulation:
     def __init__(self, spec: SimulationSpec, count: int, backend: str):
         robot = find_robot(spec.robot)
         self.spec, self.count = spec, count
-        self.env = make_environment(spec, count, backend, obs_mode="none")  # resets would draw everything in vain
+        self.env = make_environment(spec, count, backend)
         if backend == GPU and not self.env.backend.render_device.is_cuda():
             self.env.close()
             raise UserError(f"pictures cannot be drawn on the GPU (robot-forgetting doctor: Vulkan); {ELSE}")
@@ -81,9 +83,9 @@ class BatchedSimulation:
         if self._controller.before_simulation_step is not None:
             self.env._before_simulation_step = self._controller.before_simulation_step
         self._boundaries = [Boundary(robot, spec.rotation, spec.gripper) for _ in range(count)]
-        self._cameras = {"image": self._camera(self.env._sensors, spec.image_size)}
+        self._cameras = {"image": self._camera(chosen_sensor(self.env, spec), spec.image_size)}
         if spec.video:
-            self._cameras["frame"] = self._camera(self.env._human_render_cameras, VIDEO_PIXELS)
+            self._cameras["frame"] = self._camera(next(iter(self.env._human_render_cameras.values())), VIDEO_PIXELS)
         self._seeds, self._steps, self._instructions = [0] * count, [0] * count, [spec.instruction] * count
         self._photos = [photo_of(self.env)] * count if spec.overlay else None
         self._still = robot.gripper_still
@@ -91,9 +93,8 @@ class BatchedSimulation:
         self._grippers = np.full(count, self._idle, np.float32)
         self._stepped: dict[int, dict] = {}
 
-    def _camera(self, sensors: dict, pixels: int) -> BatchedCamera:
-        """The first of the environment's cameras, with its photo under it."""
-        sensor = next(iter(sensors.values()))
+    def _camera(self, sensor, pixels: int) -> BatchedCamera:
+        """One of the environment's cameras, with its photo under it."""
         return BatchedCamera(sensor, (pixels, pixels), overlay_of(self.env, sensor) if self.spec.overlay else None)
 
     def step(self, commands: dict[int, np.ndarray]) -> None:
@@ -116,7 +117,7 @@ class BatchedSimulation:
             env.scene.px.gpu_apply_articulation_target_position()
         env._step_action(None)
         env._elapsed_steps += 1
-        flags = flags_of(env.evaluate(), self.count)
+        flags = evaluated(env, self.count)
         for slot in commands.keys() - self._stepped.keys():
             self._steps[slot] += 1
             reward, success, done = outcome(self.spec, self._steps[slot], flags[slot])
@@ -234,10 +235,10 @@ class BatchedVectorEnv(VectorEnv):
             worker.receive()
         try:
             self._batch.receive()
-        except RuntimeError as error:
+        except (RuntimeError, PluginError) as error:
             self._batch.close()  # with what it holds of the GPU
             raise UserError(
-                f"a batch of {len(self.groups[0])} environments could not be built: {_last_line(error)}; "
+                f"a batch of {len(self.groups[0])} environments could not be built: {error}; "
                 f"try a smaller num_envs, or {ELSE}"
             ) from error
 
@@ -264,7 +265,7 @@ class BatchedVectorEnv(VectorEnv):
                 self._batch.receive()
             self._batch.call("finish", {slot: start for slot, start in begun.items() if "error" not in start})
             answers = self._batch.receive()
-        except (WorkerDied, RuntimeError) as error:  # a process that died, or an exception in one
+        except (WorkerDied, RuntimeError, PluginError) as error:  # a process that died, or an exception in one
             return 0, self._replace([*resets, *commands], error)
         broken = [(slot, start) for slot, start in begun.items() if "error" in start]
         return 0, [
@@ -274,13 +275,8 @@ class BatchedVectorEnv(VectorEnv):
     def _replace(self, slots: list[int], error: Exception) -> list[Transition]:
         self._batch.close()  # a process in which CUDA failed is of no more use
         self._prepare()
-        said = f"the batch failed: {_last_line(error)}"
+        said = f"the batch failed: {error}"
         return [Transition(slot, blank(self.spec), done=True, error=said) for slot in slots]
 
     def close(self) -> None:
         """The workers live on for the next task; the next one to use them drops answers still under way."""
-
-
-def _last_line(error: Exception) -> str:
-    """What a traceback ends with; its message may have lines of its own."""
-    return (re.findall(r"^[\w.]*(?:Error|Exception)\b.*", str(error), re.M) or str(error).splitlines())[-1]

@@ -86,7 +86,13 @@ class BatchedEndEffectorController(BatchedController):
 
 def _arm_and_gripper(env):
     """ManiSkill's two controllers; ``UserError`` unless the arm's is the one whose arithmetic is here."""
-    arm, gripper = (env.agent.controller.controllers[key] for key in ("arm", "gripper"))
+    controllers = env.agent.controller.controllers
+    if missing := [part for part in ("arm", "gripper") if part not in controllers]:
+        raise UserError(
+            f"environment '{env.spec.id}': its robot '{env.agent.uid}' has no {' and no '.join(missing)}, only "
+            f"{', '.join(controllers)}; a robot task needs one arm with a gripper"
+        )
+    arm, gripper = controllers["arm"], controllers["gripper"]
     config = arm.config
     if config.use_target or config.frame != "root_translation:root_aligned_body_rotation" or config.interpolate:
         raise UserError(

@@ -6,54 +6,26 @@ physics, and takes the picture directly. Success is always the environment's own
 
 from __future__ import annotations
 
-import logging
-from dataclasses import dataclass, field
-
 import numpy as np
 import torch
 
-from robot_forgetting.errors import UserError
+from robot_forgetting.contracts import kind_of
+from robot_forgetting.errors import UserError, fault
 from robot_forgetting.robot.conventions import Boundary
-from robot_forgetting.robot.pictures import Camera, Overlay, read_photo
+from robot_forgetting.robot.environment import (
+    VIDEO_PIXELS,
+    SimulationSpec,
+    chosen_sensor,
+    make_environment,
+    overlay_of,
+    photo_of,
+)
+from robot_forgetting.robot.pictures import Camera
 from robot_forgetting.robot.robots import find_robot
-from robot_forgetting.user_modules import PLACES, hidden, import_module, load_object
+from robot_forgetting.user_modules import load_object
 
-VIDEO_PIXELS = 256
 STILL = 0.01  # metres; a commanded step under it is no motion
 COMMAND = "x, y, z, three rotations, gripper"
-
-
-@dataclass(frozen=True)
-class SimulationSpec:
-    """What a worker needs to build an environment; plain values only.
-
-    modules: imported first, so that their environments are registered
-    camera: {"eye": [x, y, z], "target": [x, y, z], "fov": radians} in metres; or {"size": [width, height],
-        "intrinsic": [fx, fy, cx, cy]} in pixels: the robot's own camera, its picture squeezed into a square
-    render: "low_poly" (the Panda as collision meshes, minimal shader) or "stock" (ManiSkill's meshes, default shader)
-    robot: a name in ``robots.ROBOTS``, or the dotted path of a ``Robot``
-    overlay: whether the background is a photo (ManiSkill's digital twins)
-    full_pictures: draw the camera's own size and average it down, as the original does, in place of drawing small
-    ends_on_success: else the episode runs to its time limit and the last step's success counts
-    rotation, gripper: what a policy's commands mean, see ``conventions.Boundary``; None: what the robot takes
-    """
-
-    env_id: str
-    instruction: str
-    max_steps: int
-    image_size: int
-    camera: dict
-    render: str = "low_poly"
-    modules: tuple[str, ...] = ()
-    env_arguments: dict = field(default_factory=dict)
-    expert: str | None = None  # "package.module.function"
-    video: bool = False
-    robot: str = "panda"
-    overlay: bool = False
-    full_pictures: bool = False
-    ends_on_success: bool = True
-    rotation: str | None = None
-    gripper: str | None = None
 
 
 def checked(command, where: str) -> np.ndarray:
@@ -88,17 +60,24 @@ class Simulation:
         self.steps = 0
         robot = find_robot(spec.robot)
         self.env.reset(seed=0)
-        self._controller = load_object(robot.controller)(self.env)
         self._boundary = Boundary(robot, spec.rotation, spec.gripper)
-        self._cameras = {"image": self._camera(self.env._sensors, spec.image_size)}
-        if spec.video:
-            self._cameras["frame"] = self._camera(self.env._human_render_cameras, VIDEO_PIXELS)
+        self._bind()
         for actor in self.env._hidden_objects:
             actor.hide_visual()
+        evaluated(self.env, 1)  # a task without "success", or an expert that raises, is not worth an episode
+        if self.expert is not None:
+            self.expert_command()
 
-    def _camera(self, sensors: dict, pixels: int) -> Camera:
-        """The first of the environment's cameras, with the photo that ManiSkill would lay under it."""
-        sensor = next(iter(sensors.values()))
+    def _bind(self) -> None:
+        """Takes hold of robot and cameras, which an environment that builds itself anew for every episode replaces."""
+        self._sensors = self.env._sensors
+        self._controller = load_object(find_robot(self.spec.robot).controller)(self.env)
+        self._cameras = {"image": self._camera(chosen_sensor(self.env, self.spec), self.spec.image_size)}
+        if self.spec.video:
+            self._cameras["frame"] = self._camera(next(iter(self.env._human_render_cameras.values())), VIDEO_PIXELS)
+
+    def _camera(self, sensor, pixels: int) -> Camera:
+        """One of the environment's cameras, with the photo that ManiSkill would lay under it."""
         overlay = None
         if self.spec.overlay:
             self._shown, overlay = photo_of(self.env), overlay_of(self.env, sensor)
@@ -112,6 +91,8 @@ class Simulation:
     def _start(self, seed: int, options: dict | None = None) -> None:
         renew_physics(self.env)
         self.env.reset(seed=seed, options=options or {})
+        if self.env._sensors is not self._sensors:
+            self._bind()
         for actor in self.env._hidden_objects:
             actor.hide_visual()
         if self.spec.overlay and photo_of(self.env) != self._shown:
@@ -165,7 +146,7 @@ class Simulation:
         env._after_control_step()
         env._elapsed_steps += 1
         self.steps += 1
-        (flags,) = flags_of(env.evaluate(), 1)
+        (flags,) = evaluated(env, 1)
         return self.observe(), *outcome(self.spec, self.steps, flags), flags
 
     def expert_command(self) -> np.ndarray:
@@ -186,83 +167,6 @@ class Simulation:
 
     def close(self) -> None:
         self.env.close()
-
-
-def make_environment(spec: SimulationSpec, num_envs: int = 1, backend: str = "physx_cpu", obs_mode: str | None = None):
-    """ManiSkill's environment, without gymnasium's wrappers."""
-    if spec.render not in ("low_poly", "stock"):
-        raise UserError(f"unknown render option '{spec.render}'; choose one of: low_poly, stock")
-    import gymnasium
-    import mani_skill.envs  # noqa: F401  (registers the stock environments)
-
-    mani_skill.logger.setLevel(logging.ERROR)  # its warnings (no CUDA renderer, default poses) need no action
-
-    from robot_forgetting.robot import low_poly, shaders
-
-    shaders.install()
-    if spec.render == "low_poly":
-        low_poly.install()
-    elif low_poly.installed() and spec.robot == "panda":
-        raise UserError("this process already draws low_poly and cannot draw stock too; start another one for it")
-    for module in (*spec.modules, *spec.env_id.split(":")[:-1]):  # "my_module:MyTask-v1" is gymnasium's own way
-        try:
-            import_module(module)
-        except Exception as error:  # a user's module may fail in any way while it is imported
-            raise UserError(
-                f"cannot import '{module}' ({type(error).__name__}: {error}); {hidden(module) or PLACES}"
-            ) from error
-    robot = find_robot(spec.robot)
-    if obs_mode is None:
-        obs_mode = "rgb+segmentation" if spec.overlay else "rgb"
-    shader = "minimal" if spec.render == "low_poly" else "default"
-    drawn = tuple(spec.camera["size"]) if spec.full_pictures else (spec.image_size, spec.image_size)
-    video = {**camera_settings(spec.camera, (VIDEO_PIXELS, VIDEO_PIXELS)), "shader_pack": shader}
-    try:
-        return gymnasium.make(
-            spec.env_id,
-            obs_mode=obs_mode,
-            control_mode=robot.control_mode,
-            num_envs=num_envs,
-            sim_backend=backend,
-            render_backend=drawn_by(),
-            reward_mode="none",
-            render_mode="rgb_array" if spec.video else None,
-            sensor_configs={**camera_settings(spec.camera, drawn), "shader_pack": shader},
-            human_render_camera_configs=video,
-            **spec.env_arguments,
-        ).unwrapped
-    except gymnasium.error.Error as error:  # unknown name, namespace or version; malformed id
-        raise UserError(f"unknown ManiSkill environment '{spec.env_id}'; {error}") from error
-    except TypeError as error:
-        if "unexpected keyword argument" not in str(error):
-            raise
-        given = ", ".join(sorted(spec.env_arguments))
-        raise UserError(f"environment '{spec.env_id}' does not take all of: {given} ({error})") from error
-
-
-def drawn_by() -> str:
-    """ManiSkill's name of what draws: "gpu" where a CUDA device can, else "cpu", which is Vulkan's own choice.
-
-    Left alone, ManiSkill insists on any CUDA device, also on one without a Vulkan driver (a container without the
-    graphics capability), although lavapipe would draw.
-    """
-    import sapien
-
-    try:
-        return "gpu" if sapien.Device("cuda").can_render() else "cpu"
-    except RuntimeError:  # no CUDA device
-        return "cpu"
-
-
-def photo_of(env) -> str:
-    """The background's file; an environment may have another one for each episode."""
-    return next(iter(env.rgb_overlay_paths.values()))
-
-
-def overlay_of(env, sensor) -> Overlay:
-    """The environment's photo in the size of one of its cameras, and what it does not hide."""
-    photo = read_photo(photo_of(env), (sensor.config.width, sensor.config.height))
-    return Overlay(photo, env._segmentation_ids_to_keep.tolist())
 
 
 def state_of(env) -> dict[str, dict[str, torch.Tensor]]:
@@ -294,17 +198,17 @@ def renew_physics(env) -> None:
     scene.px, scene.sub_scenes[0] = physics, new
 
 
-def camera_settings(camera: dict, size: tuple[int, int]) -> dict:
-    """ManiSkill's camera arguments for a picture of ``size`` (width, height); see ``SimulationSpec.camera``."""
-    settings = {"width": size[0], "height": size[1]}
-    if "intrinsic" not in camera:
-        from mani_skill.utils import sapien_utils
-
-        return {**settings, "pose": sapien_utils.look_at(camera["eye"], camera["target"]), "fov": camera["fov"]}
-    across, down = (pixels / own for pixels, own in zip(size, camera["size"], strict=True))
-    fx, fy, cx, cy = camera["intrinsic"]
-    matrix = [[fx * across, 0, cx * across], [0, fy * down, cy * down], [0, 0, 1]]
-    return {**settings, "intrinsic": np.array(matrix)}
+def evaluated(env, count: int) -> list[dict]:
+    """The flags of ``count`` environments, among which there must be "success"."""
+    found = env.evaluate()
+    if not isinstance(found, dict):
+        raise fault(env, "evaluate", f"gives {kind_of(found)}; return a dict of flags with a 'success', bool [{count}]")
+    flags = flags_of(found, count)
+    if "success" not in flags[0]:
+        given = kind_of(found["success"]) + " as 'success'" if "success" in found else "no 'success'"
+        others = ", ".join(found) or "nothing"
+        raise fault(env, "evaluate", f"gives {given} (it gives {others}); a task needs it, a bool tensor [{count}]")
+    return flags
 
 
 def flags_of(found: dict, count: int) -> list[dict]:
@@ -320,7 +224,7 @@ def flags_of(found: dict, count: int) -> list[dict]:
 
 def outcome(spec: SimulationSpec, steps: int, flags: dict) -> tuple[float, bool, bool]:
     """Reward (1 on success), success and whether the episode is over, after ``steps`` steps."""
-    success = flags.get("success", False)
+    success = flags["success"]
     done = flags.get("fail", False) or steps >= spec.max_steps or (success and spec.ends_on_success)
     return float(success and done), success, done
 

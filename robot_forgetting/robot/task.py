@@ -10,8 +10,8 @@ from robot_forgetting.errors import UserError, unknown
 from robot_forgetting.policy import ConventionSpec
 from robot_forgetting.ranges import Pixels, Plain, Processes, Range, Steps
 from robot_forgetting.robot.conventions import Boundary
+from robot_forgetting.robot.environment import SimulationSpec
 from robot_forgetting.robot.robots import find_robot
-from robot_forgetting.robot.simulation import SimulationSpec
 from robot_forgetting.task import Demonstration, Task, VectorEnv
 
 Metres = Annotated[float, Range(-100, 100)]
@@ -42,7 +42,8 @@ class ManiSkillTask(Task):
     expert: "package.module.function" that maps the unwrapped environment to a 7-D command, or None
     modules: imported in the workers first (a module that registers ``env_id``); the expert's is added
     spawn: "stock" (ManiSkill's initial states), or a name the environment's own ``spawn`` argument understands
-    camera: eye and target in metres, fov in radians; the square picture has ``image_size`` pixels a side
+    camera: eye and target in metres, fov in radians, and `sensor`, the name of one of several cameras; the square
+        picture has ``image_size`` pixels a side
     render: "low_poly" or "stock"; demonstrations and evaluation share it
     noise: disturbance of demonstrations, see ``workers._demonstrate``
     statistics: the policy's key for the ranges of commands; null: the robot's

@@ -10,15 +10,15 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import traceback
 from collections.abc import Sequence
 from multiprocessing.connection import Connection, wait
 
 import numpy as np
 
 from robot_forgetting import children, user_modules
-from robot_forgetting.errors import UserError
-from robot_forgetting.robot.simulation import CommandError, Simulation, SimulationSpec
+from robot_forgetting.errors import UserError, blamed, described, raised, told
+from robot_forgetting.robot.environment import SimulationSpec, seen_through
+from robot_forgetting.robot.simulation import CommandError, Simulation
 from robot_forgetting.task import Transition, VectorEnv
 
 SPAWN = multiprocessing.get_context("spawn")
@@ -49,10 +49,8 @@ class Worker:
 
     def receive(self):
         status, answer = self._answer()
-        if status == "user_error":
-            raise UserError(answer)
         if status == "error":
-            raise RuntimeError(answer)
+            raise raised(*answer)
         return answer
 
     def drain(self) -> None:
@@ -160,8 +158,7 @@ class ManiSkillVectorEnv(VectorEnv):
         self._busy: dict[Connection, tuple[int, list[int]]] = {}
         self._dead: list[tuple[int, list[int]]] = []
         self._workers = [POOL.prepare(index, spec, len(group)) for index, group in enumerate(self.groups)]
-        for worker in self._workers:
-            worker.receive()
+        self.camera = [worker.receive() for worker in self._workers][0]  # which the policy looks through, for `check`
 
     def request(self, group: int, resets: dict[int, int], commands: dict[int, np.ndarray]) -> None:
         worker, first = self._workers[group], self.groups[group][0]
@@ -254,7 +251,7 @@ def _serve(connection: Connection, folders: Sequence[str] = ()) -> None:
                     simulations[0].abandon()
                 else:
                     simulations = [batched.BatchedSimulation(new_spec, count, backend)]
-                spec, answer = new_spec, None
+                spec, answer = new_spec, seen_through(simulations[0].env, new_spec)
             elif verb == "advance":
                 answer = _advance(simulations, spec, *arguments)
             elif verb == "demonstrate":
@@ -264,10 +261,8 @@ def _serve(connection: Connection, folders: Sequence[str] = ()) -> None:
             elif verb in ("step", "finish"):
                 answer = getattr(simulations[0], verb)(*arguments)
             said = ("ok", answer)
-        except UserError as error:
-            said = ("user_error", str(error))
-        except Exception:
-            said = ("error", traceback.format_exc())
+        except Exception as error:
+            said = ("error", told(error))
         try:
             connection.send(said)
         except OSError:  # nobody listens any more: the parent was killed
@@ -301,7 +296,7 @@ def guarded(simulations: list[Simulation], spec: SimulationSpec, slot: int, acti
         return {"observation": blank(spec), "done": True, "error": str(error)}
     except Exception as error:
         simulations[slot] = Simulation(spec)
-        return {"observation": blank(spec), "done": True, "error": f"{type(error).__name__}: {error}".splitlines()[0]}
+        return {"observation": blank(spec), "done": True, "error": blamed(error) or described(error)}
 
 
 def _demonstrate(simulation: Simulation, seed: int, noise: dict) -> tuple[bool, np.ndarray, np.ndarray, list]:
