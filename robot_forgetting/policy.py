@@ -177,6 +177,15 @@ class Policy(nn.Module, ABC):
         """The inverse of ``decode``: demonstrations' commands to tokens (nearest bin)."""
         raise TypeError(f"policy '{self.name}' cannot turn demonstrations into tokens; it lacks `encode`")
 
+    def set_statistics(self, ranges: dict) -> None:
+        """Replaces the ranges by which commands are normalised: key -> {"action": {"q01", "q99", "min", "max": [A]
+        float each, "mask": [A] bool}}. `pretrain` measures them before it trains a policy for robots."""
+        raise TypeError(f"policy '{self.name}' has no ranges of commands; it lacks `set_statistics`")
+
+    def save(self, folder) -> None:
+        """Writes what `pretrain` has trained into a folder, for the policy's own constructor to read."""
+        raise TypeError(f"policy '{self.name}' cannot be saved; it lacks `save`")
+
     @abstractmethod
     def base(self) -> AbstractContextManager:
         """Inside the context this object *is* the frozen base policy (LoRA: adapters off; else: swapped weights)."""

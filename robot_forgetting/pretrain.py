@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from robot_forgetting.config_checks import typed
+from robot_forgetting.contracts import checked_hooks, checked_policy, checked_task
 from robot_forgetting.episode_rows import evaluate_into
 from robot_forgetting.errors import UserError
 from robot_forgetting.evaluate import test_seeds
@@ -31,6 +32,9 @@ class Mixture(Task):
 
     def __init__(self, tasks: Sequence[Task], counts: dict[str, int]):
         check_counts(tasks, counts)
+        for task in tasks:
+            if counts.get(task.name) and not task.has_demonstrations:
+                list(task.demonstrations(0))  # says what to do, before the others' are collected
         self.tasks, self.counts = list(tasks), dict(counts)
         self.name, self.instruction = "+".join(counts), ""
         self.max_steps = max(task.max_steps for task in tasks)
@@ -143,12 +147,17 @@ def pretrain(
     from robot_forgetting.methods.sft import SFT
     from robot_forgetting.train import Optimiser
 
+    text = isinstance(task, OneStepTask)
+    whole = not text and not getattr(policy, "lora", None)  # an adapter is saved alone: its checkpoint's ranges stay
+    checked_policy(policy)
+    for one in (task, *prior, *held_out):
+        checked_task(one)
+    checked_hooks(policy, ["encode", "save", *(["set_statistics"] if whole else [])], "pretrain")
     policy.check_training(compared=False)
     output = output or run_dir / "policy"
     with disk(output):  # now, and not after the training
         output.mkdir(parents=True, exist_ok=True)
     everything = [task, *prior, *held_out]
-    text = isinstance(task, OneStepTask)
     mixture = (Questions if text else Mixture)([*prior, task], pretrain["demonstrations"])
     header = {"verb": "pretrain", "policy": names.get("policy"), "task": mixture.name, "method": "sft", "seed": seed}
     header |= {"decode": {"temperature": temperature}}
@@ -159,9 +168,9 @@ def pretrain(
             return 0
         started = time.perf_counter()
         if not text:
-            measured = {mixture.statistics: ranges(list(mixture.demonstrations(0)))}
-            if not getattr(policy, "lora", None):  # an adapter is saved alone: the ranges stay those of its checkpoint
-                policy.set_statistics(measured)
+            episodes = list(mixture.demonstrations(0))
+            if whole:
+                policy.set_statistics({mixture.statistics: ranges(episodes)})
         folder.add_seconds("demonstrations", time.perf_counter() - started)
         method: Method = SFT(
             iterations=pretrain["iterations"],

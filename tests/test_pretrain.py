@@ -10,8 +10,9 @@ import pytest
 from robot_forgetting.conformance.toy import ToyTask, tiny_policy
 from robot_forgetting.errors import UserError
 from robot_forgetting.policies.openvla import OpenVLAPolicy
+from robot_forgetting.policy import Policy
 from robot_forgetting.pretrain import Mixture, pretrain, ranges
-from robot_forgetting.task import Demonstration
+from robot_forgetting.task import Demonstration, Task
 
 pytestmark = pytest.mark.usefixtures("no_renderer")
 SETTINGS = {
@@ -79,3 +80,30 @@ def test_ranges_are_percentiles_of_all_commands():
 def test_wrong_counts(counts, words):
     with pytest.raises(UserError, match=words):
         Mixture([ToyTask()], counts)
+
+
+class Unsaved(OpenVLAPolicy):
+    set_statistics, save = Policy.set_statistics, Policy.save
+
+
+class Uncollected(ToyTask):
+    def demonstrations(self, count, *, split="train", start=0):
+        raise AssertionError("collected before the policy was looked at")
+
+
+def test_a_policy_without_what_pretrain_needs_is_refused_before_anything_is_collected(tmp_path):
+    policy = tiny_policy(ToyTask())
+    policy.__class__ = Unsaved
+    words = r"test_pretrain.py, line \d+: Unsaved lacks `save` and `set_statistics`, which pretrain needs"
+    with pytest.raises(UserError, match=words):
+        pretrain(policy, Uncollected(), [], [], {**SETTINGS, "demonstrations": {"toy": 4}}, {"policy": {}}, {},
+                 tmp_path / "run", None, 0, 1.0, 2, 1)  # fmt: skip
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_task_without_an_expert_is_refused_before_the_others_are_collected():
+    class NoExpert(ToyTask):
+        demonstrations = Task.demonstrations
+
+    with pytest.raises(UserError, match="task 'other' has no demonstrations"):
+        Mixture([Uncollected(), NoExpert("other")], {"toy": 1, "other": 1})
