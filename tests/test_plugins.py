@@ -38,7 +38,9 @@ def folder(tmp_path, monkeypatch):
 
 
 def command(verb: str, *changes: str) -> int:
-    return cli.main([verb, f"hydra.searchpath=[file://{Path.cwd() / 'my_configs'}]", *RUN, *changes])
+    given = {change.partition("=")[0] for change in changes}
+    usual = [text for text in RUN if text.partition("=")[0] not in given]
+    return cli.main([verb, f"hydra.searchpath=[file://{Path.cwd() / 'my_configs'}]", *usual, *changes])
 
 
 def measured() -> bool:
