@@ -138,8 +138,8 @@ class Arguments:
     def _check_conventions(self, tasks: Sequence) -> None:
         """Compares what the chosen policy is known to mean before it is built, which may load or fetch gigabytes."""
         node = self._node("policy")
-        declared = node and getattr(load_object(node["_target_"], "policy"), "declares", None)
-        if declared is not None:
+        declared = node and _declared(load_object(node["_target_"], "policy"))
+        if declared:
             from robot_forgetting.evaluate import compare_conventions
 
             given = {key: node[key] for key in ("action_mode", "rotation", "gripper", "control_hz") if key in node}
@@ -250,6 +250,14 @@ def _asked(function: Callable) -> Iterator[tuple[str, object]]:
             yield from _asked(parameter.annotation)
         else:
             yield name, parameter.annotation
+
+
+def _declared(target):
+    """``Policy.declares`` of what builds a policy; None for a subclass that has a ``convention`` of its own without."""
+    if isinstance(target, type) and hasattr(target, "convention") and hasattr(target, "declares"):
+        said, meant = (next(c for c in target.__mro__ if name in vars(c)) for name in ("declares", "convention"))
+        return target.declares if issubclass(said, meant) else None
+    return getattr(target, "declares", None)
 
 
 def _listed(tasks) -> list:

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from robot_forgetting import cli
-from robot_forgetting.cli_arguments import Arguments
+from robot_forgetting.cli_arguments import Arguments, _declared
+from robot_forgetting.policies.mlp import MLPPolicy
+from robot_forgetting.policy import ConventionSpec
 
 SEARCH = "hydra.searchpath=[file://mine]"
 
@@ -164,6 +166,18 @@ def test_conventions_are_compared_before_the_policy_is_built(capsys, monkeypatch
     monkeypatch.setattr(Arguments, "_build", build)
     said = complaint(capsys, verb, f"policy={policy}", f"task={task}", "prior=[]", "held_out=[]")
     assert "disagree on" in said and "choose a matching pair" in said
+
+
+def test_a_subclass_with_a_convention_of_its_own_declares_nothing():
+    class Mine(MLPPolicy):
+        def convention(self):
+            return ConventionSpec(action_mode="mine")
+
+    class Said(Mine):
+        declares = ConventionSpec(action_mode="mine")
+
+    assert _declared(Mine) is None and _declared(Said) == Said.declares and _declared(MLPPolicy) == MLPPolicy.declares
+    assert _declared(lambda: None) is None
 
 
 # ---- scripts
