@@ -172,3 +172,20 @@ def test_a_long_completion_is_the_same_with_another_name_of_the_end(tmp_path):
     assert "turn" not in policy.config
     action = policy.act(chats(), noise=noise(3))
     assert len(policy.decode(action)) == 3
+
+
+def test_answers_that_do_not_end_are_counted(capsys):
+    from tiny_lm import LettersTask
+
+    from robot_forgetting.evaluate import evaluate
+
+    policy, task = tiny_lm(max_new_tokens=3), LettersTask()
+    seeds = list(range(1_000_000, 1_000_012))
+    whole = policy.encode(["yes", "no"])
+    assert policy.cut_off(whole) == [False, False]
+    assert policy.cut_off(whole[:, :1]) == [True, True]
+    found = list(evaluate(policy, task, seeds, temperature=1.0, num_envs=4))
+    cut = sum(bool(episode.flags.get("answer_cut")) for episode in found)
+    ended = [policy.cut_off(episode.actions[0]) == [bool(episode.flags.get("answer_cut"))] for episode in found]
+    assert all(ended) and cut > 6
+    assert f"letters: {cut} of 12 answers were stopped by their longest length" in capsys.readouterr().err
