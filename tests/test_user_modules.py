@@ -168,3 +168,12 @@ def test_settings_beside_the_data_do_not_change_the_page(downloaded):
     page, expected = (re.findall(r"<svg.*?</svg>", (downloaded / name).read_text(), re.S) for name in PAGES)
     assert page == expected and page
     assert marks(downloaded) == []
+
+
+def test_every_python_that_is_started_takes_the_safe_path():
+    """`python -c` and `python -m` put the working folder first; -P and -I do not."""
+    started = re.compile(r"\[[^\[\]]*(?:sys\.executable|python)\b[^\[\]]*\"-[cm]\"[^\[\]]*\]", re.S)
+    commands = [
+        match for file in (ROOT / "robot_forgetting").rglob("*.py") for match in started.findall(file.read_text())
+    ]
+    assert len(commands) >= 3 and [text for text in commands if '"-P"' not in text and '"-I"' not in text] == []
