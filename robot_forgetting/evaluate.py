@@ -10,6 +10,7 @@ import torch
 
 from robot_forgetting.contracts import checked_policy, checked_task
 from robot_forgetting.errors import UserError
+from robot_forgetting.finite import check_weights
 from robot_forgetting.methods.sft import demonstration_columns, take_columns
 from robot_forgetting.metrics import divergence as distances
 from robot_forgetting.metrics.statistics import clustered_mean
@@ -76,6 +77,7 @@ def evaluate(
 ) -> Iterator[Episode]:
     """One episode per seed, in the order in which they end. A scored task has no use for a temperature (None)."""
     policy.eval()
+    check_weights(policy)
     if isinstance(task, ScoredTask):
         yield from task.score(policy, seeds)
         return

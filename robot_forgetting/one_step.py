@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from robot_forgetting.contracts import checked_action, checked_columns, checked_commands, checked_rewards
+from robot_forgetting.finite import check_probabilities
 from robot_forgetting.policy import Action, Policy
 from robot_forgetting.task import Task, Transition, VectorEnv
 
@@ -154,6 +155,7 @@ def answer(
     noise = torch.from_numpy(np.tile(uniforms(each, streams.ravel()), policy.runs)).unsqueeze(1)
     rows = len(each) * policy.runs
     action = checked_action(policy, policy.act(obs, temperature=temperature, noise=noise), rows).to("cpu")
+    check_probabilities(policy, action)
     statistics = getattr(task, "statistics", None)
     answers = checked_commands(policy, policy.decode(action, statistics=statistics), rows)
     rewards = checked_rewards(task, task.rewards(np.tile(each, policy.runs), answers), rows)

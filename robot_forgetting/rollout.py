@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from robot_forgetting.contracts import checked_action, checked_commands, checked_transition
+from robot_forgetting.finite import check_probabilities
 from robot_forgetting.policy import Action, Policy
 from robot_forgetting.task import Task, VectorEnv
 
@@ -177,6 +178,7 @@ def _act(policy, members, names, active, temperature, statistics, width, draw) -
             noise[index] = draw(episode.key.seed, episode.key.stream, episode.steps, MAX_TOKENS)
     chosen_action = policy.act(columns(rows), temperature=temperature, noise=torch.from_numpy(noise))
     action = checked_action(policy, chosen_action, len(rows)).to("cpu")
+    check_probabilities(policy, action)
     commands = checked_commands(policy, policy.decode(action, statistics=statistics), len(rows))
     chosen = {}
     for index, (name, slot) in enumerate(zip(names, members, strict=True)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import math
 import os
 import re
@@ -22,6 +23,7 @@ from robot_forgetting import schema
 from robot_forgetting.contracts import checked_batches, checked_loss
 from robot_forgetting.errors import Diverged, UserError
 from robot_forgetting.files import disk, follow_umask, read_json, write_json
+from robot_forgetting.finite import are_finite, check_finite
 from robot_forgetting.method import Batch, Method, Penalty
 from robot_forgetting.policy import Policy
 from robot_forgetting.ranges import Count, CountOrNone, LearningRate, Range, check_fields
@@ -32,6 +34,7 @@ from robot_forgetting.task import Task
 # Every iteration is saved, unless that takes more than QUICK seconds (all weights and moments of a 3B model are 36 GB):
 # then the next one waits PATIENCE times as long.
 QUICK, PATIENCE = 1.0, 20
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's, of each parameter
 
 
 Beta = Annotated[float, Range(0, 0.999_999)]
@@ -217,7 +220,7 @@ def _number(value: Tensor) -> float | Tensor:
 
 
 class _Stepper:
-    """AdamW steps of all networks; ``dead`` are those whose loss or gradient was not finite."""
+    """AdamW steps of all networks; ``dead`` are those whose loss, gradient or weights were not finite."""
 
     def __init__(self, policy: Policy, networks, adams, gradient: Replicas, max_grad_norm: float | None, diverged):
         self.policy, self.networks, self.adams, self.gradient = policy, networks, adams, gradient
@@ -233,7 +236,7 @@ class _Stepper:
         for index, (network, loss, penalty) in enumerate(zip(self.networks, losses, penalties, strict=True)):
             norm = self.clip(network)
             if not self.dead[index] and not all(map(math.isfinite, (loss, penalty, norm))):
-                self.stop(index, f"loss {loss}, penalty {penalty}, gradient norm {norm}")
+                self.stop(index, f"the loss is not finite (loss {loss}, penalty {penalty}, gradient norm {norm})")
             if self.dead[index]:
                 for parameter in network:
                     parameter.grad = None  # the optimiser passes over it
@@ -241,6 +244,8 @@ class _Stepper:
             for group in self.adams[index].param_groups:
                 group["lr"] = rates[index]
             self.adams[index].step()
+            if not self.dead[index] and not are_finite(network):
+                self.stop(index, "the weights are not finite after the optimiser's step")
         self.policy.eval()
         return rows
 
@@ -252,14 +257,14 @@ class _Stepper:
             torch.nn.utils.clip_grads_with_norm_(network, self.max_grad_norm, norm)
         return value
 
-    def stop(self, index: int, numbers: str) -> None:
+    def stop(self, index: int, what: str) -> None:
         if self.diverged is None:
             raise Diverged(
-                f"the loss is not finite ({numbers}); the last checkpoint is kept: lower "
-                "method.optimiser.learning_rate, or look at the demonstrations"
+                f"{what}; the last checkpoint is kept: lower method.optimiser.learning_rate, or look at the "
+                "demonstrations"
             )
         self.dead[index] = True
-        self.diverged(index, f"the loss is not finite ({numbers}); lower its learning rate")
+        self.diverged(index, f"{what}; lower its learning rate")
 
 
 def _list(value, count: int) -> list[float]:
@@ -276,10 +281,12 @@ def save_checkpoint(run: RunFolder, policy: Policy, adams, method: Method, *, it
     with disk(run.path):
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
+        moments, remembered = _adam_tensors(policy, adams), method.state_dict()
         _write({name: p.detach() for name, p in trainable(policy).items()}, part / "policy.safetensors")
-        _write(_adam_tensors(policy, adams), part / "optimizer.safetensors")
-        _write(method.state_dict(), part / "method.safetensors")
-        write_json(part / "state.json", {"iteration": iteration, "step": step})
+        _write(moments, part / "optimizer.safetensors")
+        _write(remembered, part / "method.safetensors")
+        layout = {"optimizer": _layout(moments), "method": _layout(remembered)}
+        write_json(part / "state.json", {"iteration": iteration, "step": step, "layout": layout})
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
     for old in run.checkpoints.iterdir():
@@ -292,9 +299,9 @@ def load_checkpoint(run: RunFolder, policy: Policy, adams, method: Method) -> di
     folder = latest_checkpoint(run)
     if folder is None:
         return {"iteration": 0, "step": 0}
+    state = read_state(folder)
     load_weights(policy, folder)
-    moments = _read(folder / "optimizer.safetensors")
-    by_name = {id(p): name for name, p in trainable(policy).items()}
+    moments, by_name = _moments(folder / "optimizer.safetensors", policy, state), _names(policy)
     for adam in adams:
         for parameter in (p for group in adam.param_groups for p in group["params"]):
             name = by_name[id(parameter)]
@@ -302,10 +309,16 @@ def load_checkpoint(run: RunFolder, policy: Policy, adams, method: Method) -> di
                 adam.state[parameter] = {
                     # The step too is where fused AdamW reads it; moments may have been saved in bfloat16.
                     key: moments[f"{name}.{key}"].to(parameter.device, None if key == "step" else parameter.dtype)
-                    for key in ("step", "exp_avg", "exp_avg_sq")
+                    for key in MOMENTS
                 }
-    method.load_state_dict(_read(folder / "method.safetensors"))
-    return read_state(folder)
+    file = folder / "method.safetensors"
+    remembered = _read(file)
+    _check_layout(file, remembered, state)
+    try:
+        method.load_state_dict(remembered)
+    except (ValueError, KeyError, IndexError, TypeError, RuntimeError) as error:  # as a method of the user's may raise
+        raise _damaged(file, error) from error
+    return state
 
 
 def read_state(checkpoint: Path) -> dict:
@@ -317,12 +330,50 @@ def read_state(checkpoint: Path) -> dict:
         raise _damaged(file, error) from error
 
 
+def _moments(file: Path, policy: Policy, state: dict) -> dict[str, Tensor]:
+    """AdamW's state; every parameter has all of its moments, in its shape, or (never trained) none."""
+    moments = _read(file)
+    _check_layout(file, moments, state)
+    shapes = {
+        f"{name}.{key}": [] if key == "step" else list(parameter.shape)
+        for name, parameter in trainable(policy).items()
+        for key in MOMENTS
+    }
+    for name, tensor in moments.items():
+        if shapes.get(name) != list(tensor.shape):
+            expected = f"instead of {shapes[name]}" if name in shapes else "and no parameter has it"
+            raise _damaged(file, f"{name} has shape {list(tensor.shape)} {expected}")
+        lacking = [key for key in MOMENTS if f"{name.rpartition('.')[0]}.{key}" not in moments]
+        if lacking:
+            raise _damaged(file, f"{name.rpartition('.')[0]} has no {lacking[0]}")
+    if state["step"] and not moments:
+        raise _damaged(file, f"it is empty after {state['step']} steps")
+    check_finite(moments, str(file), "delete its folder to train from the start")
+    return moments
+
+
+def _layout(tensors: dict[str, Tensor]) -> str:
+    """Identifies the names and shapes in a file of a checkpoint, which nothing else can foretell."""
+    said = sorted(f"{name} {list(tensor.shape)} {tensor.dtype}" for name, tensor in tensors.items())
+    return hashlib.sha256("\n".join(said).encode()).hexdigest()[:16]
+
+
+def _check_layout(file: Path, tensors: dict[str, Tensor], state: dict) -> None:
+    kept = state.get("layout") or {}  # earlier checkpoints have none
+    if kept.get(file.stem, _layout(tensors)) != _layout(tensors):
+        raise _damaged(file, "it does not hold the tensors that were saved")
+
+
 def load_weights(policy: Policy, folder: Path) -> None:
     """Copies a checkpoint's policy tensors into the policy."""
     tensors, parameters = _read(folder / "policy.safetensors"), trainable(policy)
     # Shapes too: ``copy_`` would broadcast.
     if {name: t.shape for name, t in tensors.items()} != {name: p.shape for name, p in parameters.items()}:
-        raise UserError(f"{folder} does not belong to this policy; start in a new run_dir")
+        raise UserError(
+            f"{folder} does not belong to this policy; start in a new run_dir, or (checkpoint=RUN) leave the policy's "
+            "settings to the run's records"
+        )
+    check_finite(tensors, str(folder / "policy.safetensors"), "take an earlier run's, or train again")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
@@ -341,8 +392,12 @@ def latest_checkpoint(run: RunFolder) -> Path | None:
     return complete[-1] if complete else None
 
 
+def _names(policy: Policy) -> dict[int, str]:
+    return {id(parameter): name for name, parameter in trainable(policy).items()}
+
+
 def _adam_tensors(policy: Policy, adams) -> dict[str, Tensor]:
-    by_name = {id(parameter): name for name, parameter in trainable(policy).items()}
+    by_name = _names(policy)
     return {
         f"{by_name[id(parameter)]}.{key}": value.detach()
         for adam in adams
@@ -368,5 +423,5 @@ def _read(file: Path) -> dict[str, Tensor]:
         raise _damaged(file, error) from error
 
 
-def _damaged(file: Path, error: Exception) -> UserError:
+def _damaged(file: Path, error: Exception | str) -> UserError:
     return UserError(f"{file} is damaged ({error}); delete its folder to train from the start")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -239,3 +240,79 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         (tmp_path / "checkpoints").write_text("a file where a folder should be")
         with pytest.raises(UserError, match="cannot be written"):
             train(ToyPolicy(), ToyTask(), make("sft"), optimiser=OPTIMISER, run=folder, seed=0)
+
+
+# ---- contents that are not what was saved
+
+
+def changed(change: Callable[[dict], None], name: str) -> Callable[[Path], None]:
+    def apply(checkpoint: Path) -> None:
+        tensors = load_file(checkpoint / name)
+        change(tensors)
+        save_file(tensors, checkpoint / name)
+
+    return apply
+
+
+def renamed(old: str, new: str):
+    return lambda tensors: tensors.update({new: tensors.pop(old)})
+
+
+ADAM, METHOD, POLICY = "optimizer.safetensors", "method.safetensors", "policy.safetensors"
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["layout", "earlier"])
+@pytest.mark.parametrize(
+    "name, change, words, earlier",
+    [
+        (ADAM, lambda t: t.update({"bias.exp_avg": torch.zeros(1)}), "bias.exp_avg has shape", True),
+        (ADAM, lambda t: t.update({"bias.step": torch.zeros(3)}), "bias.step has shape", True),
+        (ADAM, lambda t: t.pop("bias.exp_avg_sq"), "bias has no exp_avg_sq", True),
+        (ADAM, lambda t: [t.pop(f"bias.{key}") for key in training.MOMENTS], "", False),
+        (ADAM, dict.clear, "empty after", True),
+        (ADAM, lambda t: t.update({"other.exp_avg": torch.zeros(2)}), "no parameter has it", True),
+        (ADAM, renamed("bias.exp_avg", "bias.other"), "bias", True),
+        (ADAM, lambda t: t["table.exp_avg"].fill_(torch.nan), "numbers that are none", True),
+        (POLICY, lambda t: t["bias"].fill_(torch.inf), "numbers that are none", True),
+        (METHOD, lambda t: t.update({"mean": torch.zeros(7)}), "", False),
+        (METHOD, lambda t: t.update({"more": torch.zeros(1)}), "", False),
+        (METHOD, dict.clear, "'mean'", True),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_that_holds_something_else(tmp_path, name, change, words, earlier, known):
+    """earlier: whether it is found without the layout, which checkpoints of earlier versions do not tell."""
+    with pytest.raises(KeyboardInterrupt):
+        start(tmp_path, "remembering", progress=stop_at(2))
+    checkpoint = latest_checkpoint(RunFolder(tmp_path))
+    changed(change, name)(checkpoint)
+    if not known:
+        state = json.loads((checkpoint / "state.json").read_text())
+        del state["layout"]
+        (checkpoint / "state.json").write_text(json.dumps(state))
+        if not earlier:
+            return
+    with pytest.raises(UserError) as caught:
+        start(tmp_path, "remembering")
+    said = str(caught.value)
+    assert str(checkpoint / name) in said and "\n" not in said
+    assert words in said or (known and "does not hold the tensors that were saved" in said)
+
+
+@pytest.mark.parametrize("content", ["{}", '{"iteration": "2", "step": 3}', '{"iteration": 2, "step": -1}'])
+def test_a_state_that_counts_nothing(tmp_path, content):
+    with pytest.raises(KeyboardInterrupt):
+        start(tmp_path, progress=stop_at(2))
+    (latest_checkpoint(RunFolder(tmp_path)) / "state.json").write_text(content)
+    with pytest.raises(UserError, match="state.json is damaged"):
+        start(tmp_path)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_continued(tmp_path):
+    whole = start(tmp_path / "whole", "remembering")
+    with pytest.raises(KeyboardInterrupt):
+        start(tmp_path / "parts", "remembering", progress=stop_at(2))
+    file = latest_checkpoint(RunFolder(tmp_path / "parts")) / "state.json"
+    state = json.loads(file.read_text())
+    assert state.pop("layout").keys() == {"optimizer", "method"}
+    file.write_text(json.dumps(state))
+    same(start(tmp_path / "parts", "remembering"), whole)

@@ -14,13 +14,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from toy import ToyPolicy
+from toy import ToyPolicy, ToyTask
 from toy_training import OPTIMISER, close, die, killed, make, same, start, stop_at
 
+from robot_forgetting.conformance import toy
 from robot_forgetting.errors import UserError
+from robot_forgetting.evaluate import evaluate
+from robot_forgetting.finite import are_finite
 from robot_forgetting.method import Method
 from robot_forgetting.methods.reinforce import Reinforce
 from robot_forgetting.methods.sft import SFT
+from robot_forgetting.policies.openvla import OpenVLAPolicy
 from robot_forgetting.records import RunFolder
 from robot_forgetting.train import Optimiser, latest_checkpoint
 
@@ -193,3 +197,77 @@ def test_a_loss_that_is_not_finite(tmp_path, value, processes):
     assert all(torch.isfinite(tensor).all() for tensor in load_file(kept / "policy.safetensors").values())
     with pytest.raises(UserError, match="not finite"):  # again, from there
         start(tmp_path, method=Exploding(value, at=2))
+
+
+# ---- weights that are no numbers
+
+
+class Leaping(Method):
+    """Its gradient is finite; a huge learning rate makes the step that is not. ``at``: the iteration that leaps."""
+
+    iterations = 2
+
+    def __init__(self, at: int):
+        self.at = at
+
+    def collect(self, policy, task, iteration):
+        self.factor = float(iteration == self.at)
+        sft = make("sft")
+        sft.begin(policy, task, [])
+        return [sft._data[:5]]
+
+    def loss(self, policy, batch):
+        return self.factor * policy.bias[0]
+
+
+@pytest.mark.parametrize("at", [0, 1], ids=["first step", "last step"])
+def test_a_step_to_weights_that_are_not_finite(tmp_path, at):
+    optimiser = Optimiser(learning_rate=1e39)
+    with pytest.raises(UserError, match="weights are not finite after the optimiser's step; the last checkpoint is ke"):
+        start(tmp_path, method=Leaping(at), penalties=[], optimiser=optimiser)
+    kept = latest_checkpoint(RunFolder(tmp_path))
+    assert kept is None or all(torch.isfinite(t).all() for t in load_file(kept / "policy.safetensors").values())
+
+
+def broken(value: float, name: str = "table") -> ToyPolicy:
+    policy = ToyPolicy(seed=1)
+    with torch.no_grad():
+        policy.get_parameter(name).view(-1)[2] = value
+    return policy
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["table", "bias"])
+def test_weights_that_are_no_numbers_are_not_measured(value, name):
+    with pytest.raises(UserError, match=f"policy 'toy' holds numbers that are none .nan or inf in {name}"):
+        list(evaluate(broken(value, name), ToyTask(), [1], temperature=1.0, num_envs=1))
+
+
+def test_weights_too_large_to_compute_with_are_not_measured():
+    class Overflowing(ToyPolicy):
+        def _token_logits(self, obs, tokens, position):
+            return super()._token_logits(obs, tokens, position) * 1e38 * 1e38
+
+    with pytest.raises(UserError, match="policy 'toy' computes probabilities that are no numbers"):
+        list(evaluate(Overflowing(seed=1), ToyTask(), [1], temperature=1.0, num_envs=1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_finite(dtype):
+    """Whatever the precision, and however many: a large model's sum does not overflow."""
+    many = torch.full((1000, 1000), 100.0, dtype=dtype)
+    assert are_finite([many, many.long()]) and are_finite([])
+    for value in (math.nan, math.inf, -math.inf):
+        assert not are_finite([many, torch.tensor([1.0, value], dtype=dtype)])
+
+
+def test_adapters_that_are_no_numbers_are_not_loaded(tmp_path):
+    parent = toy.tiny_policy(toy.ToyTask())
+    parent.save(tmp_path / "parent")
+    options = {"check_images": False, "device": "cpu"}
+    policy = OpenVLAPolicy(str(tmp_path / "parent"), lora={"rank": 2}, **options)
+    with torch.no_grad():
+        policy.trainable_parameters()[0].fill_(math.nan)
+    policy.save(tmp_path / "adapter")
+    with pytest.raises(UserError, match="the adapter in .*adapter holds numbers that are none"):
+        OpenVLAPolicy(str(tmp_path / "parent"), lora={"rank": 2, "adapter": str(tmp_path / "adapter")}, **options)

@@ -171,7 +171,7 @@ class SDFT(_Distillation):
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         mine = trainable(self._teacher)
-        if mine.keys() != state.keys():
+        if {name: p.shape for name, p in mine.items()} != {name: t.shape for name, t in state.items()}:
             raise UserError("the checkpoint's teacher belongs to another policy; start in a new run_dir")
         with torch.no_grad():
             for name, parameter in mine.items():

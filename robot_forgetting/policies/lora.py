@@ -19,6 +19,7 @@ from torch import nn
 
 from robot_forgetting.errors import UserError
 from robot_forgetting.files import disk, follow_umask, read_json
+from robot_forgetting.finite import check_finite
 from robot_forgetting.ranges import Range
 
 ADAPTER = "default"
@@ -165,6 +166,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     ]
     if problems:
         raise UserError(f"the adapter in {folder} does not fit this policy: {'; '.join(problems)}")
+    check_finite(tensors, f"the adapter in {folder}", "save the adapter again")
     with torch.no_grad():
         for name, parameter in expected.items():
             parameter.copy_(tensors[name])

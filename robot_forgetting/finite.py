@@ -1,0 +1,47 @@
+"""Weights that are no numbers any more are no result: they are refused wherever they arise, or would be used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from robot_forgetting.errors import UserError
+from robot_forgetting.policy import Action, Policy
+
+
+def are_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether there is neither nan nor inf in any tensor, nor numbers so large that their sum is infinite.
+
+    A sum carries both and reads each number once: 1 ms of the small OpenVLA, 0.2 % of a step of 64 rows.
+    """
+    floating = [tensor.detach() for tensor in tensors if tensor.is_floating_point()]
+    wide = [torch.float64 if tensor.dtype == torch.float64 else torch.float32 for tensor in floating]
+    sums = [tensor.sum(dtype=dtype) for tensor, dtype in zip(floating, wide, strict=True)]
+    if not sums:
+        return True
+    return bool(torch.stack([one.to(sums[0].device, torch.float64) for one in sums]).isfinite().all())
+
+
+def check_finite(tensors: Mapping[str, Tensor], what: str, fix: str) -> None:
+    """``UserError``, which names the first tensor with nan or inf."""
+    if not are_finite(tensors.values()):
+        name = next(name for name, tensor in tensors.items() if not are_finite([tensor]))
+        raise UserError(f"{what} holds numbers that are none (nan or inf in {name}); {fix}")
+
+
+def check_weights(policy: Policy) -> None:
+    """``UserError`` where a policy that is to be measured cannot be. (Of a stack, single networks may be given up.)"""
+    if policy.runs == 1:
+        fix = "its training diverged, or its file is broken: take other weights"
+        check_finite(dict(policy.named_parameters()), f"policy '{policy.name}'", fix)
+
+
+def check_probabilities(policy: Policy, action: Action) -> None:
+    """The same for what a policy computes: finite weights can be so large that their products are not."""
+    if policy.runs == 1 and action.log_prob is not None and action.log_prob.isnan().any():
+        raise UserError(
+            f"policy '{policy.name}' computes probabilities that are no numbers; its weights are too large or broken "
+            "(while training: lower method.optimiser.learning_rate)"
+        )
