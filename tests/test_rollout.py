@@ -176,7 +176,8 @@ def test_a_real_policy_decides_the_same_whatever_is_beside_it():
     policy = new_nano(**size, instructions=["reach"], check_images=False)
 
     class Eyes(torch.nn.Module):
-    runs = 1
+        runs = 1
+
         def act(self, obs, **options):
             images = obs["image"].repeat(8, 1).repeat(8, 2)
             return policy.act({**obs, "image": images}, **options)
