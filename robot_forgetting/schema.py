@@ -33,6 +33,7 @@ class Kind:
 # 64 bits: what numpy and a double can do something with.
 TEXT = Kind("a text", lambda value: type(value) is str)
 WHOLE = Kind("a whole number", lambda value: type(value) is int and -(2**63) <= value < 2**63)
+COUNT = Kind("a count", lambda value: type(value) is int and 0 <= value < 2**63)
 NUMBER = Kind(
     "a number",
     lambda value: math.isfinite(value) if type(value) is float else type(value) is int and -(2**63) <= value < 2**63,
@@ -169,7 +170,7 @@ SUCCESS: dict = {
     "n": WHOLE | None,
     "successes": WHOLE | None,
 }
-STATE: dict = {"iteration": WHOLE, "step": WHOLE}  # of a checkpoint
+STATE: dict = {"iteration": COUNT, "step": COUNT}  # of a checkpoint
 
 
 def checked(value: Mapping, keys: Mapping, where: str, fix: str) -> dict:

@@ -222,9 +222,12 @@ class Leaping(Method):
 
 @pytest.mark.parametrize("at", [0, 1], ids=["first step", "last step"])
 def test_a_step_to_weights_that_are_not_finite(tmp_path, at):
-    optimiser = Optimiser(learning_rate=1e39)
+    policy = ToyPolicy(seed=1)
+    with torch.no_grad():
+        policy.bias[0] = -3e38
+    options = {"method": Leaping(at), "penalties": [], "optimiser": Optimiser(learning_rate=1e38)}
     with pytest.raises(UserError, match="weights are not finite after the optimiser's step; the last checkpoint is ke"):
-        start(tmp_path, method=Leaping(at), penalties=[], optimiser=optimiser)
+        start(tmp_path, policy=policy, **options)
     kept = latest_checkpoint(RunFolder(tmp_path))
     assert kept is None or all(torch.isfinite(t).all() for t in load_file(kept / "policy.safetensors").values())
 
