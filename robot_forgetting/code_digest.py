@@ -22,9 +22,9 @@ from robot_forgetting.user_modules import folders
 
 PACKAGE = "robot_forgetting"
 # Of the package: what takes part in no number of an episode, and would change digests at every other repair.
-NO_PART = ("errors", "files", "finite", "contracts", "ranges", "schema", "progress", "records", "user_modules", "doctor",
-           "vulkan", "video", "layers", "summary", "train", "replica", "method", "experiment", "conformance", "report",
-           "reproduce")  # fmt: skip
+NO_PART = ("errors", "files", "finite", "contracts", "ranges", "schema", "progress", "records", "user_modules",
+           "doctor", "vulkan", "video", "layers", "summary", "train", "replica", "method", "experiment", "conformance",
+           "report", "reproduce")  # fmt: skip
 ASIDE = {PACKAGE, *(f"{PACKAGE}.{name}" for name in NO_PART)}
 
 
