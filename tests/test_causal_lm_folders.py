@@ -53,6 +53,7 @@ DAMAGE = {
     "a text for a number": (lambda f: config(f, hidden_size="wide"), "cannot be loaded"),
     "no JSON": (lambda f: (f / "config.json").write_text("{"), "cannot be loaded"),
     "a tokenizer of nothing": (lambda f: (f / "tokenizer.json").write_text("{}"), "cannot be loaded"),
+    "an adapter's": (lambda f: (f / "adapter_config.json").write_text("{}"), "is an adapter's folder"),
     "its own program": (
         lambda f: config(f, model_type="mine", auto_map={"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}),
         "a program of its own, which is never run",

@@ -76,6 +76,11 @@ def _inside_package(checkpoint: str) -> Path:
 def _loaded(found: str, checkpoint: str, dtype: torch.dtype) -> tuple[nn.Module, object]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    if (Path(found) / "adapter_config.json").is_file():  # transformers would load it onto whatever base it names
+        raise UserError(
+            f"{checkpoint} is an adapter's folder; give its base model's as policy.checkpoint, and this one as "
+            "policy.lora={adapter: FOLDER}"
+        )
     if Path(found).is_dir() and not (Path(found) / "config.json").is_file():
         raise UserError(f"{found} has no config.json; give a folder in transformers' layout")
     try:
