@@ -98,6 +98,7 @@ TABLES: dict[str, dict] = {
         "seconds": NUMBER | None,
         "env_steps": NUMBER | None,
         "rollout_success": NUMBER | None,
+        "episodes": WHOLE | None,
     },
     "divergence": {
         **CHECKPOINT,

@@ -177,6 +177,47 @@ def test_reading_claims_no_more_than_the_intervals(page):
     assert "does not cover other training seeds" in lead
 
 
+def test_the_lead_names_what_only_the_greedy_decode_lost_and_a_training_that_went_down(tmp_path):
+    folder = make_run(tmp_path / "a", method="grpo", n=30, iterations=8)
+
+    def rewrite(table: str, change) -> None:
+        rows = [json.loads(line) for line in (folder / table).read_text().splitlines()]
+        (folder / table).write_text("".join(json.dumps(row | change(row)) + "\n" for row in rows))
+
+    def outcome(row: dict) -> dict:  # one prior task is lost at the greedy decode, nothing else is
+        lost = (row["stage"], row["task"], row["decode"]) == (1, "pick_cube", "greedy") and row["episode"] < 12
+        return {"success": not lost, "error": None}
+
+    def rollouts(row: dict) -> dict:
+        return {"rollout_success": 0.45 - 0.2 * row["iteration"] / 8, "episodes": 400} if "episodes" in row else {}
+
+    rewrite("episodes.jsonl", outcome)
+    rewrite("train.jsonl", rollouts)
+    html = write_report([tmp_path], tmp_path / "r.html").read_text().replace("\N{NO-BREAK SPACE}", " ")
+    lead = " ".join(re.findall(r'<p class="lead">(.*?)</p>', html, re.S))
+    assert "+7], cannot be told from none. Of 9 further comparisons (tasks, their mean, decodes) 2 show" in lead
+    assert re.search(r"2 show forgetting: pick_cube \(greedy\) 40 points \[\+\d+, \+\d+\], prior mean \(greedy\)", lead)
+    assert "by chance one in 40 would. Rollout success fell during training, from 41 % in the first quarter" in lead
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "episodes", "said"),
+    [(0.45, 0.25, 400, True), (0.45, 0.25, 8, False), (0.45, 0.44, 400, False), (0.25, 0.45, 400, False),
+     (0.45, 0.25, None, True)],
+)  # fmt: skip
+def test_a_training_that_fell_is_more_than_noise(first, last, episodes, said):
+    names = {"variant": "grpo", "method": "grpo", "task": "t", "role": "new", "decode": "greedy"}
+    success = [{**names, "rate": 0.5, "n": 9, "runs": 2, "low": 0.2, "high": 0.8}]
+    curves = [
+        {"variant": "grpo", "run": run, "iteration": i, "success": rate, "episodes": episodes}
+        for run, end in (("a", last), ("b", 0.46))
+        for i, rate in enumerate([first, 0.45, 0.45, end])
+    ]
+    text = " ".join(reading("p", "t", success, [], [], None, curves)).replace("\N{NO-BREAK SPACE}", " ")
+    assert ("In 1 of 2 runs rollout success fell during training, from 45 % in the first" in text) == said
+    assert "After grpo (2 runs) it solved the new task in 50 %" in text  # though there is no sampled decode
+
+
 @pytest.mark.parametrize(
     ("options", "texts"),
     [

@@ -190,7 +190,9 @@ def _section(index: int, setting: tuple, groups: list[Group], tables: dict, colo
         "id": name,
         "title": f"{new_task} with {policy}" + (", shipped results" if shipped else ""),
         "shipped": shipped,
-        "reading": words.reading(policy, new_task, rows["success"], rows["forgetting"], rows["matched"], fit),
+        "reading": words.reading(
+            policy, new_task, rows["success"], rows["forgetting"], rows["matched"], fit, rows["curves"]
+        ),
         "columns": cols,
         "success": _wide(
             rows["success"], cols, variants, colours, temperature, "Share of episodes that succeed", protocols

@@ -97,6 +97,11 @@ class Run:
         return found.get(decode) or found.get(SCORED, {})
 
     @cached_property
+    def scored(self) -> set[str]:
+        """Tasks whose own protocol stands in for either decode."""
+        return {task for _, _, task, _, decode in self.outcomes if decode == SCORED}
+
+    @cached_property
     def silent(self) -> dict[str, dict]:
         """Prior task -> its row of ``summary.no_signal`` or ``summary.mostly_cut``: its rates say nothing."""
         rows = no_signal(self.outcomes, self.state.get("chance") or {}) + mostly_cut(self.episodes)
@@ -108,16 +113,17 @@ class Run:
 
     @cached_property
     def progress(self) -> dict[int, dict]:
-        """Iteration -> {"seconds", "env_steps", "success"}: cumulative training time and steps, rollout success."""
+        """Iteration -> {"seconds", "env_steps", "success", "episodes"}: cumulative training time and steps, success and
+        number of rollouts."""
         result: dict[int, dict] = {}
         seconds = steps = 0.0
         for row in self.train:
             seconds += row.get("seconds") or 0.0
             steps += row.get("env_steps") or 0
-            entry = result.setdefault(row["iteration"], {"success": None})
+            entry = result.setdefault(row["iteration"], {"success": None, "episodes": None})
             entry |= {"seconds": seconds, "env_steps": steps}
             if row.get("rollout_success") is not None:
-                entry["success"] = row["rollout_success"]
+                entry |= {"success": row["rollout_success"], "episodes": row.get("episodes")}
         return result
 
 

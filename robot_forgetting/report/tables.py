@@ -196,6 +196,7 @@ def forgetting_rows(groups: Sequence[Group]) -> list[dict]:
                         "task": task,
                         "role": role,
                         "decode": decode,
+                        "scored": all(run.scored.issuperset(tasks) for run in used),
                         "at_chance": task in at_chance,
                         "runs": len(used),
                         "n": sum(len(single[3]) for tasks in per_run for single in tasks),

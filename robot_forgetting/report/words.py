@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from robot_forgetting.metrics.resampling import LEAST_RUNS
-from robot_forgetting.metrics.statistics import minimum_detectable_difference
+from robot_forgetting.metrics.statistics import minimum_detectable_difference, wilson
 from robot_forgetting.report.comparison import MOST_COMPARED
 from robot_forgetting.report.runs import BASE
 from robot_forgetting.report.tables import PRIOR_MEAN
+from robot_forgetting.summary import DECODES
 
 MINUS = "\N{MINUS SIGN}"
 SQUARED = "\N{SUPERSCRIPT TWO}"
@@ -77,9 +79,14 @@ def reading(
     forgetting: Sequence[dict],
     matched: Sequence[dict],
     fit: dict | None,
+    curves: Sequence[dict] = (),
 ) -> list[str]:
-    """Paragraphs about one setting, from its rows (sampled decode): the base, each method, what can be compared."""
-    sampled = [row for row in success if row["decode"] == "sampled"]
+    """Paragraphs about one setting, from its rows: the base, each method, what can be compared.
+
+    Rates are those of the sampled decode; whatever was lost at either decode, or in training, is named.
+    """
+    decode = next((name for name in DECODES if any(row["decode"] == name for row in success)), DECODES[0])
+    sampled = [row for row in success if row["decode"] == decode]
     paragraphs = []
     variants = dict.fromkeys(row["variant"] for row in sampled)
     many = len(variants) > MOST_COMPARED + 1  # and the base
@@ -105,14 +112,16 @@ def reading(
             who += variant.removeprefix(BASE)
         else:
             who = f"After {variant} ({plural(max(row['runs'] for row in mine), 'run')}) it"
-        lost = [
-            _lost(row)
+        told = [
+            row
             for row in forgetting
-            if (row["variant"], row["decode"]) == (variant, "sampled") and row["task"] in {one["task"] for one in prior}
+            if (row["variant"], row["decode"]) == (variant, decode) and row["task"] in {one["task"] for one in prior}
         ]
-        paragraphs.append(" ".join([f"{who} solved {' and '.join(parts)}.", *lost]))
+        mine = [row for row in forgetting if row["variant"] == variant]
+        lines = [*map(_lost, told), _more_lost(mine, told), _fell([row for row in curves if row["variant"] == variant])]
+        paragraphs.append(" ".join([f"{who} solved {' and '.join(parts)}.", *filter(None, lines)]))
     if many:
-        paragraphs += _ranges(sampled, forgetting)
+        paragraphs += _ranges(sampled, forgetting, decode, curves)
     if paragraphs:
         paragraphs[0] += " Brackets hold 95 % intervals."
     for row in matched:
@@ -181,22 +190,76 @@ def no_signal(rows: Sequence[dict]) -> str:
     )
 
 
-def _ranges(sampled: Sequence[dict], forgetting: Sequence[dict]) -> list[str]:
+def _ranges(sampled: Sequence[dict], forgetting: Sequence[dict], decode: str, curves: Sequence[dict]) -> list[str]:
     """A sentence per method on a sweep whose settings are too many to be told one by one."""
     sentences = []
     for method in dict.fromkeys(row["method"] for row in sampled if row["method"] != BASE):
         new = [row["rate"] for row in sampled if (row["method"], row["role"]) == (method, "new")]
         lost = [
             row["forgetting"] for row in forgetting
-            if (row["method"], row["decode"], row["task"]) == (method, "sampled", PRIOR_MEAN)
+            if (row["method"], row["decode"], row["task"]) == (method, decode, PRIOR_MEAN)
         ]  # fmt: skip
         if not new:
             continue
         text = f"After {method} ({plural(len(new), 'setting')}) it solved the new task in {_between(new)}{SPACE}%"
         if lost:
             text += f" and had forgotten {_between(lost)} points of the prior tasks' mean"
-        sentences.append(f"{text}.")
+        mine = [row for row in forgetting if row["method"] == method]
+        fell = _fell([row for row in curves if row["method"] == method])
+        sentences.append(" ".join(filter(None, [f"{text}.", _more_lost(mine), fell])))
     return sentences
+
+
+def _more_lost(rows: Sequence[dict], told: Sequence[dict] | None = None) -> str:
+    """What was lost besides ``told``: single tasks, the other decode; "" where no interval excludes zero.
+
+    So many comparisons are looked at that some exclude zero by chance: it says how many.
+    """
+
+    def which(row: dict) -> tuple:  # a benchmark's own protocol stands in for either decode
+        return row["variant"], row["task"], None if row.get("scored") else row["decode"]
+
+    named, past = told is not None, set(map(which, told or ()))
+    known = {which(row): row for row in rows if not row.get("at_chance") and which(row) not in past}
+    found = sorted((row for row in known.values() if row["low"] > 0), key=lambda row: -row["forgetting"])
+    if not found:
+        return ""
+    shown = [f"{row['task']} ({row['decode']}) {number(row['forgetting'])} points {_span(row)}" for row in found[:3]]
+    more = [f"{len(found) - 3} more"] * (len(found) > 3)
+    names = f": {', '.join([*shown, *more])}" if named else ""
+    what = plural(len(known), "further comparison" if named else "comparison")
+    return (
+        f"Of {what} (tasks, their mean, decodes) {len(found)} "
+        f"show{'s' if len(found) == 1 else ''} forgetting{names}; by chance one in 40 would."
+    )
+
+
+def _fell(curves: Sequence[dict]) -> str:
+    """Runs whose training went down: rollout success in the last quarter of iterations below that in the first."""
+    runs: dict[str, list[dict]] = {}
+    for row in curves:
+        if row.get("success") is not None:
+            runs.setdefault(row["run"], []).append(row)
+    falls = []
+    for rows in runs.values():
+        quarter = max(1, len(rows) // 4)
+        first, last = (_pooled(part) for part in (rows[:quarter], rows[-quarter:]))
+        # Independent episodes: Newcombe's interval of the difference of two proportions.
+        if len(rows) > 1 and first[0] - last[0] > math.hypot(first[0] - first[1], last[2] - last[0]):
+            falls.append((first[0], last[0]))
+    if not falls:
+        return ""
+    first, last = (sum(values) / len(falls) for values in zip(*falls, strict=True))
+    where = f"In {len(falls)} of {len(runs)} runs rollout success" if len(runs) > 1 else "Rollout success"
+    return f"{where} fell during training, from {percent(first)} in the first quarter to {percent(last)} in the last."
+
+
+def _pooled(rows: Sequence[dict]) -> tuple[float, float, float]:
+    """Success of all rollouts of some iterations with its Wilson interval; an iteration has 100 where none says."""
+    counts = [max(1, row.get("episodes") or 100) for row in rows]
+    total = sum(counts)
+    rate = sum(count * min(max(row["success"], 0.0), 1.0) for count, row in zip(counts, rows, strict=True)) / total
+    return rate, *wilson(rate * total, total)
 
 
 def _between(values: Sequence[float]) -> str:
