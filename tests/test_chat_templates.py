@@ -99,6 +99,17 @@ def test_an_answer_tag_that_is_a_special_token_stays_in_the_text():
     assert policy.decode(action) == [text]
 
 
+def test_thoughts_of_ones_own_stand_where_the_templates_empty_ones_would(tmp_path):
+    file = tmp_path / "template.jinja"
+    file.write_text(TURNS["empty thoughts"][1])
+    policy = tiny_lm(chat_template=str(file))
+    texts = ["B", "<think>\none and one\n</think>\n\nB"]
+    action = policy.encode(texts)
+    assert policy.decode(action) == texts
+    read = [policy.tokenizer.decode(row[mask]) for row, mask in zip(action.tokens, action.mask, strict=True)]
+    assert read == ["<think>\n\n</think>\n\nB\n<|im_end|>", f"{texts[1]}\n<|im_end|>"]
+
+
 # ---- system messages
 
 REFUSES = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + TEMPLATE

@@ -57,12 +57,14 @@ class Prompts:
     def answers(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of whole turns: each text as the template writes an answer, with the token that ends it.
 
+        A text that begins with thoughts of its own does not get the template's empty ones before it.
         Read behind a prompt, so that a tokenizer that puts a space before any text does not put one here.
         """
         opening, turn = self.template.opening, self.template.turn
         begun, made = self.tokens([opening])[0], []
+        mark = turn.before.split()[:1]  # such as <think>; none where there are blanks only
         for text in texts:
-            written = turn.before + text + turn.after
+            written = ("" if mark and text.startswith(mark[0]) else turn.before) + text + turn.after
             whole = self.tokens([opening + written])[0]
             apart = whole[: len(begun)] != begun  # the text begins with what the tokenizer joins to the prompt's end
             made.append([*(self.tokens([written])[0] if apart else whole[len(begun) :]), turn.end])
