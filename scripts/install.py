@@ -180,7 +180,7 @@ def install_packages(python: Path) -> None:
         if run(*pip, *arguments).returncode:
             raise Failure(f"pip could not install {what} (its message is above); mend that and type `make setup` again")
     # Some packages carry files that are no Python (templates, other versions' syntax); pip passes over them too.
-    run(python, "-m", "compileall", "-qq", "-j", "0", VENV / "lib", stdout=subprocess.DEVNULL)
+    run(python, "-W", "ignore", "-m", "compileall", "-qq", "-j", "0", VENV / "lib", stdout=subprocess.DEVNULL)
 
 
 def clear_environment() -> None:
