@@ -508,6 +508,8 @@ def pytest(steps: Steps, file: str) -> dict:
         raise Skip(f"not installed: {', '.join(missing)}")
     if steps.dry:
         raise Skip("the tests run with all others where there is no GPU")
+    if not list(Path.home().glob(".sapien/physx/*/libPhysXGpu_64.so")):
+        raise Skip("PhysX's library for GPUs is not in ~/.sapien/physx: see docs/gpu_simulation.md")
     command = [sys.executable, "-m", "pytest", "-q", "-k", "gpu", "-p", "no:cacheprovider", f"tests/{file}.py"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=GROUPS["simulator"])
     last = " ".join(done.stdout.strip().splitlines()[-3:])

@@ -11,7 +11,10 @@ import torch
 from gpu_check import InterruptedMethod, methods, moved_a_little, penalties, small_run
 from pretend_cuda import CUDA, OnCuda, pretended_cuda
 
+from robot_forgetting.conformance.policy import check_policy
+from robot_forgetting.conformance.table import Table
 from robot_forgetting.conformance.toy import ToyTask, tiny_policy
+from robot_forgetting.layers import measure_layers
 
 LORA = {"rank": 2, "alpha": 4}
 POLICIES = {
@@ -80,3 +83,15 @@ def test_a_run_on_a_pretended_gpu_continues(tmp_path, policy, method):
         assert not (tmp_path / "b" / "run" / "summary.json").exists()
         _, broken = run(tmp_path / "b" / "run", policy, method, iterations=2)
     assert json.dumps(whole) == json.dumps(broken)
+
+
+@pytest.mark.parametrize("policy", ["openvla-lora", "openvla-mixed", "language"])
+def test_a_policy_on_a_pretended_gpu_keeps_its_promises(policy):
+    text, options = policy.startswith("language"), POLICIES[policy]
+    with pretended_cuda():
+        made = tiny_lm.tiny_lm(device="cuda", **options) if text else tiny_policy(ToyTask(), device="cuda", **options)
+        table = Table()
+        check_policy(table, made, tiny_lm.LettersTask() if text else ToyTask())
+        assert table.rows and not [row for row in table.rows if row.state == "FAIL"]
+        if text:
+            assert measure_layers(made, ["a b", "yes no two", "one", "what is", "sum"], source="text", k=2)

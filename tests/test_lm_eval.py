@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pretend_cuda import pretended_cuda
 from tiny_lm import tiny_folder, tiny_lm
 
 pytest.importorskip("lm_eval")
@@ -522,3 +523,12 @@ def test_broken_files_are_named(tmp_path, monkeypatch, file, text, message):
     name = file.partition("/")[0]
     with pytest.raises(UserError, match=message):
         LmEval(name, configuration=CONFIGURATIONS[name][0], metric="acc").size()
+
+
+def test_a_benchmark_is_scored_on_a_gpu(winogrande):
+    on_cpu = likelihoods(winogrande, tiny_lm())
+    with pretended_cuda():
+        on_gpu = likelihoods(winogrande, tiny_lm(device="cuda"))
+    assert [row == pytest.approx(other, rel=1e-4) for row, other in zip(on_gpu, on_cpu, strict=True)] == [True] * len(
+        on_cpu
+    )
