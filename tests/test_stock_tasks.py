@@ -72,6 +72,19 @@ def test_refused(env_id, arguments, words):
 
 
 @pytest.mark.parametrize(
+    "camera, full_pictures, words",
+    [
+        ({"eye": [1, 0, 1]}, False, "task 'mine': camera has eye; give eye, target and fov, or size and intrinsic"),
+        ({"sensor": "hand_camera", "fov": 1.0}, False, "camera has fov; give"),
+        ({"sensor": "hand_camera"}, True, "full_pictures needs camera.size"),
+    ],
+)
+def test_half_a_camera(camera, full_pictures, words):
+    with pytest.raises(UserError, match=words):
+        ManiSkillTask("mine", "PickCube-v1", "do it", camera=camera, full_pictures=full_pictures)
+
+
+@pytest.mark.parametrize(
     "fault, words",
     [
         ("constructor", "in __init__: RuntimeError: no such gripper"),

@@ -25,6 +25,7 @@ class View(TypedDict, total=False):
     fov: Annotated[float, Range(0.01, 3.1)]
     size: tuple[Pixels, Pixels]
     intrinsic: list[Annotated[float, Range(0, 100_000)]]
+    sensor: str
 
 
 class Noise(TypedDict):
@@ -79,6 +80,7 @@ class ManiSkillTask(Task):
     ):
         if max_steps < 1:
             raise UserError(f"task '{name}': max_steps must be at least 1, not {max_steps}")
+        check_view(name, camera or CAMERA, full_pictures)
         self.name, self.instruction, self.max_steps, self.spawn = name, instruction, max_steps, spawn
         self.robot = find_robot(robot)
         Boundary(self.robot, rotation, gripper)  # refuses what cannot be converted
@@ -162,6 +164,18 @@ class ManiSkillTask(Task):
                     f"the expert of task '{self.name}' succeeded in {found} of {tried} episodes; "
                     "lower its noise or correct it (robot-forgetting check shows how often it succeeds)"
                 )
+
+
+def check_view(name: str, camera: dict, full_pictures: bool) -> None:
+    """``UserError`` unless a camera is wholly described."""
+    given = camera.keys() - {"sensor"}
+    if given not in ({"eye", "target", "fov"}, {"size", "intrinsic"}, set()):
+        raise UserError(
+            f"task '{name}': camera has {', '.join(sorted(given))}; give eye, target and fov, or size and intrinsic, "
+            "or nothing but the name of a sensor"
+        )
+    if full_pictures and "size" not in camera:
+        raise UserError(f"task '{name}': full_pictures needs camera.size, the original's; leave full_pictures out")
 
 
 def check_simulation(simulation: str) -> None:
