@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import math
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -39,6 +42,30 @@ def write_atomic(path: Path, content: str | bytes) -> None:
                 os.fsync(directory)  # the rename itself must survive a power cut
         finally:
             os.close(directory)
+
+
+def cached(name: str, text: str) -> Path:
+    """A file of this text in the user's cache, the same for every process: for what a library reads from files only."""
+    file = f"{hashlib.sha256(text.encode()).hexdigest()[:12]}-{name}"
+    try:
+        path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "robot_forgetting" / file
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, text)
+    except (OSError, RuntimeError, ValueError, UserError):  # no home, or one that cannot be written
+        path = Path(tempfile.mkdtemp(prefix="robot_forgetting_")) / name
+        path.write_text(text, encoding="utf-8")
+    return path
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what a killed process had not finished writing below a folder that nobody else writes."""
+    for pattern in (".*.[0-9]*.tmp", "*/.*.[0-9]*.tmp", "*/*/.*.[0-9]*.tmp", "*/.*.part", "videos/.*.[0-9]*.mp4"):
+        for file in folder.glob(pattern):
+            with contextlib.suppress(OSError):
+                file.unlink()
+    for part in folder.glob("checkpoints/*.part"):
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def follow_umask(path: Path) -> None:

@@ -21,7 +21,7 @@ import yaml
 from robot_forgetting import schema
 from robot_forgetting.children import undisturbed
 from robot_forgetting.errors import UserError
-from robot_forgetting.files import disk, plain, read_json, write_atomic, write_json
+from robot_forgetting.files import disk, plain, read_json, remove_leftovers, write_atomic, write_json
 from robot_forgetting.locks import has_writer, release_lock, take_lock
 
 SCHEMA_VERSION = 1
@@ -78,6 +78,7 @@ class RunFolder:
                 # A start that failed before it recorded anything: the command has been corrected, begin again.
                 earlier = None
                 (path / "config.yaml").unlink()
+            remove_leftovers(path)
             for file in sorted(path.glob("*.jsonl")):
                 _drop_broken_tail(file)
             if earlier is None:

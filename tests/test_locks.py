@@ -8,12 +8,14 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from robot_forgetting import locks
 from robot_forgetting.errors import UserError
+from robot_forgetting.files import cached
 from robot_forgetting.records import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -116,3 +118,30 @@ def test_a_folder_that_is_deleted_meanwhile(tmp_path, what):
             folder.append("notes", {"note": "begun"})
             shutil.rmtree(tmp_path / "run")
             folder.append("notes", {"note": "lost"}) if what == "append" else folder.update(status="running")
+
+
+def test_what_a_killed_process_had_not_finished_goes_at_the_next_start(tmp_path):
+    path = tmp_path / "run"
+    kept = ["videos/a.mp4", "checkpoints/iteration_000001/state.json", "videos/.hidden", "notes.tmp"]
+    left = [".run.json.123.tmp", "checkpoints/iteration_000001/.state.json.9.tmp", "videos/.a.77.mp4"]
+    left += ["checkpoints/iteration_000002.part/policy.safetensors", "adapter/.adapter_model.safetensors.part"]
+    with RunFolder.create(path, config={}):
+        for name in [*kept, *left]:
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            (path / name).write_text("{}")
+    with RunFolder.create(path, config={}):
+        assert all((path / name).exists() for name in kept) and not any((path / name).exists() for name in left)
+        assert not (path / "checkpoints" / "iteration_000002.part").exists()
+
+
+def test_cached_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    first = cached("a.obj", "text")
+    assert first == cached("a.obj", "text") != cached("a.obj", "other") and first.read_text() == "text"
+    first.write_text("damaged")
+    assert cached("a.obj", "text").read_text() == "text"
+    assert len(list(tmp_path.rglob("*.obj"))) == 2 and not list((tmp_path / "temporary").iterdir())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(first))  # a file: no cache can be had
+    assert cached("a.obj", "text").read_text() == "text"

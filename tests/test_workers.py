@@ -29,8 +29,13 @@ pytestmark = [
 class Drifting:
     """Random commands; ``hook`` is called with the number of calls so far."""
 
+    name, runs = "drifting", 1
+
     def __init__(self, hook=lambda calls: None):
         self.hook, self.calls = hook, 0
+
+    def named_parameters(self):
+        return []
 
     def eval(self): ...
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import re
 import sys
-import tempfile
 from pathlib import Path
 
 import sapien
 from mani_skill import PACKAGE_ASSET_DIR
 from mani_skill.agents.registration import REGISTERED_AGENTS, register_agent
 from mani_skill.agents.robots.panda.panda import Panda
+
+from robot_forgetting.files import cached
 
 TABLE_COLOR = [0.62, 0.5, 0.38, 1.0]
 LINK_COLOR = "0.75 0.75 0.78 1"
@@ -41,8 +42,7 @@ def install() -> None:
     """Makes every environment built in this process low-poly. Call it before ``gym.make``; a worker process does."""
     if installed():
         return
-    file = Path(tempfile.mkdtemp(prefix="robot_forgetting_")) / "panda_low_poly.urdf"
-    file.write_text(low_poly_urdf())
+    file = cached("panda_low_poly.urdf", low_poly_urdf())
 
     class PandaLowPoly(Panda):
         uid = "panda"

@@ -6,10 +6,11 @@ SAPIEN 3 makes one hull of the same file: 77 g instead of 43 g, and a centre of 
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 import numpy as np
+
+from robot_forgetting.files import cached
 
 # One part a text: x y z of each vertex in micrometres.
 PARTS = (
@@ -57,7 +58,7 @@ def vertices() -> list[np.ndarray]:
 
 
 def write_mesh() -> Path:
-    """A temporary .obj with the parts as separate objects, which SAPIEN 3 then keeps apart."""
+    """A cached .obj with the parts as separate objects, which SAPIEN 3 then keeps apart."""
     from scipy.spatial import ConvexHull
 
     lines, first = [], 1
@@ -66,6 +67,4 @@ def write_mesh() -> Path:
         lines += [f"v {x:.6f} {y:.6f} {z:.6f}" for x, y, z in points]
         lines += [f"f {a + first} {b + first} {c + first}" for a, b, c in ConvexHull(points).simplices]
         first += len(points)
-    file = Path(tempfile.mkdtemp(prefix="robot_forgetting_")) / "spoon.obj"
-    file.write_text("\n".join(lines) + "\n")
-    return file
+    return cached("spoon.obj", "\n".join(lines) + "\n")
