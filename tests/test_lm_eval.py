@@ -430,7 +430,7 @@ def test_ifeval_does_without_the_items_that_need_punkt(tmp_path, monkeypatch, ca
              "kwargs": [{"num_sentences": 2, "relation": "at least"}]}  # fmt: skip
     _lines(tmp_path / "ifeval" / "input_data.jsonl", [IFEVAL[0], needs, IFEVAL[1]])
     monkeypatch.setenv("ROBOT_FORGETTING_DATA", str(tmp_path))
-    monkeypatch.setattr("robot_forgetting.tasks.lm_eval._punkt", lambda: punkt)
+    monkeypatch.setattr("robot_forgetting.tasks.lm_eval.punkt", lambda: punkt)
     configuration, metric = CONFIGURATIONS["ifeval"]
     task = LmEval("ifeval", configuration=configuration, metric=metric, max_new_tokens=4)
     assert task.left_out() is None

@@ -17,7 +17,6 @@ import copy
 import hashlib
 import io
 import json
-import logging
 import os
 import time
 from collections import Counter
@@ -36,6 +35,7 @@ from robot_forgetting.rollout import Episode, EpisodeKey
 from robot_forgetting.scored import ScoredTask
 from robot_forgetting.tasks.code_sandbox import check_allowed, protection, run_tests
 from robot_forgetting.tasks.lm_eval_data import Splits, local_splits
+from robot_forgetting.tasks.lm_eval_library import installed, punkt, quiet
 from robot_forgetting.tasks.sources import VARIABLE
 
 FEWSHOT_SEED = 1234  # of lm-eval's command line
@@ -175,7 +175,7 @@ class LmEval(ScoredTask):
     @cached_property
     def _tasks(self) -> dict:
         """lm-eval's task object by name, in alphabetical order."""
-        folder = _installed()
+        folder = installed()
         local = local_splits(self.name)
         found = {}
         for file in sorted(folder.glob(self.configuration)):
@@ -195,8 +195,8 @@ class LmEval(ScoredTask):
 
         # HumanEval's functions are not imported: that alone would run code in this process.
         if self.name == "ifeval":
-            _punkt()  # before lm-eval looks for it
-        with _quiet(), contextlib.redirect_stdout(io.StringIO()):
+            punkt()  # before lm-eval looks for it
+        with quiet(), contextlib.redirect_stdout(io.StringIO()):
             config = copy.deepcopy(load_yaml(file, resolve_func=not self._runs_code))
         for key in ("tag", "group", "task_list"):
             config.pop(key, None)
@@ -225,7 +225,7 @@ class LmEval(ScoredTask):
             config = config | {"custom_dataset": lambda **_: splits, "dataset_kwargs": None}
         self._check_examples(config)
         try:
-            with _quiet():
+            with quiet():
                 return ConfigurableTask(config=config)
         except (OSError, ValueError) as error:  # what `datasets` raises without a network, or for a data set that moved
             if local is not None:
@@ -248,7 +248,7 @@ class LmEval(ScoredTask):
 
     @cached_property
     def _documents(self) -> dict[str, list[dict]]:
-        with _quiet():
+        with quiet():
             return {name: list(task.eval_docs) for name, task in self._tasks.items()}
 
     @cached_property
@@ -264,7 +264,7 @@ class LmEval(ScoredTask):
             return set(), ""
         documents = self._documents["ifeval"]
         needing = {("ifeval", n) for n, row in enumerate(documents) if SPLITTING & set(row["instruction_id_list"])}
-        if not needing or _punkt():
+        if not needing or punkt():
             return set(), ""
         why = f"{len(needing)} of {len(documents)} items, which need nltk's punkt_tab"
         say(
@@ -275,7 +275,7 @@ class LmEval(ScoredTask):
 
     def _model(self, policy: Policy):
         """lm-eval's view of the policy's model as it is at this moment: adapters on or off, base or fine-tuned."""
-        _installed()
+        installed()
         from robot_forgetting.tasks.lm_eval_model import WatchedModel
 
         for key in ("model", "tokenizer"):
@@ -332,7 +332,7 @@ class LmEval(ScoredTask):
         made = self._requests(model, items)
         requests = [request for _, request in made]
         kind = requests[0].request_type
-        with _quiet():
+        with quiet():
             answers, cut = model.answers(kind, requests)
         grouped: dict[tuple[str, int], list] = {}
         shortened: dict[tuple[str, int], dict] = {}
@@ -375,45 +375,3 @@ def _instruct_programs(resps: list[list[str]], docs: list[dict]) -> list[list[st
     return [
         [doc["prompt"] + text.partition("```")[0] for text in texts] for texts, doc in zip(resps, docs, strict=True)
     ]
-
-
-def _installed() -> Path:
-    """lm-eval's folder of task configurations."""
-    try:
-        import lm_eval
-    except ImportError:
-        raise UserError("benchmarks need lm-eval: pip install 'robot-forgetting[llm]'") from None
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    # Reports answers without any word, to which it cannot put a language; they are scored all the same.
-    logging.getLogger("lm_eval.tasks.ifeval.instructions").setLevel(logging.CRITICAL)
-    return Path(lm_eval.__file__).parent / "tasks"
-
-
-def _punkt() -> bool:
-    """Whether nltk has punkt_tab, also in $ROBOT_FORGETTING_DATA/nltk_data; lm-eval tries to download it on import."""
-    import nltk
-
-    root = os.environ.get(VARIABLE)
-    folder = None if root is None else str(Path(root, "nltk_data").resolve())
-    if folder is not None and folder not in nltk.data.path:
-        nltk.data.path.append(folder)
-    try:
-        nltk.data.find("tokenizers/punkt_tab/english")
-    except LookupError:
-        return False
-    return True
-
-
-@contextlib.contextmanager
-def _quiet():
-    """lm-eval's progress bars and those of `datasets` have no switch; the experiment shows its own."""
-    from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
-
-    shown = is_progress_bar_enabled()
-    disable_progress_bar()
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        if shown:
-            enable_progress_bar()
