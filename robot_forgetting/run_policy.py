@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from robot_forgetting.checkpoints import load_weights, read_state, trained_checkpoint
 from robot_forgetting.errors import UserError
 from robot_forgetting.policy import Policy
 from robot_forgetting.progress import say
 from robot_forgetting.records import RunFolder
-from robot_forgetting.train import load_weights, read_state, trained_checkpoint
 
 # Settings of a policy that change no result: where and how it is computed. They are the command's own.
 COMPUTING = ("device", "name", "threads", "batch_rows", "gradient_checkpointing", "keep_base", "check_images",

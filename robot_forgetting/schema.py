@@ -42,8 +42,10 @@ FLAG = Kind("true or false", lambda value: type(value) is bool)
 RATE = Kind("a number from 0 to 1", lambda value: type(value) in (int, float) and 0 <= value <= 1)
 NAME = Kind(
     "a text or an object with a name",
-    lambda value: type(value) is str
-    or (type(value) is dict and any(type(value.get(key)) is str and value[key] for key in ("name", "_target_"))),
+    lambda value: (
+        type(value) is str
+        or (type(value) is dict and any(type(value.get(key)) is str and value[key] for key in ("name", "_target_")))
+    ),
 )
 OBJECT = Kind("an object", lambda value: type(value) is dict)
 

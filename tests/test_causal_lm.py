@@ -15,6 +15,7 @@ from tiny_lm import QUESTIONS, LettersTask, chats, noise, nudge, tiny_folder, ti
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from robot_forgetting.checkpoints import trainable
 from robot_forgetting.conformance.policy import check_policy
 from robot_forgetting.conformance.table import Table
 from robot_forgetting.errors import UserError
@@ -28,7 +29,6 @@ from robot_forgetting.policies.causal_lm import CausalLM
 from robot_forgetting.policies.causal_lm_hidden import of_like_length
 from robot_forgetting.policies.causal_lm_vllm import Completion, Sampler, VLLMSampler
 from robot_forgetting.policy import Action, Policy
-from robot_forgetting.train import trainable
 
 
 def tokens(action: Action) -> list[list[int]]:

@@ -17,13 +17,15 @@ from safetensors.torch import load_file, save_file
 from toy import ToyPolicy, ToyTask
 from toy_training import ITERATIONS, OPTIMISER, die, killed, make, same, start, stop_at
 
+from robot_forgetting import checkpoints
 from robot_forgetting import train as training
+from robot_forgetting.checkpoints import latest_checkpoint, load_weights
 from robot_forgetting.errors import UserError
 from robot_forgetting.method import Method
 from robot_forgetting.methods.grpo import GRPO
 from robot_forgetting.methods.kl import KL
 from robot_forgetting.records import RunFolder
-from robot_forgetting.train import latest_checkpoint, load_weights, train
+from robot_forgetting.train import train
 
 # ---- restarts
 
@@ -85,7 +87,7 @@ def before_rows():
 
 
 def amid_the_checkpoint():
-    write, calls = training.save_file, []
+    write, calls = checkpoints.save_file, []
 
     def dying(tensors, path):
         write(tensors, path)
@@ -93,7 +95,7 @@ def amid_the_checkpoint():
         if len(calls) == 8:  # the second of three files of the third checkpoint
             die()
 
-    training.save_file = dying
+    checkpoints.save_file = dying
 
 
 def before_the_old_checkpoint_goes():
@@ -104,7 +106,7 @@ def before_the_old_checkpoint_goes():
             die()
         remove(path, **options)
 
-    training.shutil.rmtree = dying
+    checkpoints.shutil.rmtree = dying
 
 
 @pytest.mark.parametrize(
@@ -217,7 +219,7 @@ def test_a_checkpoint_of_another_policy(tmp_path):
 def test_a_full_disk(tmp_path, monkeypatch, library):
     """safetensors reports a full disk as an error of its own, with the system's number in the text."""
     undisturbed = start(tmp_path / "whole")
-    write, calls = training.save_file, []
+    write, calls = checkpoints.save_file, []
 
     def full(tensors, path):
         calls.append(path)
@@ -268,7 +270,7 @@ ADAM, METHOD, POLICY = "optimizer.safetensors", "method.safetensors", "policy.sa
         (ADAM, lambda t: t.update({"bias.exp_avg": torch.zeros(1)}), "bias.exp_avg has shape", True),
         (ADAM, lambda t: t.update({"bias.step": torch.zeros(3)}), "bias.step has shape", True),
         (ADAM, lambda t: t.pop("bias.exp_avg_sq"), "bias has no exp_avg_sq", True),
-        (ADAM, lambda t: [t.pop(f"bias.{key}") for key in training.MOMENTS], "", False),
+        (ADAM, lambda t: [t.pop(f"bias.{key}") for key in checkpoints.MOMENTS], "", False),
         (ADAM, dict.clear, "empty after", True),
         (ADAM, lambda t: t.update({"other.exp_avg": torch.zeros(2)}), "no parameter has it", True),
         (ADAM, renamed("bias.exp_avg", "bias.other"), "bias", True),

@@ -13,12 +13,13 @@ from tiny_lm import LettersTask, tiny_lm
 from toy import ToyPolicy, ToyTask
 
 from robot_forgetting import cli
+from robot_forgetting.checkpoints import trainable
 from robot_forgetting.errors import UserError
 from robot_forgetting.method import Batch
 from robot_forgetting.methods.distillation import SDFT, OnPolicyDistillation
 from robot_forgetting.policy import ConventionSpec, Policy, Reference
 from robot_forgetting.records import RunFolder
-from robot_forgetting.train import Optimiser, train, trainable
+from robot_forgetting.train import Optimiser, train
 
 RATE = Optimiser(learning_rate=1e-2)
 TEMPLATE = "{question}\nSolution: {demonstration}"

@@ -15,6 +15,7 @@ from toy import ToyPolicy, ToyTask
 from toy_runs import BUDGET, rows, run, same, summary
 
 from robot_forgetting import doctor, episode_rows, experiment, progress, video
+from robot_forgetting.checkpoints import latest_checkpoint, load_weights
 from robot_forgetting.errors import UserError
 from robot_forgetting.evaluate import evaluate
 from robot_forgetting.methods.kl import KL
@@ -24,7 +25,6 @@ from robot_forgetting.report import write_report
 from robot_forgetting.rollout import Episode, EpisodeKey
 from robot_forgetting.scored import ScoredTask
 from robot_forgetting.task import Task
-from robot_forgetting.train import latest_checkpoint, load_weights
 
 pytestmark = pytest.mark.usefixtures("no_renderer")
 

@@ -13,6 +13,7 @@ from toy import ToyPolicy, ToyTask
 from toy_runs import BUDGET, run, same, summary
 
 from robot_forgetting import cli, experiment
+from robot_forgetting.checkpoints import latest_checkpoint, load_weights
 from robot_forgetting.commands import evaluate_command
 from robot_forgetting.errors import UserError
 from robot_forgetting.files import read_json, write_json
@@ -20,7 +21,6 @@ from robot_forgetting.policies.mlp import MLPPolicy
 from robot_forgetting.policy import Policy
 from robot_forgetting.records import RunFolder
 from robot_forgetting.run_policy import check_settings
-from robot_forgetting.train import latest_checkpoint, load_weights
 
 pytestmark = pytest.mark.usefixtures("no_renderer")
 

@@ -12,6 +12,7 @@ import torch
 from tiny_lm import Letters, LettersTask, tiny_folder, tiny_lm
 
 from robot_forgetting import cli, configs
+from robot_forgetting.checkpoints import trainable
 from robot_forgetting.evaluate import evaluate, measure_divergence, policy_states
 from robot_forgetting.method import Batch, mean_over_tokens
 from robot_forgetting.methods.distillation import SDFT, OnPolicyDistillation
@@ -23,7 +24,7 @@ from robot_forgetting.methods.self_sft import SelfSFT
 from robot_forgetting.methods.sft import SFT
 from robot_forgetting.methods.simpo import SimPO
 from robot_forgetting.records import RunFolder
-from robot_forgetting.train import Optimiser, _backward, train, trainable
+from robot_forgetting.train import Optimiser, _backward, train
 
 RATE = Optimiser(learning_rate=1e-2, micro_batch=5)
 SAMPLED = {"iterations": 2, "groups": 4, "group_size": 16, "optimiser": RATE}

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from toy import ToyPolicy, ToyTask
 from toy_training import OPTIMISER, close, die, killed, make, same, start, stop_at
 
+from robot_forgetting.checkpoints import latest_checkpoint
 from robot_forgetting.conformance import toy
 from robot_forgetting.errors import UserError
 from robot_forgetting.evaluate import evaluate
@@ -26,7 +27,7 @@ from robot_forgetting.methods.reinforce import Reinforce
 from robot_forgetting.methods.sft import SFT
 from robot_forgetting.policies.openvla import OpenVLAPolicy
 from robot_forgetting.records import RunFolder
-from robot_forgetting.train import Optimiser, latest_checkpoint
+from robot_forgetting.train import Optimiser
 
 # ---- the same gradient, however it is computed
 

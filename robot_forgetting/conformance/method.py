@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from robot_forgetting.checkpoints import trainable
 from robot_forgetting.conformance.table import Table, Wrong, expect
 from robot_forgetting.conformance.toy import ToyTask, tiny_policy
 from robot_forgetting.contracts import checked_batches, checked_kind, checked_loss
@@ -20,7 +21,6 @@ from robot_forgetting.method import Batch, Method, Penalty
 from robot_forgetting.policy import Policy
 from robot_forgetting.preflight import check_method as checked_method
 from robot_forgetting.task import Task
-from robot_forgetting.train import trainable
 
 ROWS = 48  # of a batch, for the loss; a multiple of 3
 # Columns of train.jsonl that the optimiser loop writes itself.

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from robot_forgetting.checkpoints import trainable
 from robot_forgetting.conformance.table import NotApplicable, Row, Table, expect
 from robot_forgetting.contracts import checked_action, checked_policy
 from robot_forgetting.one_step import OneStepTask
 from robot_forgetting.policy import Action, Policy
 from robot_forgetting.preflight import made_up_pictures
 from robot_forgetting.task import Task
-from robot_forgetting.train import trainable
 
 QUESTIONS = ["What is 2 + 3?", "Name a colour.", "Which is larger, seven or nine? Answer with one word."]
 INSTRUCTIONS = ["pick up the red cube and hold it at the green ball", "push the blue cube onto the target"]
