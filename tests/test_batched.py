@@ -418,6 +418,9 @@ def task(**arguments) -> ManiSkillTask:
     return ManiSkillTask("mine", "PushCube-v1", "push it", **{"simulation": "gpu"} | arguments)
 
 
+ORIGINAL = {"size": [640, 480], "intrinsic": [600.0, 600.0, 320.0, 240.0]}  # a camera
+
+
 @pytest.mark.parametrize(
     "cuda, arguments, words",
     [
@@ -428,7 +431,7 @@ def task(**arguments) -> ManiSkillTask:
             {"robot": "widowx_maniskill3"},
             "robot 'widowx_maniskill3' of task 'mine' has no controller for simulation=gpu; use sim",
         ),
-        ("12.8", {"full_pictures": True, "image_size": 512, "camera": {"size": [640, 480]}}, "image_size=512 is more"),
+        ("12.8", {"full_pictures": True, "image_size": 512, "camera": ORIGINAL}, "image_size=512 is more"),
         (None, {"simulation": "tpu"}, "unknown simulation 'tpu'; choose one of: cpu, gpu"),
     ],
 )

@@ -61,6 +61,7 @@ def make_environment(spec: SimulationSpec, num_envs: int = 1, backend: str = "ph
     import gymnasium
     import mani_skill.envs  # registers the stock environments
     from mani_skill.utils import download_asset
+    from mani_skill.utils.registration import REGISTERED_ENVS
 
     mani_skill.logger.setLevel(logging.ERROR)  # its warnings (no CUDA renderer, default poses) need no action
 
@@ -80,6 +81,8 @@ def make_environment(spec: SimulationSpec, num_envs: int = 1, backend: str = "ph
             ) from error
     robot = find_robot(spec.robot)
     download_asset.prompt_yes_no = no_download
+    known = REGISTERED_ENVS.get(spec.env_id.rpartition(":")[2])
+    modes = ["none"] if known is None else known.cls.SUPPORTED_OBS_MODES
     shader = "minimal" if spec.render == "low_poly" else "default"
     drawn = tuple(spec.camera["size"]) if spec.full_pictures else (spec.image_size, spec.image_size)
     sensors = {**camera_settings(spec.camera, drawn), "shader_pack": shader}
@@ -87,7 +90,7 @@ def make_environment(spec: SimulationSpec, num_envs: int = 1, backend: str = "ph
     try:
         env = gymnasium.make(
             spec.env_id,
-            obs_mode="none",
+            obs_mode="none" if "none" in modes else modes[0],  # digital twins insist on one
             control_mode=robot.control_mode,
             num_envs=num_envs,
             sim_backend=backend,
