@@ -61,6 +61,11 @@ class Replicas:
                 connection.send((part, len(part) / len(batch)))
             except (BrokenPipeError, OSError) as error:
                 raise self._died(process) from error
+            except RuntimeError as error:  # torch sends tensors through /dev/shm
+                raise UserError(
+                    f"no room in /dev/shm for a batch ({error}); enlarge it (docker run --shm-size=1g), or use "
+                    "processes=1"
+                ) from error
         loss, penalty = self._backward(parts[0], len(parts[0]) / len(batch)) if len(parts[0]) else (0.0, 0.0)
         for (connection, process, gradients), _ in busy:
             try:

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from toy_training import start
 
 from robot_forgetting import children
+from robot_forgetting.errors import UserError
 from robot_forgetting.replica import _shared
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,6 +27,7 @@ SCRIPT = """
 import multiprocessing, sys, time
 from pathlib import Path
 from robot_forgetting import children
+from robot_forgetting.errors import UserError
 from robot_forgetting.records import RunFolder
 
 def main(arguments):
@@ -161,6 +164,7 @@ def test_where_the_system_does_not_tell_of_a_parents_death():
 import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from robot_forgetting import children
+from robot_forgetting.errors import UserError
 parent = os.getpid()
 if os.fork() == 0:
     sys.platform = "darwin"
@@ -210,3 +214,15 @@ def test_every_process_is_started_in_one_place():
         if re.search(r"\bProcess\(|ProcessPool|multiprocessing\.Pool|share_memory_\(", path.read_text())
     }
     assert found == {"children.py"}
+
+
+def test_training_where_dev_shm_is_full(tmp_path, monkeypatch):
+    """A container has 64 MB of it, or less."""
+
+    def full(*arguments, **options):
+        raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
+
+    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", full)
+    monkeypatch.setattr(torch.UntypedStorage, "_share_filename_cpu_", full)
+    with pytest.raises(UserError, match="no room in /dev/shm for a batch .*; enlarge it .*, or use processes=1"):
+        start(tmp_path, processes=3)

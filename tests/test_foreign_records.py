@@ -81,8 +81,11 @@ def one_line(error: object) -> bool:
     return str(error).strip().count("\n") == 0 and len(str(error)) < 2000
 
 
-def ends_well(sound: Path, folder: Path, count: int, action: Callable[[], str | None]) -> None:
-    """``action`` on a folder with one thing changed, ``count`` times: what it returns or raises is a line, or None."""
+def ends_well(sound: Path, folder: Path, count: int, action: Callable[[], str | None]) -> int:
+    """``action`` on a folder with one thing changed, ``count`` times: what it returns or raises is a line, or None.
+
+    Returns how often there was a line.
+    """
     chance, refused, wrong = random.Random(0), 0, []
     for number in range(count):
         shutil.rmtree(folder, ignore_errors=True)
@@ -100,7 +103,8 @@ def ends_well(sound: Path, folder: Path, count: int, action: Callable[[], str | 
             if not one_line(line):
                 wrong.append(f"{number}, {said[:200]}: {line}")
     assert not wrong, "\n".join(wrong)
-    assert 0.1 * count < refused < 0.8 * count
+    assert refused < 0.8 * count
+    return refused
 
 
 def test_a_report_of_strange_records(tmp_path, no_drawing, capsys):
@@ -110,7 +114,7 @@ def test_a_report_of_strange_records(tmp_path, no_drawing, capsys):
     def report() -> None:
         write_report([tmp_path / "runs"], tmp_path / "report.html")
 
-    ends_well(sound, tmp_path / "runs" / "sft", 150, report)
+    assert ends_well(sound, tmp_path / "runs" / "sft", 150, report) > 15
 
 
 def test_going_on_from_strange_records(data, tmp_path, monkeypatch, capsys):  # noqa: F811
