@@ -229,7 +229,7 @@ def test_a_full_disk(tmp_path, monkeypatch, library):
             raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
         write(tensors, path)
 
-    monkeypatch.setattr(training, "save_file", full)
+    monkeypatch.setattr(checkpoints, "save_file", full)
     with pytest.raises(UserError, match="the disk is full: .* free some space and run the same command again"):
         start(tmp_path / "run")
     monkeypatch.undo()
