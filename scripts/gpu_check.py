@@ -141,10 +141,10 @@ LORA = {"rank": 4, "alpha": 8}
 # Policy: (kind, name of its weights, options).
 POLICIES = {
     "openvla": ("robot", "openvla-nano", {}),
-    "openvla-lora": ("robot", "openvla-nano", {"lora": LORA, "dtype": "bfloat16", "gradient_checkpointing": True}),
-    "openvla-mixed": ("robot", "openvla-nano", {"dtype": "mixed"}),
     "language": ("text", "qwen-nano", {}),
+    "openvla-lora": ("robot", "openvla-nano", {"lora": LORA, "dtype": "bfloat16", "gradient_checkpointing": True}),
     "language-lora": ("text", "qwen-nano", {"lora": LORA, "gradient_checkpointing": True}),
+    "openvla-mixed": ("robot", "openvla-nano", {"dtype": "mixed"}),
     "language-mixed": ("text", "qwen-nano", {"dtype": "mixed"}),
 }
 
@@ -230,19 +230,17 @@ def small_run(folder: Path, policy, task, method, penalty, **options) -> dict:
     return rows | {"summary": run.summary()}
 
 
-class InterruptedMethod:
-    """The same method that stops before its second iteration, as Ctrl-C would."""
+def interrupted(method):
+    """The same method, which stops before its second iteration, as Ctrl-C would."""
+    collect = method.collect
 
-    def __init__(self, method):
-        self.method = method
-
-    def __getattr__(self, name: str):
-        return getattr(self.method, name)
-
-    def collect(self, policy, task, iteration: int):
+    def until_then(policy, task, iteration: int):
         if iteration:
             raise KeyboardInterrupt
-        return self.method.collect(policy, task, iteration)
+        return collect(policy, task, iteration)
+
+    method.collect = until_then
+    return method
 
 
 def nano(steps: Steps) -> None:
@@ -301,7 +299,7 @@ def restarted(steps: Steps, kind, weights, options, rows) -> dict:
             method, path = methods(kind, 2, rows)["grpo"](moved_a_little(policy)), Path(folder) / name / "run"
             if name == "interrupted":
                 with contextlib.suppress(KeyboardInterrupt):
-                    small_run(path, policy, task, InterruptedMethod(method), None)
+                    small_run(path, policy, task, interrupted(method), None)
                 policy, task = built(kind, weights, options, steps.device)
                 moved_a_little(policy)
             runs.append(small_run(path, policy, task, method, None))
@@ -312,7 +310,9 @@ def restarted(steps: Steps, kind, weights, options, rows) -> dict:
 
 
 def largest_difference(one, other) -> float:
-    """Of the losses and gradient norms of two runs, relative to their size."""
+    """Of the losses and gradient norms of two runs, relative to their size; inf where their steps are not as many."""
+    if len(one["train"]) != len(other["train"]):
+        return float("inf")
     pairs = [
         (a[key], b[key])
         for a, b in zip(one["train"], other["train"], strict=True)

@@ -8,7 +8,7 @@ import json
 import pytest
 import tiny_lm
 import torch
-from gpu_check import InterruptedMethod, methods, moved_a_little, penalties, small_run
+from gpu_check import interrupted, methods, moved_a_little, penalties, small_run
 from pretend_cuda import CUDA, OnCuda, pretended_cuda
 
 from robot_forgetting.conformance.policy import check_policy
@@ -39,9 +39,8 @@ CASES = [
 ]
 
 
-def run(folder, policy: str, method: str, penalty: str = "none", iterations: int = 1, interrupted: bool = False):
+def run(folder, policy: str, method: str, penalty: str = "none", *, device="cuda", iterations: int = 1, stops=False):
     """The policy, and what was recorded."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     text, options = policy.startswith("language"), POLICIES[policy]
     made = tiny_lm.tiny_lm(device=device, **options) if text else tiny_policy(ToyTask(), device=device, **options)
     if made.lora is not None:  # drawn by the device's own generator
@@ -51,7 +50,7 @@ def run(folder, policy: str, method: str, penalty: str = "none", iterations: int
                     parameter.fill_(0.1)
     task = tiny_lm.LettersTask() if text else ToyTask(max_steps=5)
     how = methods("text" if text else "robot", iterations, 4)[method](moved_a_little(made))
-    how = InterruptedMethod(how) if interrupted else how
+    how = interrupted(how) if stops else how
     return made, small_run(folder, made, task, how, penalties()[penalty])
 
 
@@ -61,7 +60,7 @@ def test_a_run_on_a_pretended_gpu_gives_the_numbers_of_the_cpu(tmp_path, policy,
         made, cuda = run(tmp_path / "a" / "run", policy, method, penalty)
         assert made.device == CUDA
         assert all(isinstance(parameter, OnCuda) for parameter in made.parameters() if parameter.requires_grad)
-    _, cpu = run(tmp_path / "b" / "run", policy, method, penalty)
+    _, cpu = run(tmp_path / "b" / "run", policy, method, penalty, device="cpu")
     assert cuda["summary"].keys() == cpu["summary"].keys() and len(cuda["divergence"]) == len(cpu["divergence"])
     if policy in ("openvla-mixed", "openvla-bfloat16", "language-mixed"):
         return  # sums in another order show in 8 bits
@@ -79,7 +78,7 @@ def test_a_run_on_a_pretended_gpu_continues(tmp_path, policy, method):
     with pretended_cuda():
         _, whole = run(tmp_path / "a" / "run", policy, method, iterations=2)
         with contextlib.suppress(KeyboardInterrupt):
-            run(tmp_path / "b" / "run", policy, method, iterations=2, interrupted=True)
+            run(tmp_path / "b" / "run", policy, method, iterations=2, stops=True)
         assert not (tmp_path / "b" / "run" / "summary.json").exists()
         _, broken = run(tmp_path / "b" / "run", policy, method, iterations=2)
     assert json.dumps(whole) == json.dumps(broken)
