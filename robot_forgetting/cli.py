@@ -21,7 +21,7 @@ from robot_forgetting import __version__, children
 from robot_forgetting.cli_arguments import CHECKPOINT_VERBS, Arguments
 from robot_forgetting.cli_errors import complain
 from robot_forgetting.cli_help import HELP, help_text, verb_help
-from robot_forgetting.config_checks import GROUPS, by_kind, key_of, replacing
+from robot_forgetting.config_checks import GROUPS, by_kind, entries, key_of, replacing
 from robot_forgetting.errors import UserError, unknown
 from robot_forgetting.settings import Settings
 from robot_forgetting.user_modules import search
@@ -59,8 +59,9 @@ PLAIN = {
 }
 
 # The hydra flags that make sense here. (--experimental-rerun, for one, would read a pickle.)
-FLAGS = {"--multirun", "-m", "--cfg", "-c", "--resolve", "--package", "-p", "--info", "-i", "--config-dir", "-cd"}
 FLAGS_WITH_VALUE = {"--cfg", "-c", "--package", "-p", "--config-dir", "-cd"}
+FLAGS = {"--multirun", "-m", "--resolve", "--info", "-i", *FLAGS_WITH_VALUE}
+CFG = ("job", "hydra", "all")
 SWEEP = {"--multirun", "-m"}
 LIST_KEYS = ("list", "keys")
 
@@ -115,14 +116,22 @@ def _check_script(verb: str) -> None:
 
 def _split(verb: str, arguments: list[str]) -> tuple[list[str], list[str], list[str]]:
     """Hydra's flags, overrides, and positional arguments (run folders of `report`, `keys` of `list`)."""
-    flags, overrides, positional, value_next = [], [], [], False
+    flags, overrides, positional = [], [], []
     given: dict[str, str] = {}
-    for argument in arguments:
-        if value_next or argument.startswith("-"):
-            if not value_next and argument.partition("=")[0] not in FLAGS:
+    rest = iter(arguments)
+    for argument in rest:
+        if argument.startswith("-"):
+            flag, equals, value = argument.partition("=")
+            if flag not in FLAGS:
                 raise UserError(f"unknown option '{argument}'; robot-forgetting --help shows what there is")
-            flags.append(argument)
-            value_next = not value_next and argument in FLAGS_WITH_VALUE
+            if flag in FLAGS_WITH_VALUE and not equals:
+                value = next(rest, "")
+            if flag in FLAGS_WITH_VALUE and not value or flag in ("--cfg", "-c") and value not in CFG:
+                raise UserError(f"'{argument}': write --cfg job (or hydra, all), --package NAME, --config-dir FOLDER")
+            if flag in ("--config-dir", "-cd"):
+                overrides.append(_searchpath(value, given))
+            else:
+                flags += [flag, value] if flag in FLAGS_WITH_VALUE else [argument]
         elif (verb == "report" and ("=" not in argument or Path(argument).exists())) or (verb, argument) == LIST_KEYS:
             positional.append(argument)
         elif verb == "reproduce" and "=" not in argument and not argument.startswith("~"):
@@ -132,9 +141,16 @@ def _split(verb: str, arguments: list[str]) -> tuple[list[str], list[str], list[
         else:
             _check_override(argument, given)
             overrides += replacing(argument)
-    if value_next or ({"--cfg", "-c"} & set(flags) and not {"job", "hydra", "all"} & set(flags)):
-        raise UserError(f"'{flags[-1]}': write --cfg job (or hydra, or all); --package NAME; --config-dir FOLDER")
     return flags, overrides, positional
+
+
+def _searchpath(folder: str, given: dict[str, str]) -> str:
+    """`--config-dir FOLDER` as the key that says the same, which also reaches what hydra's option does not."""
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder} not found; give an existing folder after --config-dir")
+    override = f'hydra.searchpath=["file://{Path(folder).absolute()}"]'
+    _check_override(override, given)
+    return override
 
 
 def _check_override(argument: str, given: dict[str, str]) -> None:
@@ -145,7 +161,7 @@ def _check_override(argument: str, given: dict[str, str]) -> None:
     if key in given:
         raise UserError(f"'{key}' is given twice: {given[key]} and {argument}; leave one out")
     given[key] = argument
-    if argument.startswith("~") and key in Settings.__annotations__:
+    if argument.startswith("~") and key in (*Settings.__annotations__, "penalty"):
         raise UserError(f"'{key}' cannot be left out; give it a value: {key}=...")
     if key in GROUPS and (value.startswith(("[", "{")) or value == "null"):
         raise UserError(f"'{argument}': write {key}=NAME, one of those that robot-forgetting list shows")
@@ -240,19 +256,26 @@ def _points(overrides: list[str], configs: str) -> list[list[str]]:
     Not hydra's own sweep, which applies plain overrides before it chooses the groups that are swept over, and would
     refuse a key that the default method lacks.
     """
-    import hydra
-    from hydra.core.global_hydra import GlobalHydra
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    with hydra.initialize_config_dir(configs, version_base="1.3"):
-        parser = OverridesParser.create(GlobalHydra.instance().config_loader())
-        parsed = zip(overrides, parser.parse_overrides(overrides), strict=True)
-        values = [
-            [f"{one.get_key_element()}={value}" for value in one.sweep_string_iterator()]
-            if one.is_sweep_override()
-            else [text]
-            for text, one in parsed
-        ]
+    folders = [Path(configs)]
+
+    class Choices:
+        """What `method=glob(s*)` chooses from, as far as hydra asks for it."""
+
+        def get_group_options(self, group_name: str, results_filter=None) -> list[str]:
+            return sorted(entries(folders, group_name))
+
+    values = []
+    parsed = OverridesParser.create(Choices()).parse_overrides(overrides)
+    for one in parsed:
+        if one.key_or_group == "hydra.searchpath":
+            folders += [Path(str(folder).removeprefix("file://")) for folder in one.value()]
+    for text, one in zip(overrides, parsed, strict=True):
+        listed = one.sweep_string_iterator() if one.is_sweep_override() else ()
+        values.append([f"{one.get_key_element()}={value}" for value in listed] or [text])
+        if one.is_sweep_override() and values[-1] == [text]:
+            raise UserError(f"'{text}' lists nothing to sweep over")
     return [list(point) for point in itertools.product(*values)]
 
 

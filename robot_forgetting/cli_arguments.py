@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import is_dataclass, replace
 from pathlib import Path
 
-from robot_forgetting.config_checks import GROUPS, check_node, check_root, key_of, typed
+from robot_forgetting.config_checks import GROUPS, check_node, check_root, entries, key_of, typed
 from robot_forgetting.errors import UserError
 from robot_forgetting.keys import Key, keys_of
 from robot_forgetting.ranges import problem
@@ -61,9 +61,13 @@ class Arguments:
 
     def _check_added(self) -> None:
         """`+key=value` at the top, which nothing reads: neither we nor any `${key}` in the configuration."""
+        known = {*GROUPS, *Settings.__annotations__}
         for text in self._overrides:
             key = re.split(r"[.@/]", key_of(text))[0]
-            if text.startswith("+") and key not in (*GROUPS, *Settings.__annotations__, *self._read_by(self._config)):
+            if not text.startswith("+") or key in known or key not in self._config:  # a group's may lie elsewhere
+                continue
+            tasks = [self._entry("task", name) for name in (*self.plain["prior"], *self.plain["held_out"])]
+            if not any(key in self._read_by(node) for node in (self._config, *tasks)):
                 raise UserError(
                     f"nothing reads '{key}' ({text}); a setting of a method, task or policy is +method.{key}=..., "
                     "a value for your own yaml files is read there as ${" + key + "}"
@@ -203,7 +207,7 @@ class Arguments:
             OmegaConf.to_container(node, resolve=True, throw_on_missing=True) if OmegaConf.is_config(node) else node
         )
         if not isinstance(values, dict) or "_target_" not in values:
-            file = next((f for folder in self.sources if (f := folder / group / f"{name}.yaml").is_file()), name)
+            file = entries(self.sources, group).get(name, name)
             raise UserError(
                 f"{group}={name}: {file} has no `_target_`; it names the class to build: _target_: module.Class"
             )

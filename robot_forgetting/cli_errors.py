@@ -71,8 +71,6 @@ def _explain_hydra(error: BaseException, text: str, overrides: Sequence[str]) ->
             nested = [path.relative_to(shipped).with_suffix("").as_posix() for path in shipped.glob("*/*.yaml")]
             return str(unknown(root, f"{folder}/{name}" if folder else name, {*options, *nested}))
         return f"there is no config '{missing}'"
-    if "config directory" in text:
-        return f"{text}; give an existing folder after --config-dir"
     if "hydra.searchpath must be a list" in text:
         return "hydra.searchpath is a list of folders: write 'hydra.searchpath=[file://FOLDER]'"
     if match := re.search(r"Could not override '([^']+)'", text):
@@ -119,7 +117,7 @@ def _known_keys(overrides: Sequence[str]) -> set[str]:
     from omegaconf import OmegaConf
 
     configs = importlib.import_module("robot_forgetting.configs")
-    usable = [text for text in overrides if text.partition("=")[0] in (*GROUPS, "hydra.searchpath") and "," not in text]
+    usable = [text for text in overrides if text.partition("=")[0] in (*GROUPS, "hydra.searchpath")]
     with hydra.initialize_config_dir(str(Path(configs.__file__).parent), version_base="1.3"):
         config = OmegaConf.to_container(hydra.compose("config", overrides=usable))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from robot_forgetting.config_checks import GROUPS
+from robot_forgetting.config_checks import GROUPS, entries
 from robot_forgetting.keys import Key, shown
 
 HELP = {"-h", "--help", "help"}
@@ -57,11 +57,7 @@ def list_choices(sources: list[Path], run_folders: list[Path], keys: Callable) -
         print(table(keys()))
         return
     for group in GROUPS:
-        files = {
-            path.relative_to(folder / group).with_suffix("").as_posix(): path
-            for folder in reversed(sources)
-            for path in (folder / group).rglob("*.yaml")
-        }
+        files = entries(sources, group)
         width = max(map(len, files), default=0)
         print(f"{group}=")
         for name, path in sorted(files.items()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from pathlib import Path
 
 from robot_forgetting.errors import UserError
 from robot_forgetting.ranges import ArgumentsOf, problem, unmarked
@@ -29,6 +30,15 @@ def typed(arguments: Sequence[str]) -> list[str]:
 def key_of(argument: str) -> str:
     """The key that an override sets, adds or removes."""
     return argument.lstrip("+~").partition("=")[0]
+
+
+def entries(folders: Sequence[Path], group: str) -> dict[str, Path]:
+    """Name -> yaml file of what a group offers; of two files of one name, that of the folder named first."""
+    return {
+        path.relative_to(folder / group).with_suffix("").as_posix(): path
+        for folder in reversed(folders)
+        for path in (folder / group).rglob("*.yaml")
+    }
 
 
 def by_kind(robot, text, *, _root_):

@@ -49,6 +49,10 @@ def complaint(capsys, *arguments: str) -> str:
         (["~task"], "run needs a task: give task=NAME"),
         (["~seed"], "'seed' cannot be left out"),
         (["~budget"], "'budget' cannot be left out"),
+        (["~penalty"], "'penalty' cannot be left out"),
+        (["--multirun", "method=glob(nosuch*)"], "'method=glob(nosuch*)' lists nothing to sweep over"),
+        (["--multirun", "seed=range(3,3)"], "'seed=range(3,3)' lists nothing to sweep over"),
+        (["--config-dir", ".", SEARCH], "'hydra.searchpath' is given twice"),
         (["~nosuch"], "'nosuch' does not exist"),
         (["seed=${foo}"], "there is no ${foo}"),
         (["prior=[1]"], "prior[0]=1 is not a text"),
@@ -102,15 +106,43 @@ def test_an_added_key_that_a_users_own_yaml_reads(capsys, tmp_path, monkeypatch)
     assert "task.items=7\n" in capsys.readouterr().out
 
 
-# ---- sweeps
-
-
 @pytest.fixture
 def points(monkeypatch):
     """The configurations of a sweep's points, in place of running them."""
     found = []
     monkeypatch.setattr(Arguments, "call", lambda self, _: found.append(self.plain))
     return found
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch) -> Path:
+    """A folder of a user's own configurations."""
+    monkeypatch.chdir(tmp_path)
+    for group, text in {
+        "task": "_target_: robot_forgetting.tasks.skills.Skill\nname: own\nskill: sort\nitems: ${length}\n",
+        "method": "defaults: [sft]\n",
+        "experiment": "# @package _global_\ndefaults: [{override /method: grpo}]\nseed: 7\n",
+    }.items():
+        Path("mine", group).mkdir(parents=True)
+        Path("mine", group, "own.yaml").write_text(text)
+    return Path("mine")
+
+
+@pytest.mark.parametrize("named", [[SEARCH], ["--config-dir", "mine"], ["--config-dir=mine"]])
+def test_a_folder_of_ones_own_serves_everywhere(capsys, mine, points, named):
+    assert cli.main(["run", *named, "prior=[own]", "held_out=[]", "+length=7"]) == 0, "a prior task reads it"
+    assert cli.main(["run", *named, "+experiment=own", "held_out=[]"]) == 0, "a group that is not ours"
+    assert points[-1]["seed"] == 7 and "groups" in points[-1]["method"]
+    assert cli.main(["run", *named, "-m", "method=glob(ow*),sft", "held_out=[]"]) == 2
+    assert cli.main(["run", *named, "-m", "method=glob(ow*)", "seed=3,4"]) == 0
+    assert [point["seed"] for point in points[-2:]] == [3, 4]
+    capsys.readouterr()
+    points.clear()
+    assert "unknown key 'nokey'; choose" in complaint(capsys, "run", *named, "method=own", "nokey=3")
+    assert "nothing was run: " in complaint(capsys, "run", *named, "-m", "method=own", "seed=1,-1") and points == []
+
+
+# ---- sweeps
 
 
 def test_an_interpolation_in_a_sweep_is_one(points):
