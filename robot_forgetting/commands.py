@@ -11,8 +11,8 @@ from robot_forgetting.experiment import benchmarks, open_run, record
 from robot_forgetting.policy import Policy
 from robot_forgetting.progress import say
 from robot_forgetting.run_policy import with_checkpoint
-from robot_forgetting.scored import SCORED, ScoredTask
-from robot_forgetting.summary import summarise
+from robot_forgetting.scored import ScoredTask
+from robot_forgetting.summary import SCORED, summarise
 from robot_forgetting.task import Task
 from robot_forgetting.video import Recording, write_grid
 

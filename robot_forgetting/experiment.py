@@ -33,8 +33,8 @@ from robot_forgetting.progress import bar, say
 from robot_forgetting.records import RunFolder
 from robot_forgetting.rollout import Episode
 from robot_forgetting.run_policy import FINAL_STAGE, check_settings, check_trained, with_checkpoint
-from robot_forgetting.scored import SCORED, ScoredTask, measurable
-from robot_forgetting.summary import summarise
+from robot_forgetting.scored import ScoredTask, measurable
+from robot_forgetting.summary import SCORED, summarise
 from robot_forgetting.task import Task
 from robot_forgetting.train import train
 from robot_forgetting.video import video_name, write_episode

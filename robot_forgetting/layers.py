@@ -16,9 +16,9 @@ import numpy as np
 from robot_forgetting.errors import UserError
 from robot_forgetting.metrics import drift, representation
 from robot_forgetting.policy import Policy
+from robot_forgetting.summary import TEXT, WEIGHTS
 from robot_forgetting.task import Task
 
-TEXT, WEIGHTS = "text", "weights"  # "states" of rows that are about layers
 LEAST = 4  # texts, for CKA without bias and CKNNA
 FILES = (".txt", ".jsonl", ".json", ".jsonl.gz", ".json.gz")
 

@@ -16,8 +16,6 @@ from robot_forgetting.policy import ConventionSpec, Policy
 from robot_forgetting.rollout import Episode
 from robot_forgetting.task import Task, VectorEnv
 
-SCORED = "scored"
-
 
 class ScoredTask(Task):
     """A benchmark. An item's seed is the start of the test split plus its index in the benchmark.

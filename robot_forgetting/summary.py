@@ -8,7 +8,9 @@ from robot_forgetting.metrics.statistics import paired_difference, retention, wi
 from robot_forgetting.records import SCHEMA_VERSION, RunFolder
 
 ROLES = ("new", "prior", "held_out")
-DECODES = ("sampled", "greedy")  # "scored" rows, of benchmarks with a protocol of their own, go with both
+DECODES = ("sampled", "greedy")
+SCORED = "scored"  # "decode" of benchmarks with a protocol of their own, which stands in for either
+TEXT, WEIGHTS = "text", "weights"  # "states" of rows that are about layers
 
 
 def summarise(folder: RunFolder) -> dict:

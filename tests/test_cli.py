@@ -55,6 +55,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+RESULTS = Path(__file__).parents[1] / "results"
 SEARCH = "hydra.searchpath=[file://my_configs]"
 
 
@@ -307,9 +308,12 @@ def test_list_shows_own_tasks_and_first_comments(capsys, folder):
     assert "Counts to three" in out and "stack_cube" in out and "openvla-nano" in out
 
 
-def test_list_does_not_import_torch():
-    code = "import sys; from robot_forgetting import cli; cli.main(['list']); sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+@pytest.mark.parametrize("command", [["list"], ["report", str(RESULTS / "three-seeds"), "output=page.html"]])
+def test_nothing_large_is_imported_to_read(tmp_path, command):
+    code = f"import sys; from robot_forgetting import cli; assert cli.main({command}) == 0; "
+    code += "assert not {'torch', 'scipy.stats'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

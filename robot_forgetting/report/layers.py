@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from robot_forgetting.layers import TEXT, WEIGHTS
 from robot_forgetting.report.figures import FAINT, Colours, drawing, svg
 from robot_forgetting.report.runs import Group
 from robot_forgetting.report.tables import final_divergence
+from robot_forgetting.summary import TEXT, WEIGHTS
 
 # In the order of the table's columns.
 MEASURES = {

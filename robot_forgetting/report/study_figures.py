@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from robot_forgetting.metrics import law
-from robot_forgetting.report.figures import FAINT, INK, drawing, percent
+from robot_forgetting.report.figures import FAINT, INK, percent
 from robot_forgetting.report.study_runs import FIVE, Study, label
 from robot_forgetting.report.study_tables import MAIN, TWO_BY_TWO, Law
 from robot_forgetting.report.words import r2
@@ -343,12 +343,6 @@ def teacher(study: Study, rows: Sequence[dict], taught: Sequence[dict]) -> Figur
     percent(axis, x=True, y=True)
     figure.legend(loc="outside lower center", ncols=3)
     return figure
-
-
-def in_style(make, *arguments) -> Figure:
-    """A figure made with the page's settings; save it with them too."""
-    with drawing():
-        return make(*arguments)
 
 
 def _base(axis, study: Study):

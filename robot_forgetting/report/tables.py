@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from robot_forgetting.layers import TEXT, WEIGHTS
 from robot_forgetting.metrics.statistics import (
     crossed_mean,
     mean_of_intervals,
@@ -16,7 +15,7 @@ from robot_forgetting.metrics.statistics import (
     wilson,
 )
 from robot_forgetting.report.runs import BASE, Group, Run
-from robot_forgetting.summary import DECODES
+from robot_forgetting.summary import DECODES, TEXT, WEIGHTS
 
 PRIOR_MEAN = "prior mean"
 # One run's number for one task: value, low, high, and {initial state: its part of the value}.
