@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import importlib.util
 import json
@@ -231,16 +232,17 @@ def small_run(folder: Path, policy, task, method, penalty, **options) -> dict:
 
 
 def interrupted(method):
-    """The same method, which stops before its second iteration, as Ctrl-C would."""
-    collect = method.collect
+    """Another method like this one, which stops before its second iteration, as Ctrl-C would."""
+    stops = copy.copy(method)
+    collect = stops.collect
 
     def until_then(policy, task, iteration: int):
         if iteration:
             raise KeyboardInterrupt
         return collect(policy, task, iteration)
 
-    method.collect = until_then
-    return method
+    stops.collect = until_then
+    return stops
 
 
 def nano(steps: Steps) -> None:
