@@ -85,7 +85,8 @@ def problem(path: str, value: Any, kind: Any) -> str | None:
     found = [_problem(path, value, option) for option in options(kind)]
     if None in found:
         return None
-    return next((text for text in found if text), f"{path}={_shown(value)} is not {words(kind)}")
+    fix = f"; as a text it is written '\"{value}\"'" if str in options(kind) and isinstance(value, int | float) else ""
+    return next((text for text in found if text), f"{path}={_shown(value)} is not {words(kind)}{fix}")
 
 
 def _problem(path: str, value: Any, option: Any) -> str | None:

@@ -56,6 +56,7 @@ def complaint(capsys, *arguments: str) -> str:
         (["~nosuch"], "'nosuch' does not exist"),
         (["seed=${foo}"], "there is no ${foo}"),
         (["prior=[1]"], "prior[0]=1 is not a text"),
+        (["sweep=7"], """sweep=7 is not a text; as a text it is written '"7"'"""),
         (["prior=[[a]]"], "prior[0]=['a'] is not a text"),
         (["prior=null"], "prior=None is not a list"),
         (["+logger=x"], "nothing reads 'logger' (+logger=x); a setting of a method, task or policy is +method.logger"),
