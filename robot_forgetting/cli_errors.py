@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from robot_forgetting.config_checks import GROUPS
-from robot_forgetting.errors import UserError, blamed, caller, unknown
+from robot_forgetting.errors import UserError, blamed, described, located, one_line, unknown
 
 
 def complain(error: BaseException, overrides: Sequence[str], debug: bool, where: str = "") -> int:
@@ -27,16 +27,9 @@ def complain(error: BaseException, overrides: Sequence[str], debug: bool, where:
     if message is not None:
         print(f"{start}{message}", file=sys.stderr)
         return 2
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
-    via = f" (called from {plugin})" if (plugin := caller(error)) else ""
     hint = "" if debug else "; debug=true shows the traceback"
-    print(f"{start}{type(error).__name__}{place}: {_one_line(error)}{via}{hint}", file=sys.stderr)
+    print(f"{start}{located(error)}{hint}", file=sys.stderr)
     return 1
-
-
-def _one_line(error: BaseException | str) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def explain(error: BaseException, overrides: Sequence[str]) -> str | None:
@@ -47,17 +40,16 @@ def explain(error: BaseException, overrides: Sequence[str]) -> str | None:
         seen = seen.__cause__ or seen.__context__
     for link in chain:
         if isinstance(link, UserError):
-            return _one_line(link)
+            return one_line(link)
     if (line := blamed(error)) is not None:
         return f"{line}; debug=true shows the traceback"
     if isinstance(error, UserWarning):  # raised only for a search path (see the filter in _hydra_main)
-        folder = _one_line(error).rpartition("path=")[2].replace(" is not available.", "")
+        folder = one_line(error).rpartition("path=")[2].replace(" is not available.", "")
         return f"hydra.searchpath: {folder} does not exist; give a folder as file://FOLDER"
-    if (file := _file_being_read(error)) and not type(error).__module__.startswith(("hydra", "omegaconf", "yaml")):
-        return f"{file} is no yaml file with keys ({_one_line(error)}); mend it, or take it out of the folder"
     if not type(error).__module__.startswith(("hydra", "omegaconf", "yaml")):
-        return None
-    return _explain_hydra(error, _one_line(error), overrides)
+        said = f"is no yaml file with keys ({one_line(error)}); mend it, or take it out of the folder"
+        return f"{file} {said}" if (file := _file_being_read(error)) else None
+    return _explain_hydra(error, one_line(error), overrides)
 
 
 def _explain_hydra(error: BaseException, text: str, overrides: Sequence[str]) -> str:
@@ -87,8 +79,8 @@ def _explain_hydra(error: BaseException, text: str, overrides: Sequence[str]) ->
         return f"not valid yaml: {text}"
     cause = error.__cause__
     if cause is not None and (match := re.search(r"Error in call to target '([^']+)'", text)):
-        return f"{match[1]} failed with {type(cause).__name__}: {_one_line(cause)}; debug=true shows the traceback"
-    return f"{text} ({_one_line(cause)})" if cause is not None and str(cause) not in str(error) else text
+        return f"{match[1]} failed with {described(cause)}; debug=true shows the traceback"
+    return f"{text} ({one_line(cause)})" if cause is not None and str(cause) not in str(error) else text
 
 
 def _file_being_read(error: BaseException) -> str | None:

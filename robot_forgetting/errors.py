@@ -90,10 +90,23 @@ def by_library(error: BaseException) -> bool:
     return len(_frames(error)) <= 1 and not any(map(_frames, causes))
 
 
+def one_line(error: BaseException) -> str:
+    """An exception's text; its name where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def described(error: BaseException) -> str:
-    """'KeyError: 'x'', one line."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    """'KeyError: 'x''."""
+    name, text = type(error).__name__, one_line(error)
+    return text if text == name else f"{name}: {text}"
+
+
+def located(error: BaseException) -> str:
+    """'KeyError at train.py:12: 'x' (called from my_method.py, line 3, in loss)': one of our own code."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" at {os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else ""
+    via = f" (called from {plugin})" if (plugin := caller(error)) else ""
+    return f"{type(error).__name__}{where}: {one_line(error)}{via}"
 
 
 def _chain(error: BaseException) -> list[BaseException]:
@@ -152,11 +165,7 @@ def told(error: Exception) -> tuple[type[Exception], str, str]:
         return UserError, str(error), trace
     if (line := blamed(error)) is not None:
         return PluginError, line, trace
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" at {os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else ""
-    kind, _, text = described(error).partition(": ")
-    via = caller(error)
-    return RuntimeError, f"{kind}{where}: {text}" + (f" (called from {via})" if via else ""), trace
+    return RuntimeError, located(error), trace
 
 
 def raised(kind: type[Exception], line: str, trace: str) -> Exception:

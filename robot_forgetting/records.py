@@ -20,7 +20,7 @@ import yaml
 
 from robot_forgetting import schema
 from robot_forgetting.children import undisturbed
-from robot_forgetting.errors import UserError
+from robot_forgetting.errors import UserError, described, one_line
 from robot_forgetting.files import disk, plain, read_json, remove_leftovers, write_atomic, write_json
 from robot_forgetting.locks import has_writer, release_lock, take_lock
 
@@ -267,8 +267,8 @@ class RunFolder:
             # Suppressed: that the disk is full, or the folder gone, must not hide the first error.
             if kind is not None and not self.finished:
                 status = "interrupted" if issubclass(kind, KeyboardInterrupt) else "failed"
-                text = " ".join(str(error).split()) if isinstance(error, UserError) else f"{kind.__name__}: {error}"
-                self.update(status=status, error=None if status == "interrupted" else " ".join(text.split()))
+                text = one_line(error) if isinstance(error, UserError) else described(error)
+                self.update(status=status, error=None if status == "interrupted" else text)
 
     def _must_write(self) -> None:
         if self._lock is None:

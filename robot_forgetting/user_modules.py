@@ -14,7 +14,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 
-from robot_forgetting.errors import UserError, blamed
+from robot_forgetting.errors import UserError, blamed, one_line
 
 PLACES = "modules are found in the current folder and in those of hydra.searchpath"
 folders: list[str] = []
@@ -40,7 +40,7 @@ def load_object(dotted: str, where: str = ""):
     except Exception as error:  # a user's module may fail in any way while it is imported
         start = f"{where}: cannot import" if where else "cannot import"
         cure = hidden(dotted) or PLACES if module else "give it as package.module.name"
-        why = blamed(error) or " ".join(str(error).split())
+        why = blamed(error) or one_line(error)
         raise UserError(f"{start} '{dotted}' ({why}); {cure}") from error
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
-from robot_forgetting.errors import UserError, blamed, caller, described
+from robot_forgetting.errors import UserError, blamed, located, one_line
 
 
 class Wrong(Exception):
@@ -56,9 +54,9 @@ class Table:
         except NotApplicable as reason:
             row = Row("skip", name, str(reason))
         except (Wrong, UserError) as finding:
-            row = Row("FAIL", name, _one_line(finding))
+            row = Row("FAIL", name, one_line(finding))
         except Exception as error:
-            row = Row("FAIL", name, blamed(error) or _ours(error))
+            row = Row("FAIL", name, blamed(error) or located(error))
         self.add(row)
         return row.state != "FAIL"
 
@@ -71,14 +69,3 @@ class Table:
         failed = sum(row.state == "FAIL" for row in self.rows)
         print(f"{failed} of {len(self.rows)} checks failed" if failed else f"all {len(self.rows)} checks passed")
         return 2 if failed else 0
-
-
-def _ours(error: Exception) -> str:
-    """An exception in our own code, and from where in a plug-in that had been called."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    via = f", called from {plugin}" if (plugin := caller(error)) else ""
-    return f"{described(error)} (at {Path(frame.filename).name}, line {frame.lineno}{via})"
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
