@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import http.client
 import zipfile
 
@@ -141,6 +142,9 @@ def test_download(small, monkeypatch, capsys):
     asked = []
     with pytest.raises(UserError, match="nothing was downloaded; type it again with yes=true"):
         assets.fetch("small", ask=lambda text: asked.append(text) or "n")
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    with pytest.raises(UserError, match="nothing was downloaded; type it again with yes=true"):
+        assets.fetch("small")
     assert "small.zip" in asked[0] and "[y/N]" in asked[0]
     assert assets.missing("small") == ["robots/thing/thing.urdf"]
     assert assets.fetch("small", ask=lambda text: "y") == 0 and not assets.missing("small")

@@ -15,6 +15,7 @@ import tempfile
 import urllib.request
 import zipfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -173,7 +174,10 @@ def fetch(name: str, folder: str | Path | None = None, *, yes: bool = False, ask
         sources = [source for source in BUNDLES[name].sources if not (target / source.folder).is_dir()]
         sources = sources or list(BUNDLES[name].sources)
         addresses = ", ".join(source.url for source in sources)
-        if not yes and ask(f"download {addresses} into {target}? [y/N] ").strip().lower() not in ("y", "yes"):
+        answer = "yes" if yes else ""
+        with suppress(EOFError):  # nobody to ask
+            answer = answer or ask(f"download {addresses} into {target}? [y/N] ")
+        if answer.strip().lower() not in ("y", "yes"):
             raise UserError("nothing was downloaded; type it again with yes=true, or give folder=FOLDER")
         for source in sources:
             _download(source, target)
