@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import http.client
+import io
 import zipfile
 
 import numpy as np
