@@ -195,13 +195,14 @@ def _backward(policy, method, penalties, part: Batch, share: float, micro_batch:
         riders = [checked_loss(one, "__call__", one(policy, rows), policy.runs, learns=False) for one in penalties]
         penalty = sum(riders, start=torch.zeros_like(loss))
         ((loss + penalty) * weight).sum().backward()
-        loss_sum += _number(loss) * weight
-        penalty_sum += _number(penalty) * weight
-    return loss_sum, penalty_sum
+        loss_sum += _summand(loss) * weight
+        penalty_sum += _summand(penalty) * weight
+    return tuple(value if value.dim() else value.item() for value in (loss_sum, penalty_sum))
 
 
-def _number(value: Tensor) -> float | Tensor:
-    return value.item() if value.dim() == 0 else value.detach()
+def _summand(value: Tensor) -> Tensor:
+    """Stays where it is: to read it after every micro-batch is to wait for the GPU. As precise as Python's numbers."""
+    return value.detach() if value.dim() else value.detach().double()
 
 
 class _Stepper:

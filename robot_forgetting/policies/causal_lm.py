@@ -78,7 +78,6 @@ class CausalLM(OwnBase):
         self.source, self.tokenizer = loaded.source, loaded.tokenizer
         self.model = loaded.model.to(place).eval()
         self.dtype = dtype
-        self._mixed = self._product_dtype
         longest = self.model.config.max_position_embeddings
         self.max_new_tokens, self.batch_rows = max_new_tokens, batch_rows
         self.decisions_at_once = batch_rows
@@ -313,7 +312,7 @@ class CausalLM(OwnBase):
             hidden, places = completion_states(
                 self.body, prompts, action, self.pad, share=not (self.model.training and self.gradient_checkpointing)
             )
-        return hidden if self._mixed is None else hidden.to(self._mixed), places
+        return hidden if self._product_dtype is None else hidden.to(self._product_dtype), places
 
     @torch.no_grad()
     def _frozen(self, prompts, action: Action) -> tuple[Tensor, Head]:
@@ -329,9 +328,9 @@ class CausalLM(OwnBase):
     def _head(self) -> Head:
         head = self.model.get_output_embeddings()
         bias = getattr(head, "bias", None)
-        if self._mixed is None:
+        if self._product_dtype is None:
             return head.weight, bias
-        return head.weight.to(self._mixed), None if bias is None else bias.to(self._mixed)
+        return head.weight.to(self._product_dtype), None if bias is None else bias.to(self._product_dtype)
 
     @torch.no_grad()
     def _check_head(self) -> None:

@@ -134,9 +134,8 @@ def _whole(body, prompts, tokens: Tensor, mask: Tensor, pad: int) -> Tensor:
     device = tokens.device
     starts = torch.tensor([len(prompt) for prompt in prompts], device=device)
     used = mask.sum(1)
-    ids = torch.full((len(prompts), int((starts + used).max())), pad, dtype=torch.int64, device=device)
-    for row, prompt in enumerate(prompts):
-        ids[row, : len(prompt)] = torch.tensor(prompt, device=device)
+    width = int((starts + used).max())
+    ids = torch.tensor([[*prompt, *[pad] * (width - len(prompt))] for prompt in prompts], device=device)
     rows, columns = mask.nonzero(as_tuple=True)
     ids[rows, starts[rows] + columns] = tokens[rows, columns]
     hidden = body(input_ids=ids, use_cache=False).last_hidden_state

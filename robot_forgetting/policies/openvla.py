@@ -14,7 +14,7 @@ from robot_forgetting.policies import lora as adapters
 from robot_forgetting.policies import openvla_checkpoint
 from robot_forgetting.policies.device import parse_device, parse_precision
 from robot_forgetting.policies.memory import rows_that_fit
-from robot_forgetting.policies.openvla_checkpoint import Checkpoint, parse_dtype
+from robot_forgetting.policies.openvla_checkpoint import Checkpoint
 from robot_forgetting.policies.openvla_memory import acting_row_bytes, training_row_bytes
 from robot_forgetting.policies.openvla_model import OpenVLAConfig, OpenVLAModel
 from robot_forgetting.policies.openvla_processor import ActionBins, ImageProcessor, Statistics
@@ -183,12 +183,12 @@ class OpenVLAPolicy(OwnBase):
         self.chosen = None
         self.config = self.model.config = replace(self.config, norm_stats=norm_stats)
 
-    def save(self, folder, *, dtype: str | None = None) -> None:
+    def save(self, folder) -> None:
         """Writes the whole policy in the published layout, or with LoRA the adapter alone in peft's."""
         if self.lora is not None:
             adapters.save(folder, self.model, base=self.source)
         else:
-            openvla_checkpoint.save(folder, self.model, self.tokenizer, dtype=dtype and parse_dtype(dtype))
+            openvla_checkpoint.save(folder, self.model, self.tokenizer)
 
     def _inputs(self, obs: dict) -> tuple[Tensor, Tensor | None, Tensor]:
         self._check_columns(obs)

@@ -56,13 +56,6 @@ class Checkpoint:
     source: str = "new"
 
 
-def parse_dtype(name: str) -> torch.dtype:
-    choices = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in choices:
-        raise UserError(f"unknown dtype '{name}'; choose one of: {', '.join(choices)}")
-    return choices[name]
-
-
 # ---- reading
 
 
