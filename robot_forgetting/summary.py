@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from robot_forgetting.metrics.statistics import paired_difference, retention, wilson
 from robot_forgetting.records import SCHEMA_VERSION, RunFolder
@@ -47,10 +48,14 @@ def succeeded(row: Mapping) -> bool:
 
 def outcomes(episodes: Iterable[Mapping]) -> dict[tuple, dict[int, bool]]:
     """(stage, iteration, task, role, decode) -> {seed: success}, in the order base to final, new to held-out."""
-    groups: dict[tuple, dict[int, bool]] = {}
+    return _grouped(episodes, succeeded)
+
+
+def _grouped(episodes: Iterable[Mapping], value: Callable[[Mapping], Any]) -> dict[tuple, dict[int, Any]]:
+    groups: dict[tuple, dict[int, Any]] = {}
     for row in episodes:
         key = (row["stage"], row.get("iteration", 0), row["task"], row.get("role", "new"), row.get("decode", "sampled"))
-        groups.setdefault(key, {})[row["seed"]] = succeeded(row)
+        groups.setdefault(key, {})[row["seed"]] = value(row)
     return dict(sorted(groups.items(), key=lambda item: _order(*item[0])))
 
 
@@ -82,12 +87,8 @@ MOST_CUT = 0.05  # share of prompts of which the policy did not read all, above 
 
 def cut_table(episodes: Iterable[Mapping]) -> list[dict]:
     """Groups in which prompts were longer than the policy's context, or answers stopped by their length, with n."""
-    groups: dict[tuple, dict[int, Mapping]] = {}
-    for row in episodes:
-        key = (row["stage"], row.get("iteration", 0), row["task"], row.get("role", "new"), row.get("decode", "sampled"))
-        groups.setdefault(key, {})[row["seed"]] = row.get("flags") or {}
     table = []
-    for key, seeds in sorted(groups.items(), key=lambda item: _order(*item[0])):
+    for key, seeds in _grouped(episodes, lambda row: row.get("flags") or {}).items():
         cut = [sum(bool(flags.get(name)) for flags in seeds.values()) for name in ("prompt_cut", "answer_cut")]
         if any(cut):
             head = dict(zip(("stage", "iteration", "task", "role", "decode"), key, strict=True))

@@ -63,7 +63,7 @@ def _divergence(run: Run, checkpoint: tuple[int, int]) -> dict[str, float]:
         layer = row.get("layer")
         if layer == 0 or (layer is not None and row["states"] == WEIGHTS):
             continue
-        if (row.get("stage", 1), row.get("iteration", 0)) == checkpoint and row.get("value") is not None:
+        if (row["stage"], row["iteration"]) == checkpoint and row.get("value") is not None:
             key = "|".join(str(row.get(name) or "") for name in ("measure", "unit", "role", "states"))
             found.setdefault(key, {})[row.get("task"), layer] = row["value"]
     return {key: float(np.mean(list(tasks.values()))) for key, tasks in found.items()}

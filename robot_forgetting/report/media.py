@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from robot_forgetting.report.runs import BASE, Group, Run
+from robot_forgetting.summary import succeeded
 
 BUDGET_BYTES = 10_000_000  # of mp4 per page; base64 makes it a third more
 NAME = re.compile(r"(?P<task>.+)-seed(?P<seed>\d+)-(?P<who>.+)-(?P<outcome>success|failure)\.mp4")
@@ -20,8 +21,7 @@ def recorded(run: Run) -> list[dict]:
         path = run.folder.file(row["video"]) if row.get("video") else None
         if path is not None:
             keys = ("task", "role", "seed", "stage", "iteration", "decode")
-            success = bool(row.get("success")) and not row.get("error")
-            found[path] = {key: row.get(key) for key in keys} | {"success": success, "path": path}
+            found[path] = {key: row.get(key) for key in keys} | {"success": succeeded(row), "path": path}
     roles = {task: role for role, tasks in run.tasks.items() for task in tasks}
     for path in sorted(run.folder.videos.glob("*.mp4")) if run.folder.videos.is_dir() else []:
         match, path = NAME.fullmatch(path.name), run.folder.file(path)

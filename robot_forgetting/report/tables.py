@@ -15,7 +15,7 @@ from robot_forgetting.metrics.statistics import (
     wilson,
 )
 from robot_forgetting.report.runs import BASE, Group, Run
-from robot_forgetting.summary import DECODES, TEXT, WEIGHTS
+from robot_forgetting.summary import DECODES, TEXT, WEIGHTS, latest
 
 PRIOR_MEAN = "prior mean"
 # One run's number for one task: value, low, high, and {initial state: its part of the value}.
@@ -276,14 +276,7 @@ def divergence_rows(groups: Sequence[Group]) -> list[dict]:
 
 def final_divergence(run: Run) -> list[dict]:
     """A run's divergence rows at the last checkpoint that has any; of repeated rows the later counts."""
-    rows = [row for row in run.divergence if row.get("stage", 1) > 0]
-    if not rows:
-        return []
-    last = max((row.get("stage", 1), row.get("iteration", 0)) for row in rows)
-    keys = ("task", "states", "measure", "unit", "layer")
-    kept = {
-        tuple(row.get(key) for key in keys): row
-        for row in rows
-        if (row.get("stage", 1), row.get("iteration", 0)) == last
-    }
-    return list(kept.values())
+    rows = [row for row in run.divergence if row["stage"] > 0]
+    last = max(((row["stage"], row["iteration"]) for row in rows), default=None)
+    rows = [row for row in rows if (row["stage"], row["iteration"]) == last]
+    return latest(rows, ("task", "states", "measure", "unit", "layer"))
