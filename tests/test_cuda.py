@@ -11,10 +11,12 @@ import torch
 from gpu_check import interrupted, methods, moved_a_little, penalties, small_run
 from pretend_cuda import CUDA, OnCuda, pretended_cuda
 
-from robot_forgetting.conformance.policy import check_policy
+from robot_forgetting.conformance.policy import check_policy, observations
 from robot_forgetting.conformance.table import Table
 from robot_forgetting.conformance.toy import ToyTask, tiny_policy
 from robot_forgetting.layers import measure_layers
+from robot_forgetting.metrics.divergence import reverse_kl
+from robot_forgetting.policy import Reference
 
 LORA = {"rank": 2, "alpha": 4}
 POLICIES = {
@@ -39,10 +41,14 @@ CASES = [
 ]
 
 
+def built(policy: str, device: str):
+    options = {"device": device, **POLICIES[policy]}
+    return tiny_lm.tiny_lm(**options) if policy.startswith("language") else tiny_policy(ToyTask(), **options)
+
+
 def run(folder, policy: str, method: str, penalty: str = "none", *, device="cuda", iterations: int = 1, stops=False):
     """The policy, and what was recorded."""
-    text, options = policy.startswith("language"), POLICIES[policy]
-    made = tiny_lm.tiny_lm(device=device, **options) if text else tiny_policy(ToyTask(), device=device, **options)
+    text, made = policy.startswith("language"), built(policy, device)
     if made.lora is not None:  # drawn by the device's own generator
         with torch.no_grad():
             for name, parameter in made.named_parameters():
@@ -86,11 +92,22 @@ def test_a_run_on_a_pretended_gpu_continues(tmp_path, policy, method):
 
 @pytest.mark.parametrize("policy", ["openvla-lora", "openvla-mixed", "language"])
 def test_a_policy_on_a_pretended_gpu_keeps_its_promises(policy):
-    text, options = policy.startswith("language"), POLICIES[policy]
+    text = policy.startswith("language")
     with pretended_cuda():
-        made = tiny_lm.tiny_lm(device="cuda", **options) if text else tiny_policy(ToyTask(), device="cuda", **options)
+        made = built(policy, "cuda")
         table = Table()
         check_policy(table, made, tiny_lm.LettersTask() if text else ToyTask())
         assert table.rows and not [row for row in table.rows if row.state == "FAIL"]
         if text:
             assert measure_layers(made, ["a b", "yes no two", "one", "what is", "sum"], source="text", k=2)
+
+
+@pytest.mark.parametrize("policy", KINDS)
+def test_a_teacher_may_be_on_another_device(policy):
+    task = tiny_lm.LettersTask() if policy == "language" else None
+    with pretended_cuda():
+        student, teacher = built(policy, "cuda"), built(policy, "cpu")
+        obs = observations(64, ["pick up the cube"]) if task is None else task.observations(task.seeds("train")[:3])
+        action = student.act(obs, noise=torch.full((len(next(iter(obs.values()))), 16), 0.5))
+        values = student.compared(obs, action, {"kl": reverse_kl}, Reference(teacher, obs))["kl"]
+        assert values.device == CUDA and values.abs().max().item() < 1e-4

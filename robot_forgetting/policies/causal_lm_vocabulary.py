@@ -108,7 +108,7 @@ def compare(
 
     def chunk(first: Tensor, second: Tensor, *parameters: Tensor | None) -> Tensor:
         with torch.no_grad():
-            base_logits = F.linear(first, base_weight, base_bias).float()
+            base_logits = F.linear(first, base_weight, base_bias).float().to(second.device)  # a teacher has its own
         logits = F.linear(second, *parameters).float()
         return torch.stack([function(base_logits, logits) for function in functions])
 
