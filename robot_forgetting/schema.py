@@ -106,7 +106,7 @@ TABLES: dict[str, dict] = {
         **CHECKPOINT,
         "measure": TEXT,
         "unit": TEXT,
-        "states": TEXT,
+        "states": TEXT | None,
         "value": NUMBER | None,
         "task": TEXT | None,
         "role": TEXT | None,

@@ -244,8 +244,8 @@ def divergence_rows(groups: Sequence[Group]) -> list[dict]:
         found: dict[tuple, list[dict]] = {}
         for run in group.runs:
             for row in final_divergence(run):
-                if row.get("states") in (TEXT, WEIGHTS):
-                    continue  # by layer, see ``report.layers``
+                if row.get("states") in (TEXT, WEIGHTS, None):
+                    continue  # by layer, see ``report.layers``; None: of weights, in a study
                 key = tuple(row.get(name) for name in ("task", "role", "states", "measure", "unit"))
                 found.setdefault(key, []).append(row)
         for (task, role, states, measure, unit), members in found.items():
