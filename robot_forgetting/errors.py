@@ -24,7 +24,7 @@ class UserError(Exception):
 
 
 class Diverged(UserError):
-    """A loss that is no longer a finite number."""
+    """A loss, or weights, that are no longer finite numbers."""
 
 
 class PluginError(UserError):

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from robot_forgetting.errors import UserError
+from robot_forgetting.errors import Diverged
 from robot_forgetting.policy import Action, Policy
 
 
@@ -25,14 +25,14 @@ def are_finite(tensors: Iterable[Tensor]) -> bool:
 
 
 def check_finite(tensors: Mapping[str, Tensor], what: str, fix: str) -> None:
-    """``UserError``, which names the first tensor with nan or inf."""
+    """``Diverged``, which names the first tensor with nan or inf."""
     if not are_finite(tensors.values()):
         name = next(name for name, tensor in tensors.items() if not are_finite([tensor]))
-        raise UserError(f"{what} holds numbers that are none (nan or inf in {name}); {fix}")
+        raise Diverged(f"{what} holds numbers that are none (nan or inf in {name}); {fix}")
 
 
 def check_weights(policy: Policy) -> None:
-    """``UserError`` where a policy that is to be measured cannot be. (Of a stack, single networks may be given up.)"""
+    """``Diverged`` where a policy that is to be measured cannot be. (Of a stack, single networks may be given up.)"""
     if policy.runs == 1:
         fix = "its training diverged, or its file is broken: take other weights"
         check_finite(dict(policy.named_parameters()), f"policy '{policy.name}'", fix)
@@ -41,7 +41,7 @@ def check_weights(policy: Policy) -> None:
 def check_probabilities(policy: Policy, action: Action) -> None:
     """The same for what a policy computes: finite weights can be so large that their products are not."""
     if policy.runs == 1 and action.log_prob is not None and action.log_prob.isnan().any():
-        raise UserError(
+        raise Diverged(
             f"policy '{policy.name}' computes probabilities that are no numbers; its weights are too large or broken "
             "(while training: lower method.optimiser.learning_rate)"
         )

@@ -107,7 +107,8 @@ def ranged(high: float) -> ToyPolicy:
 @pytest.mark.parametrize(
     "change",
     [{"render": "stock"}, {"image_size": 128}, {"max_steps": 80}, {"statistics": "bridge"}, {"spawn": "near"},
-     {"instruction": "take it"}, {"env_arguments": {"robot_uids": "panda"}}, {"camera": {"eye": [0, 0, 1], "target": [0, 0, 0], "fov": 1.0}}],
+     {"instruction": "take it"}, {"env_arguments": {"robot_uids": "panda"}},
+     {"camera": {"eye": [0, 0, 1], "target": [0, 0, 0], "fov": 1.0}}],
     ids=lambda change: next(iter(change)),
 )  # fmt: skip
 def test_fingerprint_of_another_measurement(change):
