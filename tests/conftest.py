@@ -23,6 +23,16 @@ def shared() -> Path:
 
 
 @pytest.fixture
+def nothing_built(monkeypatch):
+    """A command that would build a part of an experiment fails."""
+
+    def build(*_):
+        raise AssertionError("something was built")
+
+    monkeypatch.setattr("robot_forgetting.cli_arguments.Arguments._build", build)
+
+
+@pytest.fixture
 def no_renderer(monkeypatch):
     """Looking for a Vulkan device takes seconds and the toy draws its own pictures."""
     monkeypatch.setattr("robot_forgetting.doctor.render_backend", dict)

@@ -12,6 +12,7 @@ from pathlib import Path
 import hydra
 import pytest
 import yaml
+from command_line import complaint
 from omegaconf import OmegaConf
 
 from robot_forgetting import cli
@@ -57,14 +58,6 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 RESULTS = Path(__file__).parents[1] / "results"
 SEARCH = "hydra.searchpath=[file://my_configs]"
-
-
-def complaint(capsys, *arguments: str) -> str:
-    """The one line that a bad command prints."""
-    assert cli.main(arguments) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("error: ") and err.count("\n") == 1, err
-    return err
 
 
 @pytest.mark.parametrize(

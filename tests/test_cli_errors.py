@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from command_line import complaint
 
 from robot_forgetting import cli
 from robot_forgetting.cli_arguments import Arguments, _declared
@@ -16,19 +17,7 @@ from robot_forgetting.policy import ConventionSpec
 SEARCH = "hydra.searchpath=[file://mine]"
 
 
-@pytest.fixture(autouse=True)
-def nothing_built(monkeypatch):
-    def build(*_):
-        raise AssertionError("something was built")
-
-    monkeypatch.setattr(Arguments, "_build", build)
-
-
-def complaint(capsys, *arguments: str) -> str:
-    assert cli.main(arguments) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("error: ") and err.count("\n") == 1, err
-    return err
+pytestmark = pytest.mark.usefixtures("nothing_built")
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,10 @@ from typing import Annotated, NotRequired, TypedDict
 
 import hydra
 import pytest
+from command_line import complaint
 from omegaconf import OmegaConf
 
 from robot_forgetting import cli
-from robot_forgetting.cli_arguments import Arguments
 from robot_forgetting.config_checks import check_node, check_root, signature
 from robot_forgetting.errors import UserError
 from robot_forgetting.keys import keys_of
@@ -169,21 +169,6 @@ def test_the_ends_of_a_range_of_a_constructor(entry):
 # ---- on the command line: one line that names the key, before anything is built
 
 
-@pytest.fixture
-def nothing_built(monkeypatch):
-    def build(*_):
-        raise AssertionError("something was built")
-
-    monkeypatch.setattr(Arguments, "_build", build)
-
-
-def refused(capsys, *arguments: str) -> str:
-    assert cli.main(arguments) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("error: ") and err.count("\n") == 1, err
-    return err
-
-
 ACCEPTED_ONCE = [  # all were accepted, or ended in a Python error
     "+method.optimiser.max_grad_norm=-1", "method.optimiser.micro_batch=-1", "method.optimiser.micro_batch=0",
     "+method.optimiser.weight_decay=-1", "method.optimiser.warmup_steps=-3", "+method.optimiser.betas=[0.9]",
@@ -199,7 +184,7 @@ ACCEPTED_ONCE = [  # all were accepted, or ended in a Python error
 @pytest.mark.parametrize("text", ACCEPTED_ONCE)
 def test_a_bad_number_on_the_command_line(capsys, text):
     key = text.lstrip("+").partition("=")[0]
-    assert f"error: {key}" in refused(capsys, "run", "method=sft", text)
+    assert f"error: {key}" in complaint(capsys, "run", "method=sft", text)
 
 
 @pytest.mark.usefixtures("nothing_built")
@@ -210,7 +195,7 @@ def test_a_bad_number_on_the_command_line(capsys, text):
      "policy.lora={rank: 4, alfa: 1}", "task.max_steps=0", "task.image_size=1000000"],
 )  # fmt: skip
 def test_a_bad_number_of_a_constructor(capsys, text):
-    assert text.partition("=")[0] in refused(capsys, "run", "method=grpo", text)
+    assert text.partition("=")[0] in complaint(capsys, "run", "method=grpo", text)
 
 
 @pytest.mark.usefixtures("nothing_built")
@@ -220,7 +205,7 @@ def test_prior_tasks_are_checked_before_anything_is_built(capsys, tmp_path, monk
     Path("mine/task/bad.yaml").write_text(
         "_target_: robot_forgetting.tasks.skills.Skill\nname: bad\nskill: sort\nitems: 0\n"
     )
-    said = refused(capsys, "run", "hydra.searchpath=[file://mine]", "prior=[bad]")
+    said = complaint(capsys, "run", "hydra.searchpath=[file://mine]", "prior=[bad]")
     assert "task.items=0 is not a whole number from 1" in said
 
 
@@ -234,7 +219,7 @@ def test_a_range_of_a_users_own(capsys, tmp_path, monkeypatch):
     Path("mine/penalty").mkdir(parents=True)
     Path("mine/penalty/own.yaml").write_text("# Mine\n_target_: own_ranges.Mine\nstrength: 1.0 # of the pull\n")
     command = ["hydra.searchpath=[file://mine]", "penalty=own"]
-    said = refused(capsys, "run", *command, "penalty.strength=3")
+    said = complaint(capsys, "run", *command, "penalty.strength=3")
     assert "penalty.strength=3 is not a number from 0 to 2" in said
     assert cli.main(["list", "keys", *command]) == 0
     assert "penalty.strength=1.0\n      a number from 0 to 2 # of the pull" in capsys.readouterr().out
