@@ -61,7 +61,7 @@ def _divergence(run: Run, checkpoint: tuple[int, int]) -> dict[str, float]:
     found: dict[str, dict[tuple, float]] = {}
     for row in run.divergence:
         layer = row.get("layer")
-        if layer == 0 or (layer is not None and row["states"] == WEIGHTS):
+        if layer == 0 or (layer is not None and row.get("states") == WEIGHTS):
             continue
         if (row["stage"], row["iteration"]) == checkpoint and row.get("value") is not None:
             key = "|".join(str(row.get(name) or "") for name in ("measure", "unit", "role", "states"))
