@@ -229,10 +229,20 @@ def _hydra_main(
         if asks:
             return attempt(overrides, lambda given: print(verb_help(verb, VERBS[verb][1], given.keys_read(function()))))
         points = _points(overrides, configs) if sweep else [overrides]
+        folders: set[Path] = set()
+
+        def check(arguments: Arguments) -> None:
+            arguments.check(function())
+            folder = arguments.run_folder(function())
+            if folder in folders:
+                raise UserError(f"an earlier point has this one's folder, {folder}; leave run_dir out, give sweep=NAME")
+            if folder is not None:
+                folders.add(folder)
+
         # Every point is checked before the first one runs; after that, one that fails does not end the others.
         if sweep and not flags:
             for point in points:
-                if code := attempt(point, lambda arguments: arguments.check(function()), "nothing was run: "):
+                if code := attempt(point, check, "nothing was run: "):
                     return code
         codes += [attempt(point, run) for point in points]
     return max(codes, default=0)

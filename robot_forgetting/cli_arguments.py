@@ -114,6 +114,10 @@ class Arguments:
                 optimiser = {"_target_": "robot_forgetting.train.Optimiser", **self.plain[name]["optimiser"]}
                 check_node(optimiser, "pretrain.optimiser", "pretrain.optimiser")
 
+    def run_folder(self, function: Callable) -> Path | None:
+        """Where a function's records go; None where it makes none."""
+        return self.value("run_dir") if "run_dir" in {name for name, _ in _asked(function)} else None
+
     def _node(self, name: str):
         """The plain values of what is chosen in a group; None where nothing is."""
         if self._verb == "check" and not any(text.split("=")[0] == name for text in self._overrides):

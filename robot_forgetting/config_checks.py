@@ -66,7 +66,7 @@ def check_node(node, path: str, where: str) -> None:
         return
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         for key in given.keys() - parameters.keys():
-            raise UserError(f"unknown key '{path}.{key}'; {target.__name__} takes: {', '.join(parameters)}")
+            raise UserError(f"unknown key '{path}.{key}'; {target.__name__} takes: {', '.join(parameters) or 'none'}")
     for key, parameter in parameters.items():
         if key in given and (said := problem(f"{path}.{key}", given[key], parameter.annotation)):
             raise UserError(said)

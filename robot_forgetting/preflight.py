@@ -2,8 +2,8 @@
 evaluation of the base policy first.
 
 Kinds and descriptions of all parts; one reset and one step of the new task's environment, which the evaluation then
-uses; of a method, penalty or policy of the user's own, one loss on a batch of made-up pictures. ``collect`` is not
-tried: on a robot it takes minutes.
+uses; of a method, penalty or policy of the user's own, one loss on a batch of made-up pictures or of two questions.
+``collect`` is not tried: on a robot it takes minutes.
 """
 
 from __future__ import annotations
@@ -56,10 +56,12 @@ def try_parts(policy: Policy, task: Task, method: Method, penalty: Penalty | Non
     if isinstance(task, OneStepTask):
         if is_plugin(type(task)):
             try_questions(task)
+        if is_own(method, penalty) and policy.runs == 1 and type(policy).encode is not Policy.encode:
+            try_hooks(policy, answered_questions(policy, task), method, penalty)
     elif not isinstance(task, ScoredTask):
         try_environment(task, num_envs)
         if is_own(policy, method, penalty) and policy.runs == 1 and task.convention().image_size:
-            try_loss(policy, task, method, penalty)
+            try_hooks(policy, decided_pictures(policy, task), method, penalty)
 
 
 def is_own(*things: object) -> bool:
@@ -134,15 +136,28 @@ def made_up_pictures(size: int, instructions: Sequence[str], count: int) -> dict
     return {"image": np.ascontiguousarray(images), "instruction": told}
 
 
-def try_loss(policy: Policy, task: Task, method: Method, penalty: Penalty | None) -> None:
-    """One decision for each of ``ROWS`` pictures, and the loss and the penalty on them."""
+def answered_questions(policy: Policy, task: OneStepTask) -> Batch:
+    """``ROWS`` training items with an answer that is not sampled, which takes a large language model minutes."""
+    seeds = task.seeds("train").start + np.arange(min(ROWS, task.size("train")))
+    action = policy.encode(np.zeros(len(seeds), np.int64) if task.choices else ["0"] * len(seeds))
+    return Batch(task.observations(seeds), action, torch.ones(len(seeds)), extra={})
+
+
+def decided_pictures(policy: Policy, task: Task) -> Batch:
+    """One decision for each of ``ROWS`` pictures."""
     obs = made_up_pictures(task.convention().image_size, task.sentences, ROWS)
     noise = torch.rand(ROWS, 16, generator=torch.Generator().manual_seed(0))
     with torch.random.fork_rng(devices=[policy.device] if policy.device.type == "cuda" else []):
         policy.eval()
         action = checked_action(policy, policy.act(obs, temperature=1.0, noise=noise), ROWS).to("cpu")
         checked_commands(policy, policy.decode(action, statistics=getattr(task, "statistics", None)), ROWS)
-        batch = Batch(obs, action, torch.ones(ROWS), extra={}).to(policy.device)
+    return Batch(obs, action, torch.ones(ROWS), extra={})
+
+
+def try_hooks(policy: Policy, batch: Batch, method: Method, penalty: Penalty | None) -> None:
+    """The loss and the penalty on a batch, where they are the user's own; nothing random is used up by them."""
+    batch = batch.to(policy.device)
+    with torch.random.fork_rng(devices=[policy.device] if policy.device.type == "cuda" else []):
         policy.train()
         try:
             for source, hook in ((method, "loss"), (penalty, "__call__")):

@@ -246,8 +246,8 @@ class _Stepper:
     def stop(self, index: int, what: str) -> None:
         if self.diverged is None:
             raise Diverged(
-                f"{what}; the last checkpoint is kept: lower method.optimiser.learning_rate, or look at the "
-                "demonstrations"
+                f"{what}; no checkpoint is made of that: lower method.optimiser.learning_rate (in a new run_dir), or "
+                "look at the demonstrations"
             )
         self.dead[index] = True
         self.diverged(index, f"{what}; lower its learning rate")

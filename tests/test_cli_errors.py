@@ -162,6 +162,8 @@ def test_a_key_of_the_method_that_is_swept_to(points):
         (["method=grpo,sft", "method.groups=8"], "[method=sft method.groups=8] unknown key 'method.groups'"),
         (["method=grpo", "seed=0,1,-1"], "[method=grpo seed=-1] seed=-1 is not a whole number"),
         (["method=grpo", "method.clip=0.2,3"], "[method=grpo method.clip=3] method.clip=3 is not a number"),
+        (["seed=0,1", "run_dir=x"], "[seed=1 run_dir=x] an earlier point has this one's folder, x; leave run_dir out"),
+        (["device=cpu,auto"], "[device=auto] an earlier point has this one's folder, runs/default/stack_cube-sft"),
         (["method=sft,nosuch"], "[method=nosuch] unknown method 'nosuch'"),
     ],
 )

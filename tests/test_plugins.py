@@ -114,6 +114,14 @@ def test_one_line_with_file_and_line(folder, capsys, change, words):
     assert measured() is (change in IN_TRAINING)
 
 
+@pytest.mark.parametrize("own", ["method=mine method.fault=vector", "method=sft penalty=mine penalty.fault='None'"])
+def test_a_loss_is_tried_on_questions_too(folder, capsys, own):
+    changes = re.findall(r"""[^\s']+(?:'[^']*')?""", own)
+    assert command("run", "policy=qwen-nano", "task=skill_over", *changes) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.search(r"faulty\.py, line \d+: Faulty.*\(\) gives", said) and not measured(), said
+
+
 def test_the_line_is_the_one_that_raised(folder, capsys):
     assert command("run", "method.fault=typo") == 2
     number = int(re.search(r"line (\d+), in loss", capsys.readouterr().err)[1])

@@ -189,7 +189,7 @@ class Exploding(Reinforce):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_loss_that_is_not_finite(tmp_path, value, processes):
-    with pytest.raises(UserError, match="the loss is not finite .* the last checkpoint is kept: lower .*learning_rate"):
+    with pytest.raises(UserError, match="loss is not finite .* no checkpoint is made of that: lower .*learning_rate"):
         start(tmp_path, method=Exploding(value, at=2), processes=processes)
     folder = RunFolder(tmp_path)
     assert folder.status == "failed" and "not finite" in folder.run["error"]
@@ -227,7 +227,7 @@ def test_a_step_to_weights_that_are_not_finite(tmp_path, at):
     with torch.no_grad():
         policy.bias[0] = -3e38
     options = {"method": Leaping(at), "penalties": [], "optimiser": Optimiser(learning_rate=1e38)}
-    with pytest.raises(UserError, match="weights are not finite after the optimiser's step; the last checkpoint is ke"):
+    with pytest.raises(UserError, match="weights are not finite after the optimiser's step; no checkpoint is made of"):
         start(tmp_path, policy=policy, **options)
     kept = latest_checkpoint(RunFolder(tmp_path))
     assert kept is None or all(torch.isfinite(t).all() for t in load_file(kept / "policy.safetensors").values())

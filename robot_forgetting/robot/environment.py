@@ -102,7 +102,10 @@ def make_environment(spec: SimulationSpec, num_envs: int = 1, backend: str = "ph
             **spec.env_arguments,
         ).unwrapped
     except gymnasium.error.Error as error:  # unknown name, namespace or version; malformed id
-        raise UserError(f"unknown ManiSkill environment '{spec.env_id}'; {error}") from error
+        raise UserError(
+            f"unknown ManiSkill environment '{spec.env_id}' ({str(error).rstrip('.')}); one of your own is registered "
+            "by a module that task.modules names: `modules: [my_env]`"
+        ) from error
     except Exception as error:
         if isinstance(error, UserError) or num_envs > 1 or not by_library(error):  # of a batch its size may be wrong
             raise
