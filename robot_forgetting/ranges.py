@@ -37,7 +37,7 @@ class Range:
 
     def __str__(self) -> str:
         low = f"above {_number(self.least)} and up to" if self.above else f"from {_number(self.least)} to"
-        return f"{'' if self.also is None else f'{_number(self.also)}, or '}{low} {_number(self.most)}"
+        return f"{low} {_number(self.most)}{'' if self.also is None else f', or {_number(self.also)}'}"
 
 
 @dataclass(frozen=True)

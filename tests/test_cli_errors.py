@@ -219,3 +219,15 @@ def test_a_script_that_workers_cannot_read_again(tmp_path, how):
         words = "put the call below `if __name__ == '__main__':`"
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert words in done.stderr
+
+
+def test_a_script_without_a_guard(tmp_path):
+    """The worker says what is wrong; the program that waits for it gives no advice of its own about memory."""
+    script = tmp_path / "script.py"
+    script.write_text("from robot_forgetting.cli import main; import sys; sys.exit(main(['evaluate', 'task=pick_cube']))")
+    given = [sys.executable, script]
+    done = subprocess.run(given, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    said = done.stderr.splitlines()  # of two workers too
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "num_envs" not in done.stderr
+    assert any("put the call below `if __name__ == '__main__':`" in line for line in said), said
+    assert "error: a simulator process died (exit code 2); see what it has said" in said

@@ -241,7 +241,7 @@ class Inner(TypedDict):
         (None, Count | None, None),
         (0, Count | None, "key=0 is not a whole number from 1 to 10_000_000, or null"),
         (0.0, Annotated[float, Range(0.01, 1, also=0)], None),
-        (0.001, Annotated[float, Range(0.01, 1, also=0)], "key=0.001 is not a number, 0, or from 0.01 to 1"),
+        (0.001, Annotated[float, Range(0.01, 1, also=0)], "key=0.001 is not a number from 0.01 to 1, or 0"),
         ([1, 0], list[Count], "key[1]=0 is not a whole number from 1 to 10_000_000"),
         ([1], tuple[Count, Count], "key=[1] is not a list of 2, each a whole number from 1 to 10_000_000"),
         ({"size": 4}, Inner, "key.size=4 is not a whole number from 1 to 3"),

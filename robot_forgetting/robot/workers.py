@@ -72,14 +72,15 @@ class Worker:
 
     def _epitaph(self) -> str:
         self.process.join(timeout=5)
-        return f"a simulator process died (exit code {self.process.exitcode})"
+        code = self.process.exitcode
+        died = f"a simulator process died (exit code {code})"
+        if code is None or code < 0:  # a signal's
+            return f"{died}; run `robot-forgetting doctor`, and try fewer environments (num_envs=)"
+        return f"{died}; see what it has said"
 
 
 class WorkerDied(UserError):
     """A simulator process ended without an answer (a crash in native code, or the kernel's out-of-memory killer)."""
-
-    def __init__(self, what: str):
-        super().__init__(f"{what}; run `robot-forgetting doctor`, and try fewer environments with num_envs=8")
 
 
 class WorkerPool:
