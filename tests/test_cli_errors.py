@@ -224,7 +224,7 @@ def test_a_script_that_workers_cannot_read_again(tmp_path, how):
 def test_a_script_without_a_guard(tmp_path):
     """The worker says what is wrong; the program that waits for it gives no advice of its own about memory."""
     script = tmp_path / "script.py"
-    script.write_text("from robot_forgetting.cli import main; import sys; sys.exit(main(['evaluate', 'task=pick_cube']))")
+    script.write_text("import sys, robot_forgetting.cli as c; sys.exit(c.main(['evaluate', 'task=pick_cube']))")
     given = [sys.executable, script]
     done = subprocess.run(given, capture_output=True, text=True, cwd=tmp_path, timeout=120)
     said = done.stderr.splitlines()  # of two workers too
