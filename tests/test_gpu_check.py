@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import gpu_check
+import gpu_steps
 import pytest
 
 SCRIPT = Path(gpu_check.__file__)
@@ -25,7 +26,7 @@ def test_every_step_passes_at_nano_size(tmp_path):
     assert {step["state"] for step in steps if step["group"] != "simulator"} == {"PASS"}
 
 
-def broken(steps: gpu_check.Steps, end: str) -> None:
+def broken(steps: gpu_steps.Steps, end: str) -> None:
     """A group with a wrong number, a right one, and an end that is not its own."""
 
     def wrong() -> dict:
@@ -41,9 +42,9 @@ def test_a_step_that_ends_its_process_is_recorded_and_ends_nothing_else(tmp_path
     child = tmp_path / "child.py"
     child.write_text(
         f"import sys; sys.path[:0] = {[str(SCRIPT.parent), str(Path(__file__).parent)]!r}\n"
-        f"import gpu_check, test_gpu_check; test_gpu_check.broken(gpu_check.Steps(True, 'cpu', 1e12), {end!r})\n"
+        f"import gpu_steps, test_gpu_check; test_gpu_check.broken(gpu_steps.Steps(True, 'cpu', 1e12), {end!r})\n"
     )
-    monkeypatch.setattr(gpu_check, "__file__", str(child))
+    monkeypatch.setattr(gpu_check, "STEPS", child)
     rows, start = [], time.monotonic()
     seconds = -28.0 if end == "hangs" else 60.0  # a hanging group gets 30 seconds more than it was given
     for row in gpu_check.run_group("nano", [], seconds, tmp_path / "log"):
