@@ -32,7 +32,7 @@ from robot_forgetting.preflight import check_parts, try_parts
 from robot_forgetting.progress import bar, say
 from robot_forgetting.records import RunFolder
 from robot_forgetting.rollout import Episode
-from robot_forgetting.run_policy import FINAL_STAGE, check_settings, check_trained, with_checkpoint
+from robot_forgetting.run_policy import FINAL_STAGE, start_from
 from robot_forgetting.scored import ScoredTask, measurable
 from robot_forgetting.summary import SCORED, summarise
 from robot_forgetting.task import Task
@@ -80,7 +80,7 @@ def run(setup: Setup) -> int:
     """Fine-tunes the policy on the task and records what it gained and forgot; continues an unfinished run."""
     check_parts(setup.policy, setup.task, setup.method, setup.penalty)
     prior, left_out = measurable(setup.prior)
-    started = start_from(setup)
+    started = start_from(setup.policy, setup.checkpoint, setup.config)
     experiment = Experiment(replace(setup, prior=prior), started)
     left_out |= experiment.without
     for reason in left_out.values():
@@ -97,23 +97,6 @@ def run(setup: Setup) -> int:
             return 0
         experiment.go(folder)
     return 0
-
-
-def start_from(setup: Setup) -> dict:
-    """Makes the policy of ``setup.checkpoint`` the base, if asked; returns what ``with_checkpoint`` says of it.
-
-    The runs that this one goes on from, or whose policy is its teacher, must be trained to their end: what they say
-    may not change between two starts.
-    """
-    method = setup.config.get("method")
-    teacher = method.get("teacher_run") if isinstance(method, dict) else None
-    if teacher is not None:
-        check_settings(RunFolder(teacher), setup.config, "method.teacher_run")
-        check_trained(RunFolder(teacher), f"method.teacher_run={teacher}")
-    started = with_checkpoint(setup.policy, setup.checkpoint, trained=True)
-    if setup.checkpoint is not None:
-        setup.policy.keep_as_base()
-    return started
 
 
 def assign_roles(task: Task, prior: Sequence[Task], held_out: Sequence[Task]) -> dict[str, list[Task]]:

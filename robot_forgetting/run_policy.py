@@ -209,6 +209,23 @@ def checkpoint_state(folder: RunFolder, checkpoint: Path) -> dict:
     }
 
 
+def start_from(policy: Policy, checkpoint: str | None, config: Mapping) -> dict:
+    """Makes the policy of ``checkpoint`` the base of a run, if asked; returns what ``with_checkpoint`` says of it.
+
+    The runs that this one goes on from, or whose policy is its teacher, must be trained to their end: what they say
+    may not change between two starts.
+    """
+    method = config.get("method")
+    teacher = method.get("teacher_run") if isinstance(method, Mapping) else None
+    if teacher is not None:
+        check_settings(RunFolder(teacher), config, "method.teacher_run")
+        check_trained(RunFolder(teacher), f"method.teacher_run={teacher}")
+    started = with_checkpoint(policy, checkpoint, trained=True)
+    if checkpoint is not None:
+        policy.keep_as_base()
+    return started
+
+
 def check_trained(folder: RunFolder, said: str) -> None:
     """``UserError`` unless a run was trained to its last iteration."""
     reason = _unfinished(checkpoint_state(folder, trained_checkpoint(folder)))
