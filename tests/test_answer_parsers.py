@@ -92,7 +92,7 @@ def test_long_answers_end(reader, kind):
     ("text", "content"),
     [
         (r"\fbox{3}", "3"),
-        (r"\boxed{1} then \fbox{2}", "2"),
+        (r"\boxed{1} then \fbox{2}", "1"),
         (r"\fbox{2} then \boxed{1}", "1"),
         (r"\fboxed{4}", "4"),
         (r"\boxed{a \boxed{b} c}", "b"),

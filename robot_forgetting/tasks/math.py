@@ -6,10 +6,10 @@ answer into \boxed{}, and ``test_fraction`` of the problems held out by a hash o
 ``test: math500`` the test items are the 500 problems of MATH that the same project evaluates on; training problems that
 are among them are dropped.
 
-The last \boxed{} (or \fbox{}) of a completion counts, whatever is said before it. math-verify compares it with the
-given answer: the same number, set, interval or formula however it is written. What it would let pass and we do not: a
-word made of the same letters, and an expression left to be worked out where the answer is a number
-(\boxed{12 \times 34}).
+The last \boxed{} (without one: \fbox{}) of a completion counts, whatever is said before. math-verify compares it with
+the given answer: the same number, set, interval or formula however it is written. What it would let pass and we do
+not: a word made of the same letters, and an expression left to be worked out where the answer is a number (\boxed{12
+\times 34}).
 
 Open-Reasoner-Zero gives no solutions: supervised methods need a teacher (the paper's is DeepSeek-R1). GSM8K does.
 """
@@ -39,7 +39,7 @@ ASK = "Please reason step by step, and put your final answer within \\boxed{}."
 # An operation between two numbers that is not the power of ten of scientific notation.
 OPERATION = re.compile(r"\d\s*(?:\+|-|\*|\\times|\\cdot)\s*(?!10\s*\^)\d")
 NUMBER = re.compile(r"-?\d+(?:[.,]\d+)*")
-BRACE = re.compile(r"\\f?boxed\s*\{|\\fbox\s*\{|[{}]")
+BRACE = re.compile(r"\\f?(boxed)\s*\{|\\(fbox)\s*\{|[{}]")
 LONGEST, DEEPEST = 1000, 40  # of an answer that is compared: characters, and brackets of a kind
 WORDS = re.compile(r"[^\W\d_]{2,}(?:\s+[^\W\d_]+)*")
 
@@ -95,15 +95,20 @@ class Math(TextTask):
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What the last complete \boxed{...} or \fbox{...} holds, braces matched; None where there is none."""
-    opened: list[int | None] = []  # of each open brace where a box's content begins, or None
-    last, found = -1, None
+    r"""What the last complete \boxed{...} holds, braces matched; where there is none the last \fbox{...}; or None.
+
+    So does Hendrycks' code, and lm-eval's after it.
+    """
+    opened: list[tuple[str, int]] = []  # of each open brace what stands before it, and where its content begins
+    last: dict[str, tuple[int, int]] = {}  # content of the last box of each kind
     for match in BRACE.finditer(text):
         if match[0] != "}":
-            opened.append(match.end() if len(match[0]) > 1 else None)
-        elif opened and (start := opened.pop()) is not None and start > last:
-            last, found = start, text[start : match.start()]
-    return None if found is None else found.strip()
+            opened.append((match[1] or match[2] or "", match.end()))
+        elif opened:
+            kind, start = opened.pop()
+            last[kind] = max(last.get(kind, (-1, -1)), (start, match.start()))
+    found = last.get("boxed") or last.get("fbox")
+    return None if found is None else text[slice(*found)].strip()
 
 
 def same_answer(given: str, answer: str) -> bool:
