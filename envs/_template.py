@@ -9,7 +9,7 @@ from mani_skill.utils.building import actors
 from mani_skill.utils.registration import register_env
 from mani_skill.utils.structs.pose import Pose
 
-from robot_forgetting.robot.expert import OPEN, carry_and_release, grasp, hand, move_to, position
+from robot_forgetting.tasks.simulator.expert import OPEN, carry_and_release, grasp, hand, move_to, position
 
 CUBE, PLATE = 0.02, 0.004  # half heights in metres
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from mani_skill.utils.registration import register_env
 
-from robot_forgetting.robot.google_robot_cabinet import Drawer, PlaceInDrawer
-from robot_forgetting.robot.google_robot_move_near import MoveNear
-from robot_forgetting.robot.google_robot_scenes import PickCan
+from robot_forgetting.tasks.google_robot.cabinet import Drawer, PlaceInDrawer
+from robot_forgetting.tasks.google_robot.move_near import MoveNear
+from robot_forgetting.tasks.google_robot.scenes import PickCan
 
 register_env("RobotForgetting-GoogleRobotPickCan-v1", max_episode_steps=80)(PickCan)
 register_env("RobotForgetting-GoogleRobotMoveNear-v1", max_episode_steps=80)(MoveNear)

@@ -8,7 +8,7 @@ from mani_skill.utils.registration import register_env
 from mani_skill.utils.structs.pose import Pose
 
 from robot_forgetting.errors import unknown
-from robot_forgetting.robot.expert import CLOSE, grasp, hand, move_to, position
+from robot_forgetting.tasks.simulator.expert import CLOSE, grasp, hand, move_to, position
 
 
 @register_env("RobotForgetting-PickCube-v1", max_episode_steps=100)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from robot_forgetting.robot.expert import OPEN, carry_and_release, grasp, hand, move_to, position
+from robot_forgetting.tasks.simulator.expert import OPEN, carry_and_release, grasp, hand, move_to, position
 
 
 def expert(env):

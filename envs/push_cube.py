@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from robot_forgetting.robot.expert import CLOSE, hand, move_to, position
+from robot_forgetting.tasks.simulator.expert import CLOSE, hand, move_to, position
 
 
 def expert(env):

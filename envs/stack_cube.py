@@ -8,7 +8,7 @@ from mani_skill.utils.registration import register_env
 from mani_skill.utils.structs.pose import Pose
 
 from robot_forgetting.errors import unknown
-from robot_forgetting.robot.expert import OPEN, carry_and_release, grasp, hand, move_to, position
+from robot_forgetting.tasks.simulator.expert import OPEN, carry_and_release, grasp, hand, move_to, position
 
 HALF_RANGE = 0.1
 CLEAR = 0.07  # metres between the centres

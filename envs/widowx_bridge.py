@@ -11,9 +11,9 @@ import numpy as np
 from mani_skill.envs.tasks.digital_twins.bridge_dataset_eval import put_on_in_scene as stock
 from mani_skill.utils.registration import register_env
 
-from robot_forgetting.robot.bridge import BridgeScene, StockScene
-from robot_forgetting.robot.grid import Grid
-from robot_forgetting.robot.widowx_expert import pick_and_place
+from robot_forgetting.tasks.simulator.grid import Grid
+from robot_forgetting.tasks.widowx.bridge import BridgeScene, StockScene
+from robot_forgetting.tasks.widowx.widowx_expert import pick_and_place
 
 CENTRE = np.array([-0.16, 0.0])
 CORNERS = np.array(list(itertools.product((-1, 1), (-1, 1))))

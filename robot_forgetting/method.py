@@ -2,13 +2,49 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 from torch import Tensor
 
+from robot_forgetting.errors import UserError
 from robot_forgetting.policy import Action, Policy
+from robot_forgetting.ranges import Count, CountOrNone, LearningRate, Range, check_fields
+
+Beta = Annotated[float, Range(0, 0.999_999)]
+
+
+@dataclass(frozen=True)
+class Optimiser:
+    """AdamW and its schedule.
+
+    schedule: "constant" or "cosine" (to zero), after a linear warm-up over ``warmup_steps``
+    max_grad_norm: longer gradients are shortened to it; None: they are not
+    micro_batch: rows per forward pass; a larger batch is accumulated over several (same gradient, less memory). None:
+        as many as memory has room for, see ``Policy.rows_at_once``
+    """
+
+    learning_rate: LearningRate
+    weight_decay: Annotated[float, Range(0, 1000)] = 0.0
+    warmup_steps: CountOrNone = 0
+    schedule: str = "constant"
+    max_grad_norm: Annotated[float, Range(0, 1e9, above=True)] | None = 1.0
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    micro_batch: Count | None = None
+
+    def __post_init__(self):
+        if self.schedule not in ("constant", "cosine"):
+            raise UserError(f"unknown schedule '{self.schedule}'; choose one of: constant, cosine")
+        check_fields(self)
+
+    def rate(self, step: int, fraction: float) -> float:
+        """Learning rate of optimiser step ``step`` when ``fraction`` of the iterations is done."""
+        warm = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        decay = 0.5 * (1 + math.cos(math.pi * fraction)) if self.schedule == "cosine" else 1.0
+        return self.learning_rate * warm * decay
 
 
 @dataclass(frozen=True)

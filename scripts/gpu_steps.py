@@ -66,7 +66,7 @@ def machine(steps: Steps) -> None:
 def torch_and_driver(steps: Steps) -> dict:
     import torch
 
-    from robot_forgetting import nvidia
+    from robot_forgetting.machine import nvidia
 
     row = {"torch": torch.__version__, "cuda": torch.version.cuda, "gpus": [str(gpu) for gpu in nvidia.gpus()]}
     if not steps.dry:
@@ -93,7 +93,7 @@ def products(steps: Steps) -> dict:
 
 
 def rendering() -> dict:
-    from robot_forgetting import vulkan
+    from robot_forgetting.machine import vulkan
 
     found = vulkan.probe()
     if "error" in found:
@@ -139,6 +139,7 @@ POLICIES = {
 
 def methods(kind: str, iterations: int, rows: int) -> dict[str, Callable]:
     """Every method for a kind of policy, of about ``rows`` rows an iteration; each is made for a policy."""
+    from robot_forgetting.method import Optimiser
     from robot_forgetting.methods.distillation import SDFT, OnPolicyDistillation
     from robot_forgetting.methods.grpo import GRPO
     from robot_forgetting.methods.labels import Labeler, Labels
@@ -146,7 +147,6 @@ def methods(kind: str, iterations: int, rows: int) -> dict[str, Callable]:
     from robot_forgetting.methods.self_sft import SelfSFT
     from robot_forgetting.methods.sft import SFT
     from robot_forgetting.methods.simpo import SimPO
-    from robot_forgetting.train import Optimiser
 
     adam = Optimiser(learning_rate=1e-3, weight_decay=0.01, micro_batch=max(2, rows // 2 + 1))
     every = {"iterations": iterations, "optimiser": adam}
@@ -197,8 +197,8 @@ def moved_a_little(policy, size: float = 0.02):
 
 def small_run(folder: Path, policy, task, method, penalty, **options) -> dict:
     """A whole run (base, training, checkpoint, divergence); what was recorded, without durations."""
-    from robot_forgetting import experiment
-    from robot_forgetting.records import RunFolder
+    from robot_forgetting.engine import experiment
+    from robot_forgetting.records.run_folder import RunFolder
 
     budget = {"episodes": 2, "greedy_episodes": 1, "interim_points": 1, "interim_episodes": 1, "videos": 0}
     budget |= {"divergence_episodes": 1, "divergence_states": 3}
@@ -253,14 +253,14 @@ def built(kind: str, weights: str, options: dict, device: str):
 
     torch.manual_seed(0)  # of fresh adapters
     if kind == "robot":
-        from robot_forgetting.conformance.toy import ToyTask
-        from robot_forgetting.policies.openvla import OpenVLAPolicy
+        from robot_forgetting.conformance.toy_task import ToyTask
+        from robot_forgetting.policies.openvla.vla import OpenVLAPolicy
 
         task = ToyTask(image_size=64, max_steps=5)
         task.statistics = "maniskill_panda"
         return OpenVLAPolicy(weights, name=weights, device=device, **options), task
-    from robot_forgetting.policies.causal_lm import CausalLM
-    from robot_forgetting.tasks.skills import Skill
+    from robot_forgetting.policies.causal_lm.lm import CausalLM
+    from robot_forgetting.tasks.text.skills import Skill
 
     folder = f"package:robot_forgetting/weights/{weights}"
     policy = CausalLM(folder, name=weights, max_new_tokens=8, device=device, **options)
@@ -339,10 +339,10 @@ def openvla_7b(steps: Steps) -> None:
 def build_and_save(steps: Steps, folder: Path) -> dict:
     import torch
 
-    from robot_forgetting.conformance.toy import ToyTask, tiny_policy
-    from robot_forgetting.policies import openvla_checkpoint
-    from robot_forgetting.policies.openvla_model import OpenVLAConfig, OpenVLAModel
-    from robot_forgetting.policies.openvla_tokenizer import train_small_tokenizer
+    from robot_forgetting.conformance.toy_task import ToyTask, tiny_policy
+    from robot_forgetting.policies.openvla import vla_checkpoint as openvla_checkpoint
+    from robot_forgetting.policies.openvla.prompt_tokenizer import train_small_tokenizer
+    from robot_forgetting.policies.openvla.vla_model import OpenVLAConfig, OpenVLAModel
 
     started = time.perf_counter()
     if steps.dry:
@@ -370,7 +370,7 @@ def build_and_save(steps: Steps, folder: Path) -> dict:
 
 
 def load(steps: Steps, folder: Path, found: list) -> dict:
-    from robot_forgetting.policies.openvla import OpenVLAPolicy
+    from robot_forgetting.policies.openvla.vla import OpenVLAPolicy
 
     forget_peak(steps)
     started = time.perf_counter()
@@ -426,7 +426,7 @@ def sampled_against_forced(steps: Steps, policy) -> dict:
 def divergence(steps: Steps, policy) -> dict:
     import numpy as np
 
-    from robot_forgetting.evaluate import States, measure_divergence
+    from robot_forgetting.engine.evaluate import States, measure_divergence
 
     rows = 8 if steps.dry else 64
     forget_peak(steps)

@@ -20,7 +20,7 @@ if sys.version_info < (3, 11):  # noqa: UP036  (this script is what finds out)
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 
-from robot_forgetting import nvidia, vulkan  # noqa: E402  (both need only the standard library)
+from robot_forgetting.machine import nvidia, vulkan  # noqa: E402  (both need only the standard library)
 
 VENV = ROOT / ".venv"
 TORCH = "2.13.0"

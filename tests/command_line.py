@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from robot_forgetting import cli
+from robot_forgetting.cli import command_line as cli
 
 
 def complaint(capsys, *arguments: str) -> str:

@@ -8,7 +8,7 @@ import pytest
 # As the command line sets it: some tests fork, and a forked child hangs where its parent's OpenMP has threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from robot_forgetting.cli import register_resolvers  # noqa: E402
+from robot_forgetting.cli.command_line import register_resolvers  # noqa: E402
 
 register_resolvers()  # for tests that compose a configuration without the command line
 
@@ -29,19 +29,19 @@ def nothing_built(monkeypatch):
     def build(*_):
         raise AssertionError("something was built")
 
-    monkeypatch.setattr("robot_forgetting.cli_arguments.Arguments._build", build)
+    monkeypatch.setattr("robot_forgetting.cli.arguments.Arguments._build", build)
 
 
 @pytest.fixture
 def no_renderer(monkeypatch):
     """Looking for a Vulkan device takes seconds and the toy draws its own pictures."""
-    monkeypatch.setattr("robot_forgetting.doctor.render_backend", dict)
+    monkeypatch.setattr("robot_forgetting.machine.doctor.render_backend", dict)
 
 
 @pytest.fixture(scope="session")
 def renderer():
-    from robot_forgetting import doctor
     from robot_forgetting.errors import UserError
+    from robot_forgetting.machine import doctor
 
     try:
         doctor.require_vulkan()
@@ -81,6 +81,6 @@ def players(renderer, bundle):
 @pytest.fixture
 def blind(monkeypatch):
     """Without pictures, where only the physics matters."""
-    from robot_forgetting.robot.simulation import Simulation
+    from robot_forgetting.tasks.simulator.simulation import Simulation
 
     monkeypatch.setattr(Simulation, "observe", lambda self: {})

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from robot_forgetting.records import RunFolder
-from robot_forgetting.summary import summarise
-from robot_forgetting.video import video_name, write_episode
+from robot_forgetting.records.run_folder import RunFolder
+from robot_forgetting.records.summary import summarise
+from robot_forgetting.records.video import video_name, write_episode
 
 ROLES = {"new": ["stack_cube"], "prior": ["pick_cube", "push_cube", "pull_cube"], "held_out": ["place_sphere"]}
 INSTRUCTIONS = {

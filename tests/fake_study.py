@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from robot_forgetting.records import RunFolder
+from robot_forgetting.records.run_folder import RunFolder
 
 # How far a method moves and how well it learns: scale of forward KL, new-task accuracy at the end.
 METHODS = {

@@ -8,12 +8,11 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from robot_forgetting.conformance.toy import ToyEnv, ToyTask, tiny_policy
-from robot_forgetting.method import Batch, Method, Penalty
+from robot_forgetting.conformance.toy_task import ToyEnv, ToyTask, tiny_policy
+from robot_forgetting.method import Batch, Method, Optimiser, Penalty
 from robot_forgetting.methods.sft import SFT
-from robot_forgetting.policies.openvla import OpenVLAPolicy
+from robot_forgetting.policies.openvla.vla import OpenVLAPolicy
 from robot_forgetting.policy import Action
-from robot_forgetting.train import Optimiser
 
 
 class Faulty(Method):

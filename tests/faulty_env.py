@@ -7,7 +7,7 @@ import torch
 from mani_skill.envs.tasks.tabletop.pick_cube import PickCubeEnv
 from mani_skill.utils.registration import register_env
 
-from robot_forgetting.robot.expert import grasp
+from robot_forgetting.tasks.simulator.expert import grasp
 
 
 @register_env("Faulty-PickCube-v1", max_episode_steps=100)

@@ -7,7 +7,7 @@ from pathlib import Path
 import hydra
 
 from robot_forgetting import configs
-from robot_forgetting.robot.task import ManiSkillTask
+from robot_forgetting.tasks.simulator.maniskill_task import ManiSkillTask
 
 CONFIGS = Path(configs.__file__).parent
 TASKS = sorted(path.stem for path in (CONFIGS / "task").glob("*.yaml") if "ManiSkillTask" in path.read_text())

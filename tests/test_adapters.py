@@ -12,8 +12,8 @@ from test_openvla_policy import observations, small_nano
 
 from robot_forgetting.errors import UserError
 from robot_forgetting.policies import lora
-from robot_forgetting.policies.openvla import OpenVLAPolicy
-from robot_forgetting.policies.openvla_model import OpenVLAModel
+from robot_forgetting.policies.openvla.vla import OpenVLAPolicy
+from robot_forgetting.policies.openvla.vla_model import OpenVLAModel
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to True"),

@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
-from robot_forgetting.tasks.equations import parse_equation, same_equation
-from robot_forgetting.tasks.math import last_boxed, same_answer
-from robot_forgetting.tasks.science import FIRST_LETTER, LETTER, TAG
-from robot_forgetting.tasks.tool_use import _multiset, parse_calls
+from robot_forgetting.tasks.text.equations import parse_equation, same_equation
+from robot_forgetting.tasks.text.math import last_boxed, same_answer
+from robot_forgetting.tasks.text.science import FIRST_LETTER, LETTER, TAG
+from robot_forgetting.tasks.text.tool_use import _multiset, parse_calls
 
 SIZE = 100_000
 CALL = "Action: f\nAction Input: "

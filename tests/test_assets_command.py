@@ -2,7 +2,7 @@
 
 import pytest
 
-from robot_forgetting import cli
+from robot_forgetting.cli import command_line as cli
 
 
 @pytest.mark.parametrize(

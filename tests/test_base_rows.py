@@ -14,16 +14,16 @@ import torch
 from toy import ToyPolicy, ToyTask
 from toy_runs import BUDGET, run, sources, summary
 
-from robot_forgetting import code_digest, episode_rows
-from robot_forgetting.code_digest import code_of
-from robot_forgetting.commands import evaluate_command
-from robot_forgetting.conformance import toy
-from robot_forgetting.episode_rows import evaluate_into, fingerprint
+from robot_forgetting.cli.commands import evaluate_command
+from robot_forgetting.conformance import toy_task as toy
+from robot_forgetting.engine import code_digest, episode_rows
+from robot_forgetting.engine.code_digest import code_of
+from robot_forgetting.engine.episode_rows import evaluate_into, fingerprint
 from robot_forgetting.errors import UserError
 from robot_forgetting.policies.mlp import MLPPolicy
-from robot_forgetting.policies.openvla import OpenVLAPolicy
-from robot_forgetting.records import RunFolder
-from robot_forgetting.robot.task import ManiSkillTask
+from robot_forgetting.policies.openvla.vla import OpenVLAPolicy
+from robot_forgetting.records.run_folder import RunFolder
+from robot_forgetting.tasks.simulator.maniskill_task import ManiSkillTask
 
 pytestmark = pytest.mark.usefixtures("no_renderer")
 
@@ -266,10 +266,12 @@ def test_what_changed_is_named(tmp_path):
 def test_code_of_environment_expert_and_robot():
     task = ManiSkillTask("pick", "PickCube-v1", "pick it", expert="robot_forgetting.envs.pick_cube.expert")
     found = code_of([task], task.code_modules())
-    for module in ("envs.pick_cube", "robot.expert", "robot.panda", "robot.workers", "robot.simulation", "robot.task"):
+    simulator = ("expert", "workers", "simulation", "maniskill_task")
+    for module in ("envs.pick_cube", "tasks.panda", *(f"tasks.simulator.{name}" for name in simulator)):
         assert f"robot_forgetting.{module}" in found
     assert not [name for name in found if not name.startswith("robot_forgetting.")]
-    assert not {"robot_forgetting.records", "robot_forgetting.experiment", "robot_forgetting.cli"} & found.keys()
+    unread = ("records.run_folder", "engine.experiment", "cli.command_line")
+    assert not {f"robot_forgetting.{module}" for module in unread} & found.keys()
 
 
 def test_code_without_a_source():
@@ -286,7 +288,8 @@ def test_code_without_a_source():
 
 
 def test_digests_are_the_same_in_another_process():
-    command = "from robot_forgetting.code_digest import code_of; from robot_forgetting.policies.mlp import MLPPolicy; "
+    command = "from robot_forgetting.engine.code_digest import code_of; "
+    command += "from robot_forgetting.policies.mlp import MLPPolicy; "
     command += "import json; print(json.dumps(code_of([MLPPolicy(sizes=(2, 2))])))"
     other = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
     assert json.loads(other.stdout) == code_of([MLPPolicy(sizes=(2, 2))])

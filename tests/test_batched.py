@@ -18,18 +18,18 @@ from robot_tasks import configured
 from test_workers import Drifting, fragile
 from toy import ToyPolicy
 
-from robot_forgetting import cli
-from robot_forgetting.episode_rows import fingerprint
+from robot_forgetting.cli import command_line as cli
+from robot_forgetting.engine.episode_rows import fingerprint
 from robot_forgetting.errors import UserError
-from robot_forgetting.robot import batched
-from robot_forgetting.robot.batched import CPU, BatchedSimulation, BatchedVectorEnv, initial_states
-from robot_forgetting.robot.environment import SimulationSpec
-from robot_forgetting.robot.panda import EndEffectorController
-from robot_forgetting.robot.simulation import Simulation, flags_of
-from robot_forgetting.robot.task import ManiSkillTask
-from robot_forgetting.robot.workers import POOL, ManiSkillVectorEnv, demonstrate
+from robot_forgetting.machine.user_modules import load_object
 from robot_forgetting.rollout import EpisodeKey, rollout
-from robot_forgetting.user_modules import load_object
+from robot_forgetting.tasks.panda import EndEffectorController
+from robot_forgetting.tasks.simulator import batched
+from robot_forgetting.tasks.simulator.batched import CPU, BatchedSimulation, BatchedVectorEnv, initial_states
+from robot_forgetting.tasks.simulator.environment import SimulationSpec
+from robot_forgetting.tasks.simulator.maniskill_task import ManiSkillTask
+from robot_forgetting.tasks.simulator.simulation import Simulation, flags_of
+from robot_forgetting.tasks.simulator.workers import POOL, ManiSkillVectorEnv, demonstrate
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The 'warn' method is deprecated:DeprecationWarning:mani_skill"),

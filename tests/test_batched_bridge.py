@@ -16,11 +16,11 @@ from bridge_tasks import RUNNABLE
 from robot_tasks import configured
 from test_batched import begin, drive_targets, follow, four_slots
 
-from robot_forgetting.robot import batched
-from robot_forgetting.robot.batched import CPU, BatchedSimulation
-from robot_forgetting.robot.pictures import BatchedCamera, Camera, Overlay, area_average, area_weights
-from robot_forgetting.robot.simulation import Simulation
-from robot_forgetting.robot.workers import POOL
+from robot_forgetting.tasks.simulator import batched
+from robot_forgetting.tasks.simulator.batched import CPU, BatchedSimulation
+from robot_forgetting.tasks.simulator.pictures import BatchedCamera, Camera, Overlay, area_average, area_weights
+from robot_forgetting.tasks.simulator.simulation import Simulation
+from robot_forgetting.tasks.simulator.workers import POOL
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The 'warn' method is deprecated:DeprecationWarning:mani_skill"),
@@ -182,7 +182,7 @@ class Things:
     def __init__(self):
         from mani_skill.utils.structs import Pose
 
-        from robot_forgetting.robot.bridge import BridgeScene
+        from robot_forgetting.tasks.widowx.bridge import BridgeScene
 
         self.flags = types.MethodType(BridgeScene.flags, self)
         self.places = torch.zeros(4, 2, 3)

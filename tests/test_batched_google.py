@@ -16,11 +16,12 @@ import torch
 from robot_tasks import configured
 from test_batched import begin, follow, four_slots
 
-from robot_forgetting.robot import assets, batched
-from robot_forgetting.robot.batched import CPU, BatchedSimulation
-from robot_forgetting.robot.pictures import BatchedCamera, Overlay
-from robot_forgetting.robot.simulation import Simulation
-from robot_forgetting.robot.workers import POOL
+from robot_forgetting.machine import assets
+from robot_forgetting.tasks.simulator import batched
+from robot_forgetting.tasks.simulator.batched import CPU, BatchedSimulation
+from robot_forgetting.tasks.simulator.pictures import BatchedCamera, Overlay
+from robot_forgetting.tasks.simulator.simulation import Simulation
+from robot_forgetting.tasks.simulator.workers import POOL
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The 'warn' method is deprecated:DeprecationWarning:mani_skill"),
@@ -153,7 +154,7 @@ def test_every_slot_has_its_own_plan(pairs):
     """Three arms in one controller, each as it would be alone; the kinematics are real, the arms stand-ins."""
     from mani_skill.utils.structs import Pose
 
-    from robot_forgetting.robot.google_robot import BatchedPlannedController
+    from robot_forgetting.tasks.google_robot.google_robot import BatchedPlannedController
 
     simulation, _ = pairs(CAN)
     simulation.reset(5)
@@ -280,7 +281,7 @@ def thing(name: str, places: Callable) -> types.SimpleNamespace:
 
 def test_flags_of_each_can():
     """0 lies on the table, 1 is held up, 2 is held up while it touches the table, 3 falls after five steps up."""
-    from robot_forgetting.robot.google_robot_scenes import PickCan
+    from robot_forgetting.tasks.google_robot.scenes import PickCan
 
     places = torch.tensor([[0.0, 0, 0.9], [0, 0, 0.93], [0, 0, 0.93], [0, 0, 0.93]])
     touching = torch.tensor([True, False, True, False])
@@ -310,7 +311,7 @@ def test_flags_of_each_can():
 
 def test_flags_of_each_move():
     """Slots with other objects, of which others are to be moved; what stands aside in a slot does not count there."""
-    from robot_forgetting.robot.google_robot_move_near import OBJECTS, PAIRS, TRIPLETS, MoveNear
+    from robot_forgetting.tasks.google_robot.move_near import OBJECTS, PAIRS, TRIPLETS, MoveNear
 
     triplet, pair = torch.tensor([0, 2, 2]), torch.tensor([PAIRS.index(two) for two in ((0, 1), (2, 0), (2, 0))])
     start = torch.tensor([[-0.33, 0.04, 0.9], [-0.33, 0.34, 0.9], [-0.13, 0.19, 0.9]])
@@ -345,7 +346,7 @@ def test_flags_of_each_move():
 
 
 def test_flags_of_each_drawer():
-    from robot_forgetting.robot.google_robot_cabinet import Drawer, PlaceInDrawer
+    from robot_forgetting.tasks.google_robot.cabinet import Drawer, PlaceInDrawer
 
     openings = torch.tensor([0.16, 0.149, 0.051, 0.04])
     scene = Scene(Drawer, 4, closing=False, openings=lambda: openings)
@@ -380,8 +381,8 @@ def test_each_slot_wears_its_colouring(pairs):
     from sapien import Entity
     from sapien.wrapper.actor_builder import ActorBuilder
 
-    from robot_forgetting.robot.google_robot import urdf
-    from robot_forgetting.robot.google_robot_scenes import GoogleScene, materials
+    from robot_forgetting.tasks.google_robot.google_robot import urdf
+    from robot_forgetting.tasks.google_robot.scenes import GoogleScene, materials
 
     env = pairs(CAN)[0].env
     bodies = []

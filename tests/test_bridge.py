@@ -13,10 +13,10 @@ from robot_tasks import configured
 from robot_forgetting.conformance import check
 from robot_forgetting.conformance.recordings import Player, complaints
 from robot_forgetting.errors import UserError
+from robot_forgetting.machine import assets
 from robot_forgetting.policy import ConventionSpec
-from robot_forgetting.robot import assets
-from robot_forgetting.robot.pictures import area_average, read_photo
-from robot_forgetting.robot.simulation import Simulation
+from robot_forgetting.tasks.simulator.pictures import area_average, read_photo
+from robot_forgetting.tasks.simulator.simulation import Simulation
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The 'warn' method is deprecated:DeprecationWarning:mani_skill"),
@@ -192,7 +192,7 @@ EXPERT_SEEDS = {"widowx_carrot_on_plate": (1_000_001, 7), "widowx_spoon_on_towel
 
 @pytest.mark.parametrize("name", RUNNABLE)
 def test_expert(players, blind, monkeypatch, name):
-    from robot_forgetting.user_modules import load_object
+    from robot_forgetting.machine.user_modules import load_object
 
     simulation = players(name).simulation
     monkeypatch.setattr(simulation, "expert", load_object(configured(name).spec.expert))
@@ -210,9 +210,9 @@ def test_expert(players, blind, monkeypatch, name):
 
 def test_workers_demonstrate_and_a_policy_acts():
     """Through the same processes as the Panda tasks, with an OpenVLA of random weights at its own picture size."""
-    from robot_forgetting.evaluate import check_conventions, evaluate
-    from robot_forgetting.policies.openvla import new_nano
-    from robot_forgetting.robot.workers import POOL
+    from robot_forgetting.engine.evaluate import check_conventions, evaluate
+    from robot_forgetting.policies.openvla.vla import new_nano
+    from robot_forgetting.tasks.simulator.workers import POOL
 
     task = configured("widowx_stack_cube", "processes=1", "task.rotation=euler_xyz", "image_size=64")
     try:

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from robot_forgetting.errors import UserError
-from robot_forgetting.robot import assets, spoon
-from robot_forgetting.robot.conventions import Boundary, euler_angles, rotation_vector
-from robot_forgetting.robot.grid import Grid
-from robot_forgetting.robot.pictures import Overlay
-from robot_forgetting.robot.robots import ROBOTS, find_robot
+from robot_forgetting.machine import assets
+from robot_forgetting.tasks.simulator.conventions import Boundary, euler_angles, rotation_vector
+from robot_forgetting.tasks.simulator.grid import Grid
+from robot_forgetting.tasks.simulator.pictures import Overlay
+from robot_forgetting.tasks.simulator.robots import ROBOTS, find_robot
+from robot_forgetting.tasks.widowx import spoon
 
 SQUARE = np.array([[[-0.235, -0.075], [-0.235, 0.075]], [[-0.085, 0.075], [-0.235, 0.075]]])
 TURNS = np.array([[[0, 0, 0, 1], [1, 0, 0, 0]], [[np.sqrt(0.5), 0, 0, -np.sqrt(0.5)], [1, 0, 0, 0]]])
@@ -110,7 +111,7 @@ def test_what_cannot_be_converted():
     with pytest.raises(UserError, match="unknown robot 'r2d2'; choose one of: .*panda"):
         find_robot("r2d2")
     with pytest.raises(UserError, match="is a dict; a robot is"):
-        find_robot("robot_forgetting.robot.robots.ROBOTS")
+        find_robot("robot_forgetting.tasks.simulator.robots.ROBOTS")
 
 
 # ---- photos

@@ -15,20 +15,20 @@ from tiny_lm import QUESTIONS, LettersTask, chats, noise, nudge, tiny_folder, ti
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from robot_forgetting.checkpoints import trainable
-from robot_forgetting.conformance.policy import check_policy
-from robot_forgetting.conformance.table import Table
+from robot_forgetting.conformance.check_table import Table
+from robot_forgetting.conformance.policy_checks import check_policy
 from robot_forgetting.errors import UserError
 from robot_forgetting.method import Batch
 from robot_forgetting.methods.kl import KL
 from robot_forgetting.metrics import divergence
 from robot_forgetting.one_step import answer, repeated
-from robot_forgetting.policies import causal_lm_vocabulary as vocabulary
 from robot_forgetting.policies import lora
-from robot_forgetting.policies.causal_lm import CausalLM
-from robot_forgetting.policies.causal_lm_hidden import of_like_length
-from robot_forgetting.policies.causal_lm_vllm import Completion, Sampler, VLLMSampler
+from robot_forgetting.policies.causal_lm import vocabulary
+from robot_forgetting.policies.causal_lm.hidden import of_like_length
+from robot_forgetting.policies.causal_lm.lm import CausalLM
+from robot_forgetting.policies.causal_lm.vllm_sampler import Completion, Sampler, VLLMSampler
 from robot_forgetting.policy import Action, Policy
+from robot_forgetting.records.checkpoints import trainable
 
 
 def tokens(action: Action) -> list[list[int]]:

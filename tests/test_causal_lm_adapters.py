@@ -10,7 +10,7 @@ from transformers import Qwen2ForCausalLM
 
 from robot_forgetting.errors import UserError
 from robot_forgetting.policies import lora
-from robot_forgetting.policies.causal_lm import CausalLM
+from robot_forgetting.policies.causal_lm.lm import CausalLM
 
 TARGETS = ["q_proj", "down_proj"]
 KINDS = {

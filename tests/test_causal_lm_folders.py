@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny_lm import tiny_folder
 
 from robot_forgetting.errors import UserError
-from robot_forgetting.policies.causal_lm import CausalLM
+from robot_forgetting.policies.causal_lm.lm import CausalLM
 
 LAYER = "model.layers.1.self_attn.q_proj.weight"
 

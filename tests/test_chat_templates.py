@@ -10,9 +10,9 @@ import torch
 from tiny_lm import TEMPLATE, chats, noise, tiny_lm, tokenizer
 
 from robot_forgetting.errors import UserError
-from robot_forgetting.policies import causal_lm_chat
-from robot_forgetting.policies.causal_lm_chat import ChatTemplate, Turn
-from robot_forgetting.policies.causal_lm_hidden import Prompts
+from robot_forgetting.policies.causal_lm import chat as causal_lm_chat
+from robot_forgetting.policies.causal_lm.chat import ChatTemplate, Turn
+from robot_forgetting.policies.causal_lm.hidden import Prompts
 
 OPEN = "{% if add_generation_prompt %}"
 # (what the template writes around an answer, template); <|im_end|> has number 2, <|endoftext|> 0
@@ -188,7 +188,7 @@ def test_a_long_completion_is_the_same_with_another_name_of_the_end(tmp_path):
 def test_answers_that_do_not_end_are_counted(capsys):
     from tiny_lm import LettersTask
 
-    from robot_forgetting.evaluate import evaluate
+    from robot_forgetting.engine.evaluate import evaluate
 
     policy, task = tiny_lm(max_new_tokens=3), LettersTask()
     seeds = list(range(1_000_000, 1_000_012))

@@ -17,15 +17,15 @@ from safetensors.torch import load_file, save_file
 from toy import ToyPolicy, ToyTask
 from toy_training import ITERATIONS, OPTIMISER, die, killed, make, same, start, stop_at
 
-from robot_forgetting import checkpoints
-from robot_forgetting import train as training
-from robot_forgetting.checkpoints import latest_checkpoint, load_weights
+from robot_forgetting.engine import train as training
+from robot_forgetting.engine.train import train
 from robot_forgetting.errors import UserError
 from robot_forgetting.method import Method
 from robot_forgetting.methods.grpo import GRPO
 from robot_forgetting.methods.kl import KL
-from robot_forgetting.records import RunFolder
-from robot_forgetting.train import train
+from robot_forgetting.records import checkpoints
+from robot_forgetting.records.checkpoints import latest_checkpoint, load_weights
+from robot_forgetting.records.run_folder import RunFolder
 
 # ---- restarts
 

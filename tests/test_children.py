@@ -16,9 +16,9 @@ import pytest
 import torch
 from toy_training import start
 
-from robot_forgetting import children
+from robot_forgetting.engine.replica import _shared
 from robot_forgetting.errors import UserError
-from robot_forgetting.replica import _shared
+from robot_forgetting.machine import children
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -26,9 +26,9 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = """
 import multiprocessing, sys, time
 from pathlib import Path
-from robot_forgetting import children
+from robot_forgetting.machine import children
 from robot_forgetting.errors import UserError
-from robot_forgetting.records import RunFolder
+from robot_forgetting.records.run_folder import RunFolder
 
 def main(arguments):
     with RunFolder.create("run", config={}) as folder:
@@ -122,8 +122,10 @@ def test_killed_with_9(command):
 PROGRAM = {"program": "def f():\n    import time\n    time.sleep(600)\n", "prompt": "", "entry_point": "f"}
 PROGRAM |= {"test": "def check(f):\n    f()\n", "wall_seconds": 600.0}
 PROGRAMS = {
-    "a jail": f"from robot_forgetting.tasks import code_sandbox; code_sandbox.run_tests(**{PROGRAM!r}, confine=False)",
-    "the renderer": "import sys; from robot_forgetting import vulkan; sys.executable = sys.argv[1]; vulkan.probe()",
+    "a jail": "from robot_forgetting.tasks.benchmarks import code_sandbox; "
+    f"code_sandbox.run_tests(**{PROGRAM!r}, confine=False)",
+    "the renderer": "import sys; from robot_forgetting.machine import vulkan; "
+    "sys.executable = sys.argv[1]; vulkan.probe()",
 }
 
 
@@ -163,7 +165,7 @@ def test_where_the_system_does_not_tell_of_a_parents_death():
     script = f"""
 import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from robot_forgetting import children
+from robot_forgetting.machine import children
 from robot_forgetting.errors import UserError
 parent = os.getpid()
 if os.fork() == 0:
@@ -180,7 +182,7 @@ time.sleep(600)
 
 
 def test_a_child_whose_parent_was_faster():
-    script = "from robot_forgetting import children; children.end_with(1); print('still here')"
+    script = "from robot_forgetting.machine import children; children.end_with(1); print('still here')"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
 

@@ -15,11 +15,11 @@ import yaml
 from command_line import complaint
 from omegaconf import OmegaConf
 
-from robot_forgetting import cli
-from robot_forgetting.cli_arguments import OWN
-from robot_forgetting.config_checks import check_node
+from robot_forgetting.cli import command_line as cli
+from robot_forgetting.cli.arguments import OWN
+from robot_forgetting.cli.config_checks import check_node
 from robot_forgetting.ranges import problem
-from robot_forgetting.records import RunFolder
+from robot_forgetting.records.run_folder import RunFolder
 
 PLUGIN = """
 from robot_forgetting.errors import UserError
@@ -118,7 +118,7 @@ def test_bad_input_is_one_line(capsys, monkeypatch, arguments, words):
 
 def test_a_run_folder_that_cannot_be_used(capsys, tmp_path, monkeypatch):
     """It is a file, or it holds the rows of another seed; found before anything is simulated."""
-    monkeypatch.setattr("robot_forgetting.doctor.render_backend", dict)
+    monkeypatch.setattr("robot_forgetting.machine.doctor.render_backend", dict)
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("")
     assert "file cannot be written: File exists; choose another run_dir" in complaint(capsys, "run", "run_dir=file")
@@ -132,14 +132,15 @@ def test_a_run_folder_that_cannot_be_used(capsys, tmp_path, monkeypatch):
 
 
 def test_a_method_that_clones_and_a_task_without_expert(capsys, folder):
-    target = "_target_: robot_forgetting.robot.task.ManiSkillTask\nname: poke\nenv_id: PokeCube-v1\n"
+    target = "_target_: robot_forgetting.tasks.simulator.maniskill_task.ManiSkillTask\n"
+    target += "name: poke\nenv_id: PokeCube-v1\n"
     (folder / "my_configs" / "task" / "poke.yaml").write_text(f"{target}instruction: poke\nimage_size: 64\n")
     said = complaint(capsys, "run", SEARCH, "task=poke", "method=sft")
     assert "task 'poke' has no demonstrations; give it an expert, or use a method that needs none" in said
     assert not (folder / "runs").exists()
 
 
-CONFIGS = Path(cli.__file__).parents[1] / "configs"
+CONFIGS = Path(cli.__file__).parents[2] / "configs"
 ENTRIES = sorted(f"{path.parent.name}={path.stem}" for path in CONFIGS.glob("*/*.yaml"))
 
 
@@ -303,7 +304,7 @@ def test_list_shows_own_tasks_and_first_comments(capsys, folder):
 
 @pytest.mark.parametrize("command", [["list"], ["report", str(RESULTS / "three-seeds"), "output=page.html"]])
 def test_nothing_large_is_imported_to_read(tmp_path, command):
-    code = f"import sys; from robot_forgetting import cli; assert cli.main({command}) == 0; "
+    code = f"import sys; from robot_forgetting.cli import command_line as cli; assert cli.main({command}) == 0; "
     code += "assert not {'torch', 'scipy.stats'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

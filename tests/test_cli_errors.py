@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from command_line import complaint
 
-from robot_forgetting import cli
-from robot_forgetting.cli_arguments import Arguments, _declared
+from robot_forgetting.cli import command_line as cli
+from robot_forgetting.cli.arguments import Arguments, _declared
 from robot_forgetting.policies.mlp import MLPPolicy
 from robot_forgetting.policy import ConventionSpec
 
@@ -70,7 +70,7 @@ FAULTY = {
     "broken": b"a: [1\n",
     "lost": b"_target_: nowhere.Thing\n",
     "three": b"_target_: 3\n",
-    "refers": b"_target_: robot_forgetting.tasks.skills.Skill\nname: a\nskill: ${nokey}\n",
+    "refers": b"_target_: robot_forgetting.tasks.text.skills.Skill\nname: a\nskill: ${nokey}\n",
 }
 
 
@@ -90,7 +90,7 @@ def test_a_yaml_of_a_users_own_that_is_none(capsys, tmp_path, monkeypatch, group
 def test_an_added_key_that_a_users_own_yaml_reads(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("mine/task").mkdir(parents=True)
-    target = "_target_: robot_forgetting.tasks.skills.Skill"
+    target = "_target_: robot_forgetting.tasks.text.skills.Skill"
     Path("mine/task/own.yaml").write_text(f"{target}\nname: own\nskill: sort\nitems: ${{length}}\n")
     assert cli.main(["list", "keys", SEARCH, "task=own", "+length=7"]) == 0
     assert "task.items=7\n" in capsys.readouterr().out
@@ -109,7 +109,7 @@ def mine(tmp_path, monkeypatch) -> Path:
     """A folder of a user's own configurations."""
     monkeypatch.chdir(tmp_path)
     for group, text in {
-        "task": "_target_: robot_forgetting.tasks.skills.Skill\nname: own\nskill: sort\nitems: ${length}\n",
+        "task": "_target_: robot_forgetting.tasks.text.skills.Skill\nname: own\nskill: sort\nitems: ${length}\n",
         "method": "defaults: [sft]\n",
         "experiment": "# @package _global_\ndefaults: [{override /method: grpo}]\nseed: 7\n",
     }.items():

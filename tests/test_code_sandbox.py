@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from robot_forgetting.errors import UserError
-from robot_forgetting.tasks import code_cgroup, code_sandbox
-from robot_forgetting.tasks.code_cgroup import groups_parent
-from robot_forgetting.tasks.code_sandbox import check_allowed, lock_problem, protection, run_tests
+from robot_forgetting.tasks.benchmarks import code_cgroup, code_sandbox
+from robot_forgetting.tasks.benchmarks.code_cgroup import groups_parent
+from robot_forgetting.tasks.benchmarks.code_sandbox import check_allowed, lock_problem, protection, run_tests
 
 ONE = {"prompt": "def f():\n    pass\n", "entry_point": "f", "test": "def check(f):\n    assert f() == 1\n"}
 

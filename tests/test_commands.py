@@ -8,9 +8,9 @@ import pytest
 from toy import ToyPolicy, ToyTask
 from toy_runs import BUDGET, run, summary
 
-from robot_forgetting.commands import evaluate_command, record_command
+from robot_forgetting.cli.commands import evaluate_command, record_command
 from robot_forgetting.errors import UserError
-from robot_forgetting.records import RunFolder
+from robot_forgetting.records.run_folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("no_renderer")
 

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from robot_forgetting import cli
+from robot_forgetting.cli import command_line as cli
 from robot_forgetting.conformance import check
-from robot_forgetting.conformance.method import check_method, check_penalty
-from robot_forgetting.conformance.policy import check_policy
-from robot_forgetting.conformance.table import Table
-from robot_forgetting.conformance.task import check_task
-from robot_forgetting.conformance.toy import ToyEnv, ToyTask, tiny_policy
+from robot_forgetting.conformance.check_table import Table
+from robot_forgetting.conformance.method_checks import check_method, check_penalty
+from robot_forgetting.conformance.policy_checks import check_policy
+from robot_forgetting.conformance.task_checks import check_task
+from robot_forgetting.conformance.toy_task import ToyEnv, ToyTask, tiny_policy
 from robot_forgetting.errors import UserError
-from robot_forgetting.method import Batch, Method, Penalty
+from robot_forgetting.method import Batch, Method, Optimiser, Penalty
 from robot_forgetting.methods.grpo import GRPO
 from robot_forgetting.methods.kl import KL
 from robot_forgetting.methods.reinforce import Reinforce
@@ -24,7 +24,6 @@ from robot_forgetting.methods.sft import SFT
 from robot_forgetting.one_step import OneStepTask
 from robot_forgetting.policy import Action, ConventionSpec
 from robot_forgetting.task import Demonstration
-from robot_forgetting.train import Optimiser
 
 ADAM = Optimiser(learning_rate=1e-3)
 

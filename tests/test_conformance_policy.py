@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from robot_forgetting.conformance.policy import check_policy
-from robot_forgetting.conformance.table import Table
-from robot_forgetting.conformance.toy import ToyTask, tiny_policy
-from robot_forgetting.policies.openvla import OpenVLAPolicy
+from robot_forgetting.conformance.check_table import Table
+from robot_forgetting.conformance.policy_checks import check_policy
+from robot_forgetting.conformance.toy_task import ToyTask, tiny_policy
+from robot_forgetting.policies.openvla.vla import OpenVLAPolicy
 from robot_forgetting.policy import Action
 
 

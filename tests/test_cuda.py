@@ -11,10 +11,10 @@ import torch
 from gpu_steps import interrupted, methods, moved_a_little, penalties, small_run
 from pretend_cuda import CUDA, OnCuda, pretended_cuda
 
-from robot_forgetting.conformance.policy import check_policy, observations
-from robot_forgetting.conformance.table import Table
-from robot_forgetting.conformance.toy import ToyTask, tiny_policy
-from robot_forgetting.layers import measure_layers
+from robot_forgetting.conformance.check_table import Table
+from robot_forgetting.conformance.policy_checks import check_policy, observations
+from robot_forgetting.conformance.toy_task import ToyTask, tiny_policy
+from robot_forgetting.measures.drift_by_layer import measure_layers
 from robot_forgetting.metrics.divergence import reverse_kl
 from robot_forgetting.policy import Reference
 

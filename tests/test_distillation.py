@@ -12,14 +12,14 @@ from test_text_methods import another
 from tiny_lm import LettersTask, tiny_lm
 from toy import ToyPolicy, ToyTask
 
-from robot_forgetting import cli
-from robot_forgetting.checkpoints import trainable
+from robot_forgetting.cli import command_line as cli
+from robot_forgetting.engine.train import train
 from robot_forgetting.errors import UserError
-from robot_forgetting.method import Batch
+from robot_forgetting.method import Batch, Optimiser
 from robot_forgetting.methods.distillation import SDFT, OnPolicyDistillation
 from robot_forgetting.policy import ConventionSpec, Policy, Reference
-from robot_forgetting.records import RunFolder
-from robot_forgetting.train import Optimiser, train
+from robot_forgetting.records.checkpoints import trainable
+from robot_forgetting.records.run_folder import RunFolder
 
 RATE = Optimiser(learning_rate=1e-2)
 TEMPLATE = "{question}\nSolution: {demonstration}"

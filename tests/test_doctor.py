@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from robot_forgetting import doctor, vulkan
 from robot_forgetting.errors import UserError
+from robot_forgetting.machine import doctor, vulkan
 
 LAVAPIPE = {"device": "llvmpipe (LLVM 15.0.6)", "driver": "llvmpipe", "version": "Mesa 25.0.7-2", "blank": False}
 

@@ -10,8 +10,7 @@ import torch
 from scipy.stats import entropy
 from toy import CELLS, CHOICES, ToyPolicy, ToyTask, picture
 
-from robot_forgetting.errors import UserError
-from robot_forgetting.evaluate import (
+from robot_forgetting.engine.evaluate import (
     States,
     check_conventions,
     demonstration_states,
@@ -21,7 +20,8 @@ from robot_forgetting.evaluate import (
     policy_states,
     success_line,
 )
-from robot_forgetting.evaluate import test_seeds as seeds_of
+from robot_forgetting.engine.evaluate import test_seeds as seeds_of
+from robot_forgetting.errors import UserError
 from robot_forgetting.policy import Action, ConventionSpec
 
 

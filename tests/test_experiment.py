@@ -14,13 +14,15 @@ from rich.console import Console
 from toy import ToyPolicy, ToyTask
 from toy_runs import BUDGET, rows, run, same, summary
 
-from robot_forgetting import doctor, episode_rows, experiment, progress, video
-from robot_forgetting.checkpoints import latest_checkpoint, load_weights
+from robot_forgetting.engine import episode_rows, experiment
+from robot_forgetting.engine.evaluate import evaluate
 from robot_forgetting.errors import UserError
-from robot_forgetting.evaluate import evaluate
+from robot_forgetting.machine import doctor, progress
 from robot_forgetting.methods.kl import KL
 from robot_forgetting.metrics.statistics import wilson
-from robot_forgetting.records import RunFolder
+from robot_forgetting.records import video
+from robot_forgetting.records.checkpoints import latest_checkpoint, load_weights
+from robot_forgetting.records.run_folder import RunFolder
 from robot_forgetting.report import write_report
 from robot_forgetting.rollout import Episode, EpisodeKey
 from robot_forgetting.scored import ScoredTask

@@ -15,9 +15,9 @@ from fake_runs import make_run
 from test_parity_mnist import data  # noqa: F401 - a fixture
 
 from robot_forgetting.cli import main
-from robot_forgetting.episode_rows import reuse
+from robot_forgetting.engine.episode_rows import reuse
 from robot_forgetting.errors import UserError
-from robot_forgetting.records import RunFolder
+from robot_forgetting.records.run_folder import RunFolder
 from robot_forgetting.report import figures, write_report
 from robot_forgetting.report.media import recorded
 from robot_forgetting.report.runs import load

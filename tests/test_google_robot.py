@@ -15,11 +15,11 @@ from robot_tasks import CONFIGS, configured
 
 from robot_forgetting.conformance.recordings import allowed, complaints, recordings_of
 from robot_forgetting.errors import UserError
+from robot_forgetting.machine import assets
 from robot_forgetting.policy import ConventionSpec
-from robot_forgetting.robot import assets
-from robot_forgetting.robot.conventions import Boundary
-from robot_forgetting.robot.google_robot_tasks import GOOGLE_ROBOT
-from robot_forgetting.robot.simulation import Simulation
+from robot_forgetting.tasks.google_robot.google_robot_tasks import GOOGLE_ROBOT
+from robot_forgetting.tasks.simulator.conventions import Boundary
+from robot_forgetting.tasks.simulator.simulation import Simulation
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The 'warn' method is deprecated:DeprecationWarning:mani_skill"),
@@ -72,7 +72,7 @@ def test_tasks_of_one_orientation_find_their_recordings(tmp_path):
 def test_a_plan_by_hand():
     """1.5 rad at 1.5 rad / s, 2 rad / s^2, 50 rad / s^3: the top speed is reached, so it takes 1 + 0.75 + 0.04 s."""
     pytest.importorskip("ruckig")
-    from robot_forgetting.robot.google_robot import ARM_PLAN, plan
+    from robot_forgetting.tasks.google_robot.google_robot import ARM_PLAN, plan
 
     positions, velocities = plan(np.zeros(1), np.zeros(1), np.array([1.5]), ARM_PLAN, 1800, 1000)
     assert positions.shape == velocities.shape == (1801, 1)
@@ -85,7 +85,7 @@ def test_a_plan_by_hand():
 @pytest.mark.parametrize("limits", [(1.5, 2.0, 50.0), (1.0, 7.0, 50.0)], ids=["arm", "fingers"])
 def test_plans_keep_their_limits(limits):
     pytest.importorskip("ruckig")
-    from robot_forgetting.robot.google_robot import plan
+    from robot_forgetting.tasks.google_robot.google_robot import plan
 
     rng = np.random.default_rng(0)
     hz = 513
@@ -103,7 +103,7 @@ def test_plans_keep_their_limits(limits):
 
 def test_missing_ruckig(monkeypatch):
     monkeypatch.setitem(sys.modules, "ruckig", None)
-    from robot_forgetting.robot.google_robot import PlannedController
+    from robot_forgetting.tasks.google_robot.google_robot import PlannedController
 
     with pytest.raises(UserError, match=r"need Ruckig .*pip install 'robot-forgetting\[google-robot\]'"):
         PlannedController(None)
@@ -221,7 +221,7 @@ def test_objects_weigh_what_they_weighed(players):
 def test_configurations_of_a_can():
     """25 places times 4 colourings: all places, x slowest, and then all again with the next colourings."""
     pytest.importorskip("mani_skill")
-    from robot_forgetting.robot.google_robot_scenes import can_state
+    from robot_forgetting.tasks.google_robot.scenes import can_state
 
     rng = np.random.default_rng(0)
     states = [can_state(number, rng) for number in range(100)]
@@ -243,7 +243,7 @@ def test_configurations_of_a_can():
 def test_configurations_of_move_near():
     """60 episodes times 4 colourings: the pair changes first, then pattern, then triplet, then colouring."""
     pytest.importorskip("mani_skill")
-    from robot_forgetting.robot.google_robot_move_near import move_near_state
+    from robot_forgetting.tasks.google_robot.move_near import move_near_state
 
     rng = np.random.default_rng(0)
     states = [move_near_state(number, rng) for number in range(240)]
@@ -265,7 +265,7 @@ def test_configurations_of_move_near():
 
 
 def test_move_near_shows_what_it_names(players, bundle):
-    from robot_forgetting.robot.pictures import read_photo
+    from robot_forgetting.tasks.simulator.pictures import read_photo
 
     simulation = players(NEAR).simulation
     photo = read_photo(
@@ -298,7 +298,7 @@ def test_test_seeds_are_the_evaluation_configurations(players, blind):
 
 def test_each_colouring_has_its_textures(players, blind):
     """A seed's; a link that is the same in all has its own, and other robots of the process keep theirs."""
-    from robot_forgetting.robot.google_robot_scenes import looks, materials
+    from robot_forgetting.tasks.google_robot.scenes import looks, materials
 
     def worn(simulation) -> dict[str, str]:
         links = simulation.env.agent.robot.links_map
@@ -422,7 +422,7 @@ def test_when_an_expert_has_nothing_left_to_do(task, forwards, gripper, idle):
 
 
 def test_expert_picks_up_a_can(players, blind, monkeypatch):
-    from robot_forgetting.user_modules import load_object
+    from robot_forgetting.machine.user_modules import load_object
 
     simulation = players(CAN).simulation
     monkeypatch.setattr(simulation, "expert", load_object(configured(CAN).spec.expert))
@@ -435,7 +435,7 @@ def test_expert_picks_up_a_can(players, blind, monkeypatch):
 
 
 def test_expert_moves_an_apple(players, blind, monkeypatch):
-    from robot_forgetting.user_modules import load_object
+    from robot_forgetting.machine.user_modules import load_object
 
     simulation = players(NEAR).simulation
     monkeypatch.setattr(simulation, "expert", load_object(configured(NEAR).spec.expert))

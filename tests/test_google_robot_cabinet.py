@@ -10,8 +10,8 @@ import pytest
 from robot_tasks import CONFIGS, configured
 
 from robot_forgetting.errors import UserError
-from robot_forgetting.robot import assets
-from robot_forgetting.robot.simulation import Simulation
+from robot_forgetting.machine import assets
+from robot_forgetting.tasks.simulator.simulation import Simulation
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The 'warn' method is deprecated:DeprecationWarning:mani_skill"),
@@ -72,8 +72,8 @@ def test_flags_of_an_apple(players, blind, steps, expected):
 def test_the_instruction_changes_within_an_episode(players, monkeypatch):
     """The original moves on before its step 101 and says so after it; with told=2, before and after the third."""
     from robot_forgetting.methods.sft import demonstration_columns
-    from robot_forgetting.robot.workers import _demonstrate
     from robot_forgetting.task import Demonstration
+    from robot_forgetting.tasks.simulator.workers import _demonstrate
 
     simulation, (first, then) = players(PLACE).simulation, ("open top drawer", "place apple into top drawer")
     assert simulation.env.told == 100 and configured(PLACE).sentences == (first, then)
@@ -94,7 +94,7 @@ def test_the_instruction_changes_within_an_episode(players, monkeypatch):
 
 def test_configurations_of_a_drawer():
     pytest.importorskip("mani_skill")
-    from robot_forgetting.robot.google_robot_cabinet import STATIONS, drawer_state
+    from robot_forgetting.tasks.google_robot.cabinet import STATIONS, drawer_state
 
     rng = np.random.default_rng(0)
     states = [drawer_state(number, rng, tuple(STATIONS)) for number in range(27)]
@@ -108,7 +108,7 @@ def test_configurations_of_a_drawer():
 def test_configurations_of_an_apple():
     """3 stations times 9 places times 4 colourings: all places of a station first, x slowest; colourings last."""
     pytest.importorskip("mani_skill")
-    from robot_forgetting.robot.google_robot_cabinet import place_state
+    from robot_forgetting.tasks.google_robot.cabinet import place_state
 
     rng = np.random.default_rng(0)
     states = [place_state(number, rng) for number in range(108)]
@@ -141,7 +141,7 @@ def test_an_apple_starts_on_the_cabinet(players, blind):
 
 
 def test_each_station_has_its_photo(players, bundle):
-    from robot_forgetting.robot.pictures import read_photo
+    from robot_forgetting.tasks.simulator.pictures import read_photo
 
     simulation = players(DRAWER).simulation
     folder = bundle / "data" / assets.GOOGLE / "real_inpainting"
@@ -170,7 +170,7 @@ def test_unknown_names_of_a_drawer(renderer, bundle, override, words):
 
 
 def test_expert_closes_a_drawer(players, blind, monkeypatch):
-    from robot_forgetting.user_modules import load_object
+    from robot_forgetting.machine.user_modules import load_object
 
     simulation = players(DRAWER).simulation
     monkeypatch.setattr(simulation.env, "closing", True)
@@ -183,7 +183,7 @@ def test_expert_closes_a_drawer(players, blind, monkeypatch):
 
 def test_the_small_policy_closes_a_drawer(players):
     """The weights that come with the package, as `policy=openvla-nano-google` builds them; it closed all 27 of 27."""
-    from robot_forgetting.evaluate import check_conventions
+    from robot_forgetting.engine.evaluate import check_conventions
     from robot_forgetting.rollout import columns
 
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
@@ -202,7 +202,7 @@ def test_the_small_policy_closes_a_drawer(players):
 
 
 def test_expert_opens_a_drawer(players, blind, monkeypatch):
-    from robot_forgetting.user_modules import load_object
+    from robot_forgetting.machine.user_modules import load_object
 
     simulation = players(DRAWER).simulation
     monkeypatch.setattr(simulation, "expert", load_object(configured(DRAWER).spec.expert))
@@ -213,7 +213,7 @@ def test_expert_opens_a_drawer(players, blind, monkeypatch):
 
 def test_expert_places_an_apple(players, blind, monkeypatch):
     """Into a drawer that is open already: the rest is the test above."""
-    from robot_forgetting.user_modules import load_object
+    from robot_forgetting.machine.user_modules import load_object
 
     simulation = players(PLACE).simulation
     monkeypatch.setattr(simulation, "expert", load_object(configured(PLACE).spec.expert))

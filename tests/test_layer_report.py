@@ -9,11 +9,11 @@ import pytest
 from fake_runs import make_run
 from test_report import Tags
 
-from robot_forgetting.layers import TEXT, WEIGHTS
+from robot_forgetting.measures.drift_by_layer import TEXT, WEIGHTS
 from robot_forgetting.metrics.pareto import quadratic_fit
-from robot_forgetting.records import RunFolder
+from robot_forgetting.records.run_folder import RunFolder
 from robot_forgetting.report import write_report
-from robot_forgetting.report.layers import _line
+from robot_forgetting.report.layer_section import _line
 from robot_forgetting.report.words import too_few
 
 BLOCKS = 4

@@ -12,10 +12,11 @@ import torch
 from toy import ToyPolicy, ToyTask, a_batch
 
 from robot_forgetting import configs
-from robot_forgetting.evaluate import evaluate
+from robot_forgetting.engine.evaluate import evaluate
+from robot_forgetting.engine.train import train
+from robot_forgetting.method import Optimiser
 from robot_forgetting.methods.kl import KL
-from robot_forgetting.records import RunFolder
-from robot_forgetting.train import Optimiser, train
+from robot_forgetting.records.run_folder import RunFolder
 
 CONFIGS = Path(configs.__file__).parent
 # simpo and sdft want questions (test_text_methods.py), on_policy_distillation a teacher (test_distillation.py)

@@ -14,13 +14,13 @@ from toy import ToyPolicy
 from toy_runs import run
 
 from robot_forgetting import configs
-from robot_forgetting.checkpoints import trainable
-from robot_forgetting.config_checks import check_root
+from robot_forgetting.cli.config_checks import check_root
 from robot_forgetting.errors import UserError
-from robot_forgetting.layers import TEXT, WEIGHTS, held_out_texts, measure_layers
+from robot_forgetting.measures.drift_by_layer import TEXT, WEIGHTS, held_out_texts, measure_layers
 from robot_forgetting.metrics import drift, representation
-from robot_forgetting.policies import causal_lm_layers
-from robot_forgetting.policies.causal_lm_layers import blocks_of
+from robot_forgetting.policies.causal_lm import blocks as causal_lm_layers
+from robot_forgetting.policies.causal_lm.blocks import blocks_of
+from robot_forgetting.records.checkpoints import trainable
 
 TEXTS = [f"What is the sum of {a} and {b}" + "? yes no" * (a % 3) for a in range(4) for b in range(3)]
 LORA = {"rank": 2, "alpha": 4}
@@ -242,7 +242,7 @@ def test_a_run_records_its_layers_at_every_checkpoint(tmp_path, monkeypatch):
     assert sorted(map(json.dumps, kept)) == sorted(map(json.dumps, rows))
     assert folder.run["left_out"] == {}
     # Continued after an interruption before its last rows, it ends with the same.
-    from robot_forgetting import experiment
+    from robot_forgetting.engine import experiment
 
     def interrupt(*_, **__):
         raise KeyboardInterrupt

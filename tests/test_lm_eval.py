@@ -16,8 +16,8 @@ from tiny_lm import tiny_folder, tiny_lm
 pytest.importorskip("lm_eval")
 
 from robot_forgetting.errors import UserError
-from robot_forgetting.policies.causal_lm import CausalLM
-from robot_forgetting.tasks.lm_eval import LmEval
+from robot_forgetting.policies.causal_lm.lm import CausalLM
+from robot_forgetting.tasks.benchmarks.lm_eval import LmEval
 
 START = 1_000_000
 CONFIGURATIONS = {
@@ -412,7 +412,7 @@ def test_a_byte_order_mark_is_no_part_of_a_text(name, originals, shared, tmp_pat
         shutil.copytree(source, tmp_path / copy / name, dirs_exist_ok=True)
     for file in (tmp_path / "marked").rglob("*.*"):
         file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
-    from robot_forgetting.tasks.lm_eval_data import local_splits
+    from robot_forgetting.tasks.benchmarks.lm_eval_data import local_splits
 
     found = []
     for copy in ("plain", "marked"):
@@ -430,7 +430,7 @@ def test_ifeval_does_without_the_items_that_need_punkt(tmp_path, monkeypatch, ca
              "kwargs": [{"num_sentences": 2, "relation": "at least"}]}  # fmt: skip
     _lines(tmp_path / "ifeval" / "input_data.jsonl", [IFEVAL[0], needs, IFEVAL[1]])
     monkeypatch.setenv("ROBOT_FORGETTING_DATA", str(tmp_path))
-    monkeypatch.setattr("robot_forgetting.tasks.lm_eval.punkt", lambda: punkt)
+    monkeypatch.setattr("robot_forgetting.tasks.benchmarks.lm_eval.punkt", lambda: punkt)
     configuration, metric = CONFIGURATIONS["ifeval"]
     task = LmEval("ifeval", configuration=configuration, metric=metric, max_new_tokens=4)
     assert task.left_out() is None
@@ -449,7 +449,7 @@ def test_humaneval_scores_what_the_model_would_have_written(shared, monkeypatch)
     """The model's texts are replaced by known ones; prompts, stops and programs stay lm-eval's."""
     from lm_eval.models.huggingface import HFLM
 
-    from robot_forgetting.tasks.code_sandbox import lock_problem
+    from robot_forgetting.tasks.benchmarks.code_sandbox import lock_problem
 
     if (problem := lock_problem()) is not None:
         pytest.skip(f"no jail on this machine: {problem}")
@@ -477,7 +477,7 @@ def test_humaneval_scores_what_the_model_would_have_written(shared, monkeypatch)
 
 
 def test_layouts_of_the_original_files(shared, monkeypatch):
-    from robot_forgetting.tasks.lm_eval_data import local_splits
+    from robot_forgetting.tasks.benchmarks.lm_eval_data import local_splits
 
     monkeypatch.setenv("ROBOT_FORGETTING_DATA", str(shared / "data"))
     sizes = {

@@ -13,20 +13,20 @@ from pathlib import Path
 
 import pytest
 
-from robot_forgetting import locks
 from robot_forgetting.errors import UserError
-from robot_forgetting.files import cached
-from robot_forgetting.records import RunFolder
+from robot_forgetting.machine.files import cached
+from robot_forgetting.records import locks
+from robot_forgetting.records.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
 # A file system without locks is what the system call says of it.
 SCRIPT = """
 import errno, os, sys, time
-from robot_forgetting import locks
+from robot_forgetting.records import locks
 def refuse(*arguments):
     raise OSError(int(sys.argv[1]), os.strerror(int(sys.argv[1])))
 locks.fcntl.lockf = refuse
-from robot_forgetting.records import RunFolder
+from robot_forgetting.records.run_folder import RunFolder
 folder = RunFolder.create("run", config={})
 folder.append("notes", {"note": "begun"})
 print("begun", flush=True)
@@ -106,7 +106,8 @@ def test_the_lock_is_kept_while_its_text_is_written(tmp_path):
     """A POSIX lock is lost when any descriptor of its file is closed."""
     path = tmp_path / "run"
     with RunFolder.create(path, config={}):
-        script = f"from robot_forgetting.records import RunFolder; RunFolder.create({str(path)!r}, config={{}})"
+        script = "from robot_forgetting.records.run_folder import RunFolder; "
+        script += f"RunFolder.create({str(path)!r}, config={{}})"
         done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
         assert f"written by another process (pid {os.getpid()} on " in done.stderr
 

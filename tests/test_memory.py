@@ -16,9 +16,9 @@ from toy_runs import run
 from robot_forgetting.errors import UserError
 from robot_forgetting.policies import lora, memory, own_base
 from robot_forgetting.policies.memory import rows_that_fit
-from robot_forgetting.policies.openvla import OpenVLAPolicy
-from robot_forgetting.policies.openvla_memory import PROMPT_TOKENS, acting_row_bytes, training_row_bytes
-from robot_forgetting.policies.openvla_model import OpenVLAConfig, OpenVLAModel
+from robot_forgetting.policies.openvla.row_memory import PROMPT_TOKENS, acting_row_bytes, training_row_bytes
+from robot_forgetting.policies.openvla.vla import OpenVLAPolicy
+from robot_forgetting.policies.openvla.vla_model import OpenVLAConfig, OpenVLAModel
 
 FULL = OpenVLAConfig()
 SHALLOW = replace(FULL, num_layers=2, dino=replace(FULL.dino, depth=3), siglip=replace(FULL.siglip, depth=3))

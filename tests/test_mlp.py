@@ -9,7 +9,9 @@ from test_onestep import small
 from torch.nn.functional import cross_entropy
 from toy_labels import Sums
 
+from robot_forgetting.engine.train import train
 from robot_forgetting.errors import UserError
+from robot_forgetting.method import Optimiser
 from robot_forgetting.methods.grpo import GRPO
 from robot_forgetting.methods.kl import KL
 from robot_forgetting.methods.labels import OracleLabels
@@ -20,8 +22,7 @@ from robot_forgetting.methods.simpo import SimPO
 from robot_forgetting.one_step import answer, repeated
 from robot_forgetting.policies.mlp import MLPPolicy
 from robot_forgetting.policy import Action
-from robot_forgetting.records import RunFolder
-from robot_forgetting.train import Optimiser, train
+from robot_forgetting.records.run_folder import RunFolder
 
 STEPS = {"optimiser": None, "steps_per_iteration": 2, "batch_size": 5}
 METHODS = {

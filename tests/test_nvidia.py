@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from robot_forgetting import doctor, nvidia, vulkan
 from robot_forgetting.errors import UserError
-from robot_forgetting.policies import device
+from robot_forgetting.machine import device, doctor, nvidia, vulkan
 
 ROOT = Path(__file__).resolve().parents[1]
 CU126 = ["torch==2.13.0+cu126", "--extra-index-url", "https://download.pytorch.org/whl/cu126"]

@@ -14,7 +14,7 @@ from robot_forgetting.methods.on_policy import RolloutPlan, sample_rollouts
 from robot_forgetting.one_step import Repeated, answer, repeated, uniforms
 from robot_forgetting.policies.mlp import MLPPolicy
 from robot_forgetting.rollout import EpisodeKey, rollout
-from robot_forgetting.tasks.parity_mnist import parity_labels
+from robot_forgetting.tasks.digits.parity_mnist import parity_labels
 
 
 def small(runs: int = 1, seed: int = 0, scale: float = 3.0) -> MLPPolicy:

@@ -9,12 +9,12 @@ import torch
 from scipy import stats
 
 from robot_forgetting.errors import UserError
-from robot_forgetting.policies import openvla_model
-from robot_forgetting.policies.openvla_checkpoint import read_config
-from robot_forgetting.policies.openvla_decode import sample_bins
-from robot_forgetting.policies.openvla_golden import check_golden
-from robot_forgetting.policies.openvla_model import OpenVLAConfig, OpenVLAModel
-from robot_forgetting.policies.openvla_vision import dinov2_tower, siglip_tower
+from robot_forgetting.policies.openvla import vla_model as openvla_model
+from robot_forgetting.policies.openvla.fused_decode import sample_bins
+from robot_forgetting.policies.openvla.golden import check_golden
+from robot_forgetting.policies.openvla.vision import dinov2_tower, siglip_tower
+from robot_forgetting.policies.openvla.vla_checkpoint import read_config
+from robot_forgetting.policies.openvla.vla_model import OpenVLAConfig, OpenVLAModel
 
 PAD = 300 + 256
 

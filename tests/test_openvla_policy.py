@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from robot_forgetting.episode_rows import fingerprint
+from robot_forgetting.engine.episode_rows import fingerprint
 from robot_forgetting.errors import UserError
-from robot_forgetting.policies import openvla_checkpoint
-from robot_forgetting.policies.openvla import OpenVLAPolicy, new_nano
-from robot_forgetting.policies.openvla_checkpoint import Checkpoint
-from robot_forgetting.policies.openvla_processor import ActionBins, ImageProcessor, Statistics
-from robot_forgetting.policies.openvla_tokenizer import PromptTokenizer, prompt, train_small_tokenizer
+from robot_forgetting.policies.openvla import vla_checkpoint as openvla_checkpoint
+from robot_forgetting.policies.openvla.processor import ActionBins, ImageProcessor, Statistics
+from robot_forgetting.policies.openvla.prompt_tokenizer import PromptTokenizer, prompt, train_small_tokenizer
+from robot_forgetting.policies.openvla.vla import OpenVLAPolicy, new_nano
+from robot_forgetting.policies.openvla.vla_checkpoint import Checkpoint
 from robot_forgetting.policy import Action, ConventionSpec
 
 INSTRUCTIONS = ["stack the red cube on top of the green cube", "push the blue cube to the goal"]

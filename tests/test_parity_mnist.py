@@ -16,13 +16,13 @@ from robot_forgetting.cli import main
 from robot_forgetting.errors import UserError
 from robot_forgetting.metrics.drift import diagonal_fisher
 from robot_forgetting.policies.mlp import MLPPolicy
-from robot_forgetting.records import RunFolder
-from robot_forgetting.reproduce.base import pretrain
-from robot_forgetting.reproduce.methods import METHODS
-from robot_forgetting.reproduce.parity_mnist import Study
-from robot_forgetting.reproduce.probe import Probe, Settings, fisher, mean_success
-from robot_forgetting.tasks.idx import VARIABLE, load_images
-from robot_forgetting.tasks.parity_mnist import FashionMNIST, ParityMNIST, parity_labels
+from robot_forgetting.records.run_folder import RunFolder
+from robot_forgetting.studies.digits.base_policy import pretrain
+from robot_forgetting.studies.digits.probe import Probe, Settings, fisher, mean_success
+from robot_forgetting.studies.digits.study_methods import METHODS
+from robot_forgetting.studies.digits.sweep import Study
+from robot_forgetting.tasks.digits.idx import VARIABLE, load_images
+from robot_forgetting.tasks.digits.parity_mnist import FashionMNIST, ParityMNIST, parity_labels
 
 TRAIN, TEST = 160, 60
 

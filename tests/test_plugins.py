@@ -9,7 +9,7 @@ from pathlib import Path
 import faulty
 import pytest
 
-from robot_forgetting import cli
+from robot_forgetting.cli import command_line as cli
 from robot_forgetting.errors import PluginError, blamed, caller, fault, told
 from robot_forgetting.methods.sft import SFT
 

@@ -14,14 +14,14 @@ from test_openvla_policy import observations, small_nano
 from tiny_lm import tiny_lm
 
 from robot_forgetting import configs
-from robot_forgetting.checkpoints import load_checkpoint, save_checkpoint
 from robot_forgetting.errors import UserError
+from robot_forgetting.method import Optimiser
 from robot_forgetting.methods.sft import SFT
-from robot_forgetting.policies import openvla_checkpoint
-from robot_forgetting.policies.openvla import OpenVLAPolicy
-from robot_forgetting.policies.openvla_checkpoint import Checkpoint
-from robot_forgetting.records import RunFolder
-from robot_forgetting.train import Optimiser
+from robot_forgetting.policies.openvla import vla_checkpoint as openvla_checkpoint
+from robot_forgetting.policies.openvla.vla import OpenVLAPolicy
+from robot_forgetting.policies.openvla.vla_checkpoint import Checkpoint
+from robot_forgetting.records.checkpoints import load_checkpoint, save_checkpoint
+from robot_forgetting.records.run_folder import RunFolder
 
 CONFIGS = str(Path(configs.__file__).parent)
 # Those whose weights are here; the others are the same classes with larger ones.

@@ -7,11 +7,11 @@ import sys
 import numpy as np
 import pytest
 
-from robot_forgetting.conformance.toy import ToyTask, tiny_policy
+from robot_forgetting.conformance.toy_task import ToyTask, tiny_policy
+from robot_forgetting.engine.pretrain import Mixture, pretrain, ranges
 from robot_forgetting.errors import UserError
-from robot_forgetting.policies.openvla import OpenVLAPolicy
+from robot_forgetting.policies.openvla.vla import OpenVLAPolicy
 from robot_forgetting.policy import Policy
-from robot_forgetting.pretrain import Mixture, pretrain, ranges
 from robot_forgetting.task import Demonstration, Task
 
 pytestmark = pytest.mark.usefixtures("no_renderer")

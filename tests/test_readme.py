@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from robot_forgetting import cli, vulkan
-from robot_forgetting.robot import workers
+from robot_forgetting.cli import command_line as cli
+from robot_forgetting.machine import vulkan
+from robot_forgetting.tasks.simulator import workers
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import save_file
 
 from robot_forgetting.errors import UserError
-from robot_forgetting.files import follow_umask
-from robot_forgetting.records import RunFolder, differing_keys, find_runs, plain, write_json
+from robot_forgetting.machine.files import follow_umask
+from robot_forgetting.records.run_folder import RunFolder, differing_keys, find_runs, plain, write_json
 
 CONFIG = {"seed": 0, "method": {"name": "sft", "learning_rate": 1e-5}, "task": "stack_cube"}
 
@@ -77,7 +77,7 @@ def test_broken_line_in_the_middle_is_named(tmp_path):
 def test_kill_9_then_resume(tmp_path):
     script = f"""
 import time
-from robot_forgetting.records import RunFolder
+from robot_forgetting.records.run_folder import RunFolder
 folder = RunFolder.create({str(tmp_path / "a")!r}, config={CONFIG!r})
 i = 0
 while True:
@@ -150,7 +150,8 @@ def test_lock_within_one_process_and_after_close(tmp_path):
     with pytest.raises(UserError, match=f"another process .pid {os.getpid()}"):
         RunFolder.create(tmp_path / "a", config=CONFIG)
     code = (
-        f"from robot_forgetting.records import RunFolder; RunFolder.create({str(tmp_path / 'a')!r}, config={CONFIG!r})"
+        "from robot_forgetting.records.run_folder import RunFolder; "
+        f"RunFolder.create({str(tmp_path / 'a')!r}, config={CONFIG!r})"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "another process" in result.stderr

@@ -12,7 +12,7 @@ from fake_runs import make_run
 
 from robot_forgetting.errors import UserError
 from robot_forgetting.metrics.statistics import crossed_mean, paired_difference, wilson
-from robot_forgetting.records import RunFolder
+from robot_forgetting.records.run_folder import RunFolder
 from robot_forgetting.report import write_report
 from robot_forgetting.report.runs import BASE
 from robot_forgetting.report.tables import PRIOR_MEAN

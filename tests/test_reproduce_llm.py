@@ -10,10 +10,11 @@ import pytest
 from text_data import write_science
 from tiny_lm import tiny_folder
 
-from robot_forgetting import cli, configs
+from robot_forgetting import configs
+from robot_forgetting.cli import command_line as cli
 from robot_forgetting.errors import UserError
-from robot_forgetting.records import RunFolder
-from robot_forgetting.reproduce.llm import Study, _iterations
+from robot_forgetting.records.run_folder import RunFolder
+from robot_forgetting.studies.llm import Study, _iterations
 from robot_forgetting.tasks.sources import VARIABLE
 
 STUDIES = sorted(path.stem for path in (Path(configs.__path__[0]) / "reproduce" / "llm").glob("*.yaml"))
@@ -115,7 +116,7 @@ IDS = {"sft-lr0.001-seed0", "sft-lr0.01-seed0", "grpo-lr0.001-seed0"}
 
 def test_a_sweep_its_resume_and_its_report(here, tmp_path, capsys, monkeypatch):
     command = ["reproduce", "llm/science", *here]
-    from robot_forgetting.reproduce import llm
+    from robot_forgetting.studies import llm
 
     run, started = llm.run, []
 
@@ -183,7 +184,7 @@ def test_quick_composes(name, monkeypatch):
     with hydra.initialize_config_dir(configs.__path__[0], version_base="1.3"):
         config = hydra.compose("config", overrides=[f"reproduce=llm/{name}"])
         study = hydra.utils.instantiate(config.reproduce, _convert_="all")
-        from robot_forgetting.reproduce.llm import _text
+        from robot_forgetting.studies.llm import _text
 
         common = study.common | study.quick.get("common", {})
         overrides = [f"{key}={_text(value)}" for key, value in common.items()]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from robot_forgetting.conformance.toy import ToyTask
+from robot_forgetting.conformance.toy_task import ToyTask
+from robot_forgetting.engine.experiment import assign_roles
 from robot_forgetting.errors import UserError
-from robot_forgetting.experiment import assign_roles
 
 
 def roles(new: str, prior: str, held_out: str) -> dict[str, str]:

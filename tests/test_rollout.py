@@ -7,7 +7,7 @@ import pytest
 import torch
 from toy import CELLS, ToyPolicy, ToyTask, start
 
-from robot_forgetting.policies.openvla import new_nano
+from robot_forgetting.policies.openvla.vla import new_nano
 from robot_forgetting.policy import Action
 from robot_forgetting.rollout import Episode, EpisodeKey, columns, rollout
 from robot_forgetting.task import Transition, VectorEnv

@@ -12,15 +12,16 @@ import yaml
 from toy import ToyPolicy, ToyTask
 from toy_runs import BUDGET, run, same, summary
 
-from robot_forgetting import cli, experiment
-from robot_forgetting.checkpoints import latest_checkpoint, load_weights
-from robot_forgetting.commands import evaluate_command
+from robot_forgetting.cli import command_line as cli
+from robot_forgetting.cli.commands import evaluate_command
+from robot_forgetting.engine import experiment
+from robot_forgetting.engine.run_policy import check_settings
 from robot_forgetting.errors import UserError
-from robot_forgetting.files import read_json, write_json
+from robot_forgetting.machine.files import read_json, write_json
 from robot_forgetting.policies.mlp import MLPPolicy
 from robot_forgetting.policy import Policy
-from robot_forgetting.records import RunFolder
-from robot_forgetting.run_policy import check_settings
+from robot_forgetting.records.checkpoints import latest_checkpoint, load_weights
+from robot_forgetting.records.run_folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("no_renderer")
 
@@ -36,7 +37,7 @@ def tuned(tmp_path_factory) -> Path:
     """A finished LoRA run of qwen-nano, made by the command line."""
     folder = tmp_path_factory.mktemp("tuned") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("robot_forgetting.doctor.render_backend", dict)
+        patch.setattr("robot_forgetting.machine.doctor.render_backend", dict)
         patch.setattr(sys, "path", list(sys.path))
         assert cli.main([*TRAINED, f"run_dir={folder}"]) == 0
     return folder

@@ -10,16 +10,16 @@ import torch
 from toy import ToyPolicy, ToyTask
 from toy_runs import run, sources
 
+from robot_forgetting.engine.evaluate import policy_states
+from robot_forgetting.engine.evaluate import test_seeds as seeds_of
 from robot_forgetting.errors import UserError
-from robot_forgetting.evaluate import policy_states
-from robot_forgetting.evaluate import test_seeds as seeds_of
 from robot_forgetting.policy import ConventionSpec
-from robot_forgetting.records import RunFolder
+from robot_forgetting.records.run_folder import RunFolder
+from robot_forgetting.records.summary import no_signal
 from robot_forgetting.report.page import build, write_report
 from robot_forgetting.report.runs import group, load
 from robot_forgetting.rollout import Episode, EpisodeKey
 from robot_forgetting.scored import ScoredTask, spread
-from robot_forgetting.summary import no_signal
 
 START = 1_000_000
 

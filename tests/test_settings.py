@@ -15,17 +15,17 @@ import pytest
 from command_line import complaint
 from omegaconf import OmegaConf
 
-from robot_forgetting import cli
-from robot_forgetting.config_checks import check_node, check_root, signature
+from robot_forgetting.cli import command_line as cli
+from robot_forgetting.cli.config_checks import check_node, check_root, signature
+from robot_forgetting.cli.keys import keys_of
+from robot_forgetting.cli.settings import Settings
 from robot_forgetting.errors import UserError
-from robot_forgetting.keys import keys_of
+from robot_forgetting.machine.user_modules import load_object
+from robot_forgetting.method import Optimiser
 from robot_forgetting.policies import lora
 from robot_forgetting.ranges import ArgumentsOf, Count, Range, known_keys, options, problem, unmarked, words
-from robot_forgetting.settings import Settings
-from robot_forgetting.train import Optimiser
-from robot_forgetting.user_modules import load_object
 
-CONFIGS = Path(cli.__file__).parents[1] / "configs"
+CONFIGS = Path(cli.__file__).parents[2] / "configs"
 FILES = [path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.glob("*/**/*.yaml")]
 ENTRIES = sorted("=".join(name.split("/", 1)) for name in FILES)
 # What a study's runs are given: keys of somewhere else, checked there.
@@ -42,7 +42,7 @@ def configuration(entry: str, kind: str = "robot") -> dict:
 def check(plain: dict, group: str) -> None:
     check_root(plain)
     check_node(plain.get(group), group, group)
-    optimiser = {"_target_": "robot_forgetting.train.Optimiser", **plain["pretrain"]["optimiser"]}
+    optimiser = {"_target_": "robot_forgetting.method.Optimiser", **plain["pretrain"]["optimiser"]}
     check_node(optimiser, "pretrain.optimiser", "pretrain.optimiser")
 
 
@@ -203,7 +203,7 @@ def test_prior_tasks_are_checked_before_anything_is_built(capsys, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     Path("mine/task").mkdir(parents=True)
     Path("mine/task/bad.yaml").write_text(
-        "_target_: robot_forgetting.tasks.skills.Skill\nname: bad\nskill: sort\nitems: 0\n"
+        "_target_: robot_forgetting.tasks.text.skills.Skill\nname: bad\nskill: sort\nitems: 0\n"
     )
     said = complaint(capsys, "run", "hydra.searchpath=[file://mine]", "prior=[bad]")
     assert "task.items=0 is not a whole number from 1" in said
@@ -267,10 +267,10 @@ def test_an_optimiser_of_the_python_api_is_checked_too():
 
 
 def test_the_docs_are_in_step():
-    from robot_forgetting.keys import page
+    from robot_forgetting.cli.keys import page
 
     written = (CONFIGS.parent / "docs" / "settings.md").read_text(encoding="utf-8")
-    assert written == page(CONFIGS), "python -m robot_forgetting.keys > docs/settings.md"
+    assert written == page(CONFIGS), "python -m robot_forgetting.cli.keys > docs/settings.md"
 
 
 def test_every_number_in_the_docs_says_what_it_means():

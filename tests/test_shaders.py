@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from robot_forgetting.robot import shaders
+from robot_forgetting.machine import shaders
 
 sapien = pytest.importorskip("sapien")
 SHADERS = Path(sapien.__file__).parent / "vulkan_shader"

@@ -10,8 +10,8 @@ import torch
 from robot_tasks import TASKS, configured
 
 from robot_forgetting.errors import UserError
-from robot_forgetting.robot.simulation import Simulation
-from robot_forgetting.robot.task import ManiSkillTask
+from robot_forgetting.tasks.simulator.maniskill_task import ManiSkillTask
+from robot_forgetting.tasks.simulator.simulation import Simulation
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The 'warn' method is deprecated:DeprecationWarning:mani_skill"),

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from robot_forgetting import cli
+from robot_forgetting.cli import command_line as cli
+from robot_forgetting.engine.evaluate import evaluate
+from robot_forgetting.engine.pretrain import Questions, pretrain
 from robot_forgetting.errors import UserError
-from robot_forgetting.evaluate import evaluate
-from robot_forgetting.policies.causal_lm import CausalLM
-from robot_forgetting.policies.qwen_nano import byte_tokenizer, new_nano
-from robot_forgetting.pretrain import Questions, pretrain
-from robot_forgetting.records import RunFolder
-from robot_forgetting.tasks.skills import ANNOTATORS, SKILLS, Skill
+from robot_forgetting.policies.causal_lm.lm import CausalLM
+from robot_forgetting.policies.causal_lm.qwen_nano import byte_tokenizer, new_nano
+from robot_forgetting.records.run_folder import RunFolder
+from robot_forgetting.tasks.text.skills import ANNOTATORS, SKILLS, Skill
 
 SIZES = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 16}
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from robot_forgetting.errors import UserError, blamed, told
-from robot_forgetting.robot.simulation import Simulation
-from robot_forgetting.robot.task import ManiSkillTask
-from robot_forgetting.robot.workers import POOL
+from robot_forgetting.tasks.simulator.maniskill_task import ManiSkillTask
+from robot_forgetting.tasks.simulator.simulation import Simulation
+from robot_forgetting.tasks.simulator.workers import POOL
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The 'warn' method is deprecated:DeprecationWarning:mani_skill"),

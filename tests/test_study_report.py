@@ -13,13 +13,21 @@ from fake_study import METHODS, fail_run, forgetting, make_run, make_study
 from test_report import Tags
 
 from robot_forgetting.errors import UserError
-from robot_forgetting.records import find_runs
-from robot_forgetting.report import figures, study_figures, study_words, write_report
+from robot_forgetting.records.run_folder import find_runs
+from robot_forgetting.report import figures, write_report
 from robot_forgetting.report.page import build as build_robot_page
 from robot_forgetting.report.runs import group, load
-from robot_forgetting.report.study import build, on_paper, save
-from robot_forgetting.report.study_runs import Study, load_study
-from robot_forgetting.report.study_tables import common_level, laws, level_rows, matched_rows, theorem_rows, verdict
+from robot_forgetting.studies.digits import study_figures, study_words
+from robot_forgetting.studies.digits.study_page import build, on_paper, save
+from robot_forgetting.studies.digits.study_runs import Study, load_study
+from robot_forgetting.studies.digits.study_tables import (
+    common_level,
+    laws,
+    level_rows,
+    matched_rows,
+    theorem_rows,
+    verdict,
+)
 
 
 def tables_of(folder):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from robot_forgetting.metrics.statistics import paired_difference, wilson
-from robot_forgetting.records import RunFolder
-from robot_forgetting.summary import summarise
+from robot_forgetting.records.run_folder import RunFolder
+from robot_forgetting.records.summary import summarise
 
 
 def row(stage, iteration, task, role, seed, success, **more):

@@ -11,10 +11,11 @@ import pytest
 import torch
 from tiny_lm import Letters, LettersTask, tiny_folder, tiny_lm
 
-from robot_forgetting import cli, configs
-from robot_forgetting.checkpoints import trainable
-from robot_forgetting.evaluate import evaluate, measure_divergence, policy_states
-from robot_forgetting.method import Batch, mean_over_tokens
+from robot_forgetting import configs
+from robot_forgetting.cli import command_line as cli
+from robot_forgetting.engine.evaluate import evaluate, measure_divergence, policy_states
+from robot_forgetting.engine.train import _backward, train
+from robot_forgetting.method import Batch, Optimiser, mean_over_tokens
 from robot_forgetting.methods.distillation import SDFT, OnPolicyDistillation
 from robot_forgetting.methods.grpo import GRPO, group_advantages
 from robot_forgetting.methods.kl import KL
@@ -23,8 +24,8 @@ from robot_forgetting.methods.reinforce import Reinforce
 from robot_forgetting.methods.self_sft import SelfSFT
 from robot_forgetting.methods.sft import SFT
 from robot_forgetting.methods.simpo import SimPO
-from robot_forgetting.records import RunFolder
-from robot_forgetting.train import Optimiser, _backward, train
+from robot_forgetting.records.checkpoints import trainable
+from robot_forgetting.records.run_folder import RunFolder
 
 RATE = Optimiser(learning_rate=1e-2, micro_batch=5)
 SAMPLED = {"iterations": 2, "groups": 4, "group_size": 16, "optimiser": RATE}
@@ -266,7 +267,7 @@ def test_run_resume_evaluate_and_check(here, tmp_path, capsys, method):
     assert len(RunFolder(tmp_path / "runs" / "b").episodes()) > 0
     # Interrupted after the first iteration, the same command ends with the same numbers.
     again = [part if part != "run_dir=runs/a" else "run_dir=runs/c" for part in run]
-    from robot_forgetting import train as training
+    from robot_forgetting.engine import train as training
 
     saved, calls = training.save_checkpoint, []
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from robot_forgetting.errors import UserError
-from robot_forgetting.tasks.equations import parse_equation, same_equation
-from robot_forgetting.tasks.math import Math, last_boxed, same_answer
-from robot_forgetting.tasks.science import Science
 from robot_forgetting.tasks.sources import VARIABLE
-from robot_forgetting.tasks.text import Item
-from robot_forgetting.tasks.tool_use import ToolUse, parse_calls
+from robot_forgetting.tasks.text.equations import parse_equation, same_equation
+from robot_forgetting.tasks.text.math import Math, last_boxed, same_answer
+from robot_forgetting.tasks.text.science import Science
+from robot_forgetting.tasks.text.text_task import Item
+from robot_forgetting.tasks.text.tool_use import ToolUse, parse_calls
 from tests.text_data import write_science
 
 

@@ -12,9 +12,9 @@ import pytest
 
 from robot_forgetting.errors import UserError
 from robot_forgetting.tasks import sources
-from robot_forgetting.tasks.science import FILES, Science
 from robot_forgetting.tasks.sources import VARIABLE, download, find, read_rows
-from robot_forgetting.tasks.text import Item, distinct, divide, position, without
+from robot_forgetting.tasks.text.science import FILES, Science
+from robot_forgetting.tasks.text.text_task import Item, distinct, divide, position, without
 from tests.text_data import choice_row, write_science
 
 
@@ -164,7 +164,7 @@ def test_limit_must_be_positive(limit):
 
 
 def test_real_splits(shared, monkeypatch, capsys):
-    from robot_forgetting.tasks.tool_use import ToolUse
+    from robot_forgetting.tasks.text.tool_use import ToolUse
 
     monkeypatch.setenv(VARIABLE, str(shared / "data"))
     science = Science(kinds=["choice"])

@@ -15,12 +15,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from robot_forgetting.engine.experiment import check_data
 from robot_forgetting.errors import UserError
-from robot_forgetting.experiment import check_data
 from robot_forgetting.methods.labels import GivenTargets, Labeler, LabelledItems, Labels, WrongLabels
-from robot_forgetting.tasks.science import Science
 from robot_forgetting.tasks.sources import VARIABLE
-from robot_forgetting.tasks.teacher import Teacher
+from robot_forgetting.tasks.text.science import Science
+from robot_forgetting.tasks.text.teacher import Teacher
 from tests.text_data import write_science
 
 KEY, SECRET = "TEST_TEACHER_KEY", "sk-very/secret"
@@ -270,8 +270,8 @@ def test_ctrl_c_keeps_what_arrived(task, endpoint, tmp_path):
         "import numpy as np\n"
         # A parent in the background of a shell ignores the signal, and would hand that down.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from robot_forgetting.tasks.science import Science\n"
-        "from robot_forgetting.tasks.teacher import Teacher\n"
+        "from robot_forgetting.tasks.text.science import Science\n"
+        "from robot_forgetting.tasks.text.teacher import Teacher\n"
         "task = Science(kinds=['choice'], limit=12)\n"
         f"Teacher({endpoint.url!r}, 'm', {KEY!r}, {str(tmp_path / 'replies')!r}, parallel=2)"
         ".label(None, task, np.arange(12), 0)\n"

@@ -17,17 +17,16 @@ from safetensors.torch import load_file
 from toy import ToyPolicy, ToyTask
 from toy_training import OPTIMISER, close, die, killed, make, same, start, stop_at
 
-from robot_forgetting.checkpoints import latest_checkpoint
-from robot_forgetting.conformance import toy
+from robot_forgetting.conformance import toy_task as toy
+from robot_forgetting.engine.evaluate import evaluate
 from robot_forgetting.errors import UserError
-from robot_forgetting.evaluate import evaluate
 from robot_forgetting.finite import are_finite
-from robot_forgetting.method import Method
+from robot_forgetting.method import Method, Optimiser
 from robot_forgetting.methods.reinforce import Reinforce
 from robot_forgetting.methods.sft import SFT
-from robot_forgetting.policies.openvla import OpenVLAPolicy
-from robot_forgetting.records import RunFolder
-from robot_forgetting.train import Optimiser
+from robot_forgetting.policies.openvla.vla import OpenVLAPolicy
+from robot_forgetting.records.checkpoints import latest_checkpoint
+from robot_forgetting.records.run_folder import RunFolder
 
 # ---- the same gradient, however it is computed
 

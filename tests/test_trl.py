@@ -11,12 +11,12 @@ import torch
 from test_text_methods import Easy
 from tiny_lm import tiny_lm
 
-from robot_forgetting.method import Batch
+from robot_forgetting.engine.train import _backward
+from robot_forgetting.method import Batch, Optimiser
 from robot_forgetting.methods.grpo import GRPO
 from robot_forgetting.methods.on_policy import sample_rollouts
 from robot_forgetting.methods.sft import SFT
-from robot_forgetting.policies.causal_lm_sampling import left_padded
-from robot_forgetting.train import Optimiser, _backward
+from robot_forgetting.policies.causal_lm.sampling import left_padded
 
 trl = pytest.importorskip("trl", reason="the comparison needs the package trl: pip install trl")
 RATE = Optimiser(learning_rate=1e-3)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from robot_forgetting.errors import UserError
-from robot_forgetting.video import (
+from robot_forgetting.records.video import (
     BAR,
     Recording,
     check_frames,
@@ -99,7 +99,7 @@ def test_each_frame_has_its_own_instruction(tmp_path, monkeypatch):
         drawn.append(instruction)
         return draw(frame, instruction, *rest, **named)
 
-    monkeypatch.setattr("robot_forgetting.video.draw", noting)
+    monkeypatch.setattr("robot_forgetting.records.video.draw", noting)
     frames, actions = episode(2)
     for said, expected in (("x", ["x"] * 3), (["open", "open", "place"], ["open", "open", "place"])):
         write_episode(tmp_path / "a.mp4", frames, said, actions, True)

@@ -14,8 +14,8 @@ import torch
 from tiny_lm import chats, noise, nudge
 
 from robot_forgetting.errors import UserError
-from robot_forgetting.policies.causal_lm import CausalLM
-from robot_forgetting.policies.causal_lm_vllm import VLLMSampler
+from robot_forgetting.policies.causal_lm.lm import CausalLM
+from robot_forgetting.policies.causal_lm.vllm_sampler import VLLMSampler
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed"),

@@ -12,12 +12,12 @@ import pytest
 import torch
 from robot_tasks import configured
 
+from robot_forgetting.engine.evaluate import evaluate
 from robot_forgetting.errors import UserError
-from robot_forgetting.evaluate import evaluate
 from robot_forgetting.policy import Action
-from robot_forgetting.robot.task import ManiSkillTask
-from robot_forgetting.robot.workers import POOL, _serve
 from robot_forgetting.rollout import EpisodeKey, rollout
+from robot_forgetting.tasks.simulator.maniskill_task import ManiSkillTask
+from robot_forgetting.tasks.simulator.workers import POOL, _serve
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The 'warn' method is deprecated:DeprecationWarning:mani_skill"),

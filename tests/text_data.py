@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from robot_forgetting.tasks.science import FILES, FOLDER
+from robot_forgetting.tasks.text.science import FILES, FOLDER
 
 
 def choice_row(question: str, answer: str = "B", options=("1", "2", "3", "4"), **more) -> dict:

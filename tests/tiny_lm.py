@@ -13,8 +13,8 @@ import torch
 
 from robot_forgetting.methods.labels import Labeler, Labels
 from robot_forgetting.one_step import OneStepTask
-from robot_forgetting.policies.causal_lm import CausalLM
-from robot_forgetting.policies.causal_lm_checkpoint import quiet
+from robot_forgetting.policies.causal_lm.lm import CausalLM
+from robot_forgetting.policies.causal_lm.lm_checkpoint import quiet
 from robot_forgetting.policy import ConventionSpec
 
 TEMPLATE = (

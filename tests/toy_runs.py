@@ -7,12 +7,12 @@ from pathlib import Path
 
 from toy import ToyPolicy, ToyTask
 
-from robot_forgetting import experiment
-from robot_forgetting.experiment import Setup
+from robot_forgetting.engine import experiment
+from robot_forgetting.engine.experiment import Setup
+from robot_forgetting.method import Optimiser
 from robot_forgetting.methods.grpo import GRPO
 from robot_forgetting.methods.sft import SFT
-from robot_forgetting.records import RunFolder
-from robot_forgetting.train import Optimiser
+from robot_forgetting.records.run_folder import RunFolder
 
 BUDGET = {
     "episodes": 6, "greedy_episodes": 3, "interim_points": 1, "interim_episodes": 3, "divergence_episodes": 3,

@@ -12,14 +12,14 @@ import pytest
 import torch
 from toy import ToyPolicy, ToyTask
 
-from robot_forgetting.method import Method
+from robot_forgetting.engine.train import train
+from robot_forgetting.method import Method, Optimiser
 from robot_forgetting.methods.grpo import GRPO
 from robot_forgetting.methods.kl import KL
 from robot_forgetting.methods.on_policy import sample_rollouts
 from robot_forgetting.methods.reinforce import Reinforce
 from robot_forgetting.methods.sft import SFT
-from robot_forgetting.records import RunFolder
-from robot_forgetting.train import Optimiser, train
+from robot_forgetting.records.run_folder import RunFolder
 
 OPTIMISER = Optimiser(learning_rate=0.05, weight_decay=0.1, warmup_steps=3, schedule="cosine")
 ITERATIONS = 4

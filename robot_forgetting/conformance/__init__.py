@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from robot_forgetting.conformance.table import Table
+from robot_forgetting.conformance.check_table import Table
 from robot_forgetting.errors import UserError
 from robot_forgetting.method import Method, Penalty
 from robot_forgetting.policy import Policy
@@ -32,10 +32,10 @@ def check(
     """
     if not any((policy, task, method, penalty, golden, recordings)):
         raise UserError("name what to check: task=NAME, method=NAME, penalty=NAME, policy=NAME, or golden=FOLDER")
-    from robot_forgetting.conformance.method import check_method, check_penalty
-    from robot_forgetting.conformance.policy import check_golden_tensors, check_policy
+    from robot_forgetting.conformance.method_checks import check_method, check_penalty
+    from robot_forgetting.conformance.policy_checks import check_golden_tensors, check_policy
     from robot_forgetting.conformance.recordings import check_recordings
-    from robot_forgetting.conformance.task import check_task
+    from robot_forgetting.conformance.task_checks import check_task
 
     table = Table()
     if golden is not None:

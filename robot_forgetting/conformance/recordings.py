@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from robot_forgetting.conformance.table import Table, expect
+from robot_forgetting.conformance.check_table import Table, expect
 from robot_forgetting.errors import UserError
 from robot_forgetting.task import Task
 
@@ -104,7 +104,7 @@ class Player:
     """Replays recordings in one simulation of a task, drawn in the camera's own size."""
 
     def __init__(self, task: Task):
-        from robot_forgetting.robot.simulation import Simulation
+        from robot_forgetting.tasks.simulator.simulation import Simulation
 
         spec = getattr(task, "spec", None)
         if spec is None or "size" not in spec.camera:
@@ -179,7 +179,7 @@ class Player:
         return self.simulation.reset(0, chosen)["image"], difference
 
 
-GOOGLE = "robot_forgetting.robot.google_robot_tasks.GOOGLE_ROBOT"
+GOOGLE = "robot_forgetting.tasks.google_robot.google_robot_tasks.GOOGLE_ROBOT"
 # robot -> link of the tool centre point
 TCP = {"widowx": "ee_gripper_link", "widowx_maniskill3": "ee_gripper_link", GOOGLE: "link_gripper_tcp"}
 
@@ -193,7 +193,7 @@ def _difference(image: np.ndarray, file: Path) -> float:
     """Mean absolute difference from a stored picture, of 255; a larger one is area-averaged first."""
     import imageio.v3 as imageio
 
-    from robot_forgetting.robot.pictures import area_average
+    from robot_forgetting.tasks.simulator.pictures import area_average
 
     if not file.is_file():
         raise UserError(f"the recording's picture {file} is missing")

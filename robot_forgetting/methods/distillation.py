@@ -9,17 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robot_forgetting.checkpoints import load_weights, trainable, trained_checkpoint
 from robot_forgetting.errors import UserError
-from robot_forgetting.method import Batch, Method, mean_over_tokens
+from robot_forgetting.method import Batch, Method, Optimiser, mean_over_tokens
 from robot_forgetting.methods.labels import LabelledItems
 from robot_forgetting.methods.on_policy import RolloutPlan, minibatches, sample_rollouts
 from robot_forgetting.metrics.divergence import forward_kl, reverse_kl
 from robot_forgetting.one_step import OneStepTask, answer
 from robot_forgetting.policy import Policy, Reference
 from robot_forgetting.ranges import Count, Environments, Seed, Share
-from robot_forgetting.records import RunFolder
-from robot_forgetting.train import Optimiser
+from robot_forgetting.records.checkpoints import load_weights, trainable, trained_checkpoint
+from robot_forgetting.records.run_folder import RunFolder
 
 # Of the teacher and the policy, in this order.
 DIRECTIONS = {"forward": forward_kl, "reverse": reverse_kl}

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from robot_forgetting.errors import UserError
-from robot_forgetting.method import Batch, Method, mean_over_tokens
+from robot_forgetting.method import Batch, Method, Optimiser, mean_over_tokens
 from robot_forgetting.methods.on_policy import RolloutPlan, minibatches, sample_rollouts
 from robot_forgetting.policy import Policy
 from robot_forgetting.ranges import Count, Environments, Range, Seed
-from robot_forgetting.train import Optimiser
 
 
 class GRPO(Method):

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from robot_forgetting.errors import UserError
-from robot_forgetting.method import Batch, Method, mean_over_tokens
+from robot_forgetting.method import Batch, Method, Optimiser, mean_over_tokens
 from robot_forgetting.methods.on_policy import RolloutPlan, minibatches, sample_rollouts
 from robot_forgetting.policy import Policy
 from robot_forgetting.ranges import Count, Environments, Seed
-from robot_forgetting.train import Optimiser
 
 
 class Reinforce(Method):

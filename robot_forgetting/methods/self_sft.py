@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from robot_forgetting.errors import UserError
-from robot_forgetting.method import Batch, Method, mean_over_tokens
+from robot_forgetting.method import Batch, Method, Optimiser, mean_over_tokens
 from robot_forgetting.methods.on_policy import RolloutPlan, sample_rollouts
 from robot_forgetting.methods.sft import take
 from robot_forgetting.one_step import OneStepTask, answer, repeated
 from robot_forgetting.policy import Action, Policy
 from robot_forgetting.ranges import Count, Environments, Seed
-from robot_forgetting.train import Optimiser
 
 
 class SelfSFT(Method):

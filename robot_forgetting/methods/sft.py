@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from robot_forgetting.errors import UserError
-from robot_forgetting.method import Batch, Method, mean_over_tokens
+from robot_forgetting.method import Batch, Method, Optimiser, mean_over_tokens
 from robot_forgetting.methods.labels import LabelledItems
 from robot_forgetting.one_step import OneStepTask
 from robot_forgetting.policy import Action, Policy
 from robot_forgetting.ranges import Count, Range, Seed
-from robot_forgetting.train import Optimiser
 
 
 def smoothed_nll(logits: Tensor, tokens: Tensor, sigma: float) -> Tensor:

@@ -9,12 +9,11 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from robot_forgetting.errors import UserError
-from robot_forgetting.method import Batch, Method, mean_over_tokens
+from robot_forgetting.method import Batch, Method, Optimiser, mean_over_tokens
 from robot_forgetting.methods.labels import LabelledItems, WrongLabels
 from robot_forgetting.one_step import OneStepTask
 from robot_forgetting.policy import Action, Policy
 from robot_forgetting.ranges import Count, Range, Seed
-from robot_forgetting.train import Optimiser
 
 
 class SimPO(Method):

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from robot_forgetting.errors import UserError
-from robot_forgetting.files import disk, follow_umask, read_json
 from robot_forgetting.finite import check_finite
+from robot_forgetting.machine.files import disk, follow_umask, read_json
 from robot_forgetting.ranges import Range
 
 ADAPTER = "default"

@@ -9,9 +9,9 @@ import numpy as np
 from robot_forgetting.metrics import law
 from robot_forgetting.metrics.pareto import at_level, front, near_front
 from robot_forgetting.metrics.statistics import mean_of_intervals, wilson
+from robot_forgetting.records.summary import WEIGHTS
 from robot_forgetting.report.runs import BASE, Group, Run
 from robot_forgetting.report.tables import paired
-from robot_forgetting.summary import WEIGHTS
 
 RESAMPLES = 200
 MOST_COMPARED = 8  # settings of methods in pairs; what a larger sweep has to say is in its methods' fronts

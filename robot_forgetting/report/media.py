@@ -7,8 +7,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from robot_forgetting.records.summary import succeeded
 from robot_forgetting.report.runs import BASE, Group, Run
-from robot_forgetting.summary import succeeded
 
 BUDGET_BYTES = 10_000_000  # of mp4 per page; base64 makes it a third more
 NAME = re.compile(r"(?P<task>.+)-seed(?P<seed>\d+)-(?P<who>.+)-(?P<outcome>success|failure)\.mp4")

@@ -9,9 +9,10 @@ from pathlib import Path
 from markupsafe import Markup
 
 from robot_forgetting.errors import UserError
-from robot_forgetting.files import plain, write_atomic, write_json
+from robot_forgetting.machine.files import plain, write_atomic, write_json
 from robot_forgetting.metrics import published
-from robot_forgetting.records import SCHEMA_VERSION, find_runs
+from robot_forgetting.records.run_folder import SCHEMA_VERSION, find_runs
+from robot_forgetting.records.summary import DECODES
 from robot_forgetting.report import figures, words
 from robot_forgetting.report.comparison import (
     checkpoint_points,
@@ -22,12 +23,10 @@ from robot_forgetting.report.comparison import (
     of,
     predictor_rows,
 )
-from robot_forgetting.report.layers import MEASURES as LAYER_MEASURES
-from robot_forgetting.report.layers import layer_rows, layer_section
+from robot_forgetting.report.layer_section import MEASURES as LAYER_MEASURES
+from robot_forgetting.report.layer_section import layer_rows, layer_section
 from robot_forgetting.report.media import Embedder, comparisons
 from robot_forgetting.report.runs import BASE, Group, Run, group, load
-from robot_forgetting.report.study import write_study
-from robot_forgetting.report.study_runs import is_study
 from robot_forgetting.report.tables import (
     PRIOR_MEAN,
     columns,
@@ -38,7 +37,8 @@ from robot_forgetting.report.tables import (
     with_base,
 )
 from robot_forgetting.report.template import template
-from robot_forgetting.summary import DECODES
+from robot_forgetting.studies.digits.study_page import write_study
+from robot_forgetting.studies.digits.study_runs import is_study
 
 STATES = ("base", "demonstrations", "fine_tuned")  # in order of preference for the plot
 MEASURES = {"forward_kl": "forward KL", "reverse_kl": "reverse KL", "total_variation": "total variation", "l2": "L2"}

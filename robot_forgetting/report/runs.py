@@ -11,8 +11,8 @@ from importlib.resources import files
 
 import yaml
 
-from robot_forgetting.records import RunFolder
-from robot_forgetting.summary import SCORED, mostly_cut, no_signal, outcomes
+from robot_forgetting.records.run_folder import RunFolder
+from robot_forgetting.records.summary import SCORED, mostly_cut, no_signal, outcomes
 
 BASE = "base"
 # Keys in which the configurations of two seeds of one experiment may differ.

@@ -14,8 +14,8 @@ from robot_forgetting.metrics.statistics import (
     ratio_interval,
     wilson,
 )
+from robot_forgetting.records.summary import DECODES, TEXT, WEIGHTS, latest
 from robot_forgetting.report.runs import BASE, Group, Run
-from robot_forgetting.summary import DECODES, TEXT, WEIGHTS, latest
 
 PRIOR_MEAN = "prior mean"
 # One run's number for one task: value, low, high, and {initial state: its part of the value}.

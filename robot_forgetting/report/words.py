@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 from robot_forgetting.metrics.resampling import LEAST_RUNS
 from robot_forgetting.metrics.statistics import minimum_detectable_difference, wilson
+from robot_forgetting.records.summary import DECODES
 from robot_forgetting.report.comparison import MOST_COMPARED
 from robot_forgetting.report.runs import BASE
 from robot_forgetting.report.tables import PRIOR_MEAN
-from robot_forgetting.summary import DECODES
 
 MINUS = "\N{MINUS SIGN}"
 SQUARED = "\N{SUPERSCRIPT TWO}"

@@ -1,1 +1,1 @@
-"""Tasks that are data sets, one file each."""
+"""Tasks: robots in a simulator, questions in words, benchmarks, digits."""

@@ -20,7 +20,7 @@ from http.client import HTTPException
 from pathlib import Path
 
 from robot_forgetting.errors import UserError
-from robot_forgetting.files import write_atomic
+from robot_forgetting.machine.files import write_atomic
 
 VARIABLE = "ROBOT_FORGETTING_DATA"
 SURROGATE = re.compile("[\ud800-\udfff]")

@@ -14,9 +14,9 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from robot_forgetting.policies import openvla_model
-from robot_forgetting.policies.openvla import OpenVLAPolicy, new_nano
-from robot_forgetting.policies.openvla_model import sample_bins
+from robot_forgetting.policies.openvla import vla_model as openvla_model
+from robot_forgetting.policies.openvla.vla import OpenVLAPolicy, new_nano
+from robot_forgetting.policies.openvla.vla_model import sample_bins
 
 INSTRUCTION = "stack the red cube on top of the green cube"
 ROUNDS = 30

@@ -50,7 +50,7 @@ def reward(text: str) -> float:
 
 
 def policy(checkpoint: str):
-    from robot_forgetting.policies.causal_lm import CausalLM
+    from robot_forgetting.policies.causal_lm.lm import CausalLM
 
     return CausalLM(checkpoint, device="cpu", max_new_tokens=LIMIT, keep_base=False, threads=os.cpu_count())
 
@@ -59,13 +59,14 @@ def policy(checkpoint: str):
 
 
 def ours(checkpoint: str, kind: str) -> list[tuple[float, int]]:
+    from robot_forgetting.engine.train import train
+    from robot_forgetting.method import Optimiser
     from robot_forgetting.methods.grpo import GRPO
     from robot_forgetting.methods.labels import GivenTargets
     from robot_forgetting.methods.sft import SFT
     from robot_forgetting.one_step import OneStepTask
     from robot_forgetting.policy import ConventionSpec
-    from robot_forgetting.records import RunFolder
-    from robot_forgetting.train import Optimiser, train
+    from robot_forgetting.records.run_folder import RunFolder
 
     class Questions(OneStepTask):
         name = "questions"
@@ -187,7 +188,7 @@ def log_probs(side: str) -> list[tuple[float, int]]:
     """A forward and a backward pass of the head alone; seconds and positions of each repetition."""
     import torch
 
-    from robot_forgetting.policies.causal_lm_vocabulary import token_log_probs
+    from robot_forgetting.policies.causal_lm.vocabulary import token_log_probs
 
     torch.manual_seed(0)
     hidden = torch.randn(POSITIONS, WIDTH, requires_grad=True)

@@ -30,8 +30,8 @@ def main() -> None:
     from datasets.utils.logging import disable_progress_bar
     from lm_eval import evaluator
 
-    from robot_forgetting.policies.causal_lm import CausalLM
-    from robot_forgetting.tasks.lm_eval import LmEval
+    from robot_forgetting.policies.causal_lm.lm import CausalLM
+    from robot_forgetting.tasks.benchmarks.lm_eval import LmEval
 
     disable_progress_bar()
     checkpoint = sys.argv[1] if len(sys.argv) > 1 else CHECKPOINT

@@ -22,12 +22,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from robot_forgetting.method import Method
+from robot_forgetting.engine.train import train
+from robot_forgetting.method import Method, Optimiser
 from robot_forgetting.policies.mlp import MLPPolicy
-from robot_forgetting.records import RunFolder
-from robot_forgetting.reproduce.methods import Details, build
-from robot_forgetting.tasks.parity_mnist import ParityMNIST
-from robot_forgetting.train import Optimiser, train
+from robot_forgetting.records.run_folder import RunFolder
+from robot_forgetting.studies.digits.study_methods import Details, build
+from robot_forgetting.tasks.digits.parity_mnist import ParityMNIST
 
 BATCH, STEPS = 64, 12
 SIZES = (785, 512, 256, 10)

@@ -20,13 +20,13 @@ import numpy as np
 import torch
 
 from robot_forgetting import configs
-from robot_forgetting.doctor import SHIPPED
-from robot_forgetting.policies.openvla import OpenVLAPolicy, new_nano
-from robot_forgetting.robot.simulation import Simulation
-from robot_forgetting.robot.task import ManiSkillTask
-from robot_forgetting.robot.workers import POOL
+from robot_forgetting.machine.doctor import SHIPPED
+from robot_forgetting.policies.openvla.vla import OpenVLAPolicy, new_nano
 from robot_forgetting.rollout import Episode, EpisodeKey, rollout
 from robot_forgetting.task import VectorEnv
+from robot_forgetting.tasks.simulator.maniskill_task import ManiSkillTask
+from robot_forgetting.tasks.simulator.simulation import Simulation
+from robot_forgetting.tasks.simulator.workers import POOL
 
 ENVIRONMENTS, PROCESSES, ROUNDS = 16, 2, 3
 

@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from bridge_tasks import RUNNABLE  # noqa: E402
 from robot_tasks import configured  # noqa: E402
 
-from robot_forgetting.robot.simulation import Simulation  # noqa: E402
-from robot_forgetting.robot.workers import POOL  # noqa: E402
+from robot_forgetting.tasks.simulator.simulation import Simulation  # noqa: E402
+from robot_forgetting.tasks.simulator.workers import POOL  # noqa: E402
 
 SIZES = (64, 112, 224)
 STEPS = 60

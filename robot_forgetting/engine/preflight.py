@@ -1,0 +1,189 @@
+"""`check`'s cheap tests, made by `run` before it measures anything: what a plug-in gets wrong at once must not cost an
+evaluation of the base policy first.
+
+Kinds and descriptions of all parts; one reset and one step of the new task's environment, which the evaluation then
+uses; of a method, penalty or policy of the user's own, one loss on a batch of made-up pictures or of two questions.
+``collect`` is not tried: on a robot it takes minutes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from robot_forgetting.contracts import (
+    checked_action,
+    checked_columns,
+    checked_commands,
+    checked_hooks,
+    checked_kind,
+    checked_loss,
+    checked_pictures,
+    checked_policy,
+    checked_rewards,
+    checked_task,
+    checked_transition,
+    wrong_attribute,
+)
+from robot_forgetting.errors import UserError, is_plugin
+from robot_forgetting.method import Batch, Method, Optimiser, Penalty
+from robot_forgetting.one_step import OneStepTask
+from robot_forgetting.policy import Policy
+from robot_forgetting.scored import ScoredTask
+from robot_forgetting.task import Task, VectorEnv
+
+ROWS = 2
+TRIED_SEED = 300_000  # and the next ones, of the training split: neither trained on by default nor tested
+TRIES = 3  # initial states: a single one that cannot be built is an episode that failed, no broken task
+
+
+def check_parts(policy: Policy, task: Task, method: Method, penalty: Penalty | None) -> None:
+    """``UserError`` where a part is none, or lacks what the others need of it."""
+    checked_policy(policy)
+    checked_task(task)
+    check_method(method)
+    if penalty is not None:
+        checked_kind("penalty", penalty, Penalty)
+    if getattr(method, "demonstrations", 0) and not isinstance(task, OneStepTask | ScoredTask):
+        checked_hooks(policy, ["encode"], f"{type(method).__name__} (it clones demonstrations)")
+
+
+def try_parts(policy: Policy, task: Task, method: Method, penalty: Penalty | None, num_envs: int) -> None:
+    """``UserError`` for what is wrong with the new task's environment, or at once with a plug-in's loss."""
+    if isinstance(task, OneStepTask):
+        if is_plugin(type(task)):
+            try_questions(task)
+        if is_own(method, penalty) and policy.runs == 1 and type(policy).encode is not Policy.encode:
+            try_hooks(policy, answered_questions(policy, task), method, penalty)
+    elif not isinstance(task, ScoredTask):
+        try_environment(task, num_envs)
+        if is_own(policy, method, penalty) and policy.runs == 1 and task.convention().image_size:
+            try_hooks(policy, decided_pictures(policy, task), method, penalty)
+
+
+def is_own(*things: object) -> bool:
+    """Whether any of these objects' classes is a user's own."""
+    return any(is_plugin(type(thing)) for thing in things if thing is not None)
+
+
+def check_method(method: Method) -> None:
+    """What the optimiser loop reads of a method before the first iteration."""
+    checked_kind("method", method, Method)
+    iterations, optimiser = getattr(method, "iterations", None), getattr(method, "optimiser", None)
+    if type(iterations) is not int or iterations < 1:
+        raise wrong_attribute(method, "iterations", iterations, "set self.iterations to a whole number above 0")
+    if not isinstance(optimiser, Optimiser):
+        fix = "take `optimiser` as an argument, keep it, and give the yaml a block `optimiser: {_target_: "
+        fix += "robot_forgetting.method.Optimiser, learning_rate: 1.0e-4}`"
+        raise wrong_attribute(method, "optimiser", optimiser, fix)
+
+
+# ---- tasks
+
+
+def try_environment(task: Task, num_envs: int) -> None:
+    """One reset and one step; a crash of ``TRIES`` initial states in a row is the task's fault."""
+    seeds, crashes = task.seeds("train"), []
+    with task.make_env(num_envs) as env:
+        group, slot = next((group, members[0]) for group, members in enumerate(env.groups) if len(members))
+        for attempt in range(TRIES):
+            seed = seeds[(TRIED_SEED + attempt) % len(seeds)]
+            error = _ask(env, task, group, {slot: seed}, {}) or _ask(env, task, group, {}, {slot: still(task)})
+            if error is None:
+                return
+            crashes.append(f"seed {seed}: {error}")
+    raise UserError(f"task '{task.name}': the environment crashes at every start ({crashes[0]}); correct it first")
+
+
+def still(task: Task) -> np.ndarray:
+    """No motion, gripper open."""
+    command = np.zeros(task.convention().action_dimensions or 7, np.float32)
+    command[-1] = 1.0
+    return command
+
+
+def _ask(env: VectorEnv, task: Task, group: int, resets: dict, commands: dict) -> str | None:
+    """One request and its answer; how the environment crashed, or None."""
+    env.request(group, resets, commands)
+    _, (transition,) = env.wait()
+    checked_transition(env, transition)
+    if transition.error is None and task.convention().image_size:
+        checked_pictures(task, env, transition.observation)
+    return transition.error
+
+
+def try_questions(task: OneStepTask) -> None:
+    """Two items of each split, and what the task makes of an answer."""
+    for split in ("train", "test"):
+        seeds = task.seeds(split).start + np.arange(min(ROWS, task.size(split)))
+        checked_columns(task, task.observations(seeds), len(seeds))
+        answers = [0 if task.choices else ""] * len(seeds)
+        checked_rewards(task, task.rewards(seeds, answers), len(seeds))
+
+
+# ---- policies, methods, penalties
+
+
+def made_up_pictures(size: int, instructions: Sequence[str], count: int) -> dict:
+    """Pictures of random blocks, instructions in turn."""
+    blocks = np.random.default_rng(0).integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
+    repeats = -(-size // 8)
+    images = blocks.repeat(repeats, axis=1).repeat(repeats, axis=2)[:, :size, :size]
+    told = [instructions[index % len(instructions)] for index in range(count)]
+    return {"image": np.ascontiguousarray(images), "instruction": told}
+
+
+def answered_questions(policy: Policy, task: OneStepTask) -> Batch:
+    """``ROWS`` training items with an answer that is not sampled, which takes a large language model minutes."""
+    seeds = task.seeds("train").start + np.arange(min(ROWS, task.size("train")))
+    action = policy.encode(np.zeros(len(seeds), np.int64) if task.choices else ["0"] * len(seeds))
+    return Batch(task.observations(seeds), action, torch.ones(len(seeds)), extra={})
+
+
+def decided_pictures(policy: Policy, task: Task) -> Batch:
+    """One decision for each of ``ROWS`` pictures."""
+    obs = made_up_pictures(task.convention().image_size, task.sentences, ROWS)
+    noise = torch.rand(ROWS, 16, generator=torch.Generator().manual_seed(0))
+    with torch.random.fork_rng(devices=[policy.device] if policy.device.type == "cuda" else []):
+        policy.eval()
+        action = checked_action(policy, policy.act(obs, temperature=1.0, noise=noise), ROWS).to("cpu")
+        checked_commands(policy, policy.decode(action, statistics=getattr(task, "statistics", None)), ROWS)
+    return Batch(obs, action, torch.ones(ROWS), extra={})
+
+
+def try_hooks(policy: Policy, batch: Batch, method: Method, penalty: Penalty | None) -> None:
+    """The loss and the penalty on a batch, where they are the user's own; nothing random is used up by them."""
+    batch = batch.to(policy.device)
+    with torch.random.fork_rng(devices=[policy.device] if policy.device.type == "cuda" else []):
+        policy.train()
+        try:
+            for source, hook in ((method, "loss"), (penalty, "__call__")):
+                if source is not None and is_own(source):
+                    value = _attempted(source, lambda source=source, hook=hook: getattr(source, hook)(policy, batch))
+                    if value is not _UNKNOWN:
+                        checked_loss(source, hook, value, policy.runs, learns=hook == "loss")
+        finally:
+            policy.eval()
+
+
+_UNKNOWN = object()
+
+
+def _attempted(source: object, compute: Callable[[], object]) -> object:
+    """What ``compute`` gives; ``_UNKNOWN`` where it fails in a way that the real batch may not.
+
+    ``begin`` and ``collect`` have not run, so an attribute of the method may not be there yet, and its batches may have
+    columns in ``extra`` that these lack. What can be nothing but a mistake: a name that exists nowhere, and an
+    attribute that the policy, a batch or a module lacks.
+    """
+    try:
+        return compute()
+    except (NameError, ImportError, AttributeError) as error:
+        missing = isinstance(error, AttributeError) and (error.obj is None or error.obj is source)
+        if missing:
+            return _UNKNOWN
+        raise
+    except Exception:
+        return _UNKNOWN

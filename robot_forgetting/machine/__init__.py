@@ -1,0 +1,1 @@
+"""This computer: files, processes, the terminal, devices, drivers, assets."""

@@ -1,0 +1,1 @@
+"""What is recorded at a checkpoint: distances from the base policy and drifts, one file each."""

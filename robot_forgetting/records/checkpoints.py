@@ -1,0 +1,183 @@
+"""Checkpoints of a training: weights, AdamW's moments, the method's state; safetensors and json, the latest only."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from robot_forgetting.errors import UserError
+from robot_forgetting.finite import check_finite
+from robot_forgetting.machine.files import disk, follow_umask, read_json, write_json
+from robot_forgetting.method import Method
+from robot_forgetting.policy import Policy
+from robot_forgetting.records import schema
+from robot_forgetting.records.run_folder import RunFolder
+
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's, of each parameter
+
+
+def trainable(policy: Policy) -> dict[str, Tensor]:
+    """The parameters a method changes, by name (LoRA: the adapters)."""
+    return {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
+
+
+def save_checkpoint(run: RunFolder, policy: Policy, adams, method: Method, *, iteration: int, step: int) -> None:
+    """Writes checkpoints/iteration_NNNNNN beside the old one, then removes the old one."""
+    folder = run.checkpoints / f"iteration_{iteration:06d}"
+    part = folder.with_name(folder.name + ".part")
+    with disk(run.path):
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        moments, remembered = _adam_tensors(policy, adams), method.state_dict()
+        _write({name: p.detach() for name, p in trainable(policy).items()}, part / "policy.safetensors")
+        _write(moments, part / "optimizer.safetensors")
+        _write(remembered, part / "method.safetensors")
+        layout = {"optimizer": _layout(moments), "method": _layout(remembered)}
+        write_json(part / "state.json", {"iteration": iteration, "step": step, "layout": layout})
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+    for old in run.checkpoints.iterdir():
+        if old != folder:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def load_checkpoint(run: RunFolder, policy: Policy, adams, method: Method) -> dict:
+    """Restores the newest complete checkpoint; {"iteration": 0, "step": 0} where there is none."""
+    folder = latest_checkpoint(run)
+    if folder is None:
+        return {"iteration": 0, "step": 0}
+    state = read_state(folder)
+    load_weights(policy, folder)
+    moments, by_name = _moments(folder / "optimizer.safetensors", policy, state), _names(policy)
+    for adam in adams:
+        for parameter in (p for group in adam.param_groups for p in group["params"]):
+            name = by_name[id(parameter)]
+            if f"{name}.exp_avg" in moments:
+                adam.state[parameter] = {
+                    # The step too is where fused AdamW reads it; moments may have been saved in bfloat16.
+                    key: moments[f"{name}.{key}"].to(parameter.device, None if key == "step" else parameter.dtype)
+                    for key in MOMENTS
+                }
+    file = folder / "method.safetensors"
+    remembered = _read(file)
+    _check_layout(file, remembered, state)
+    try:
+        method.load_state_dict(remembered)
+    except (ValueError, KeyError, IndexError, TypeError, RuntimeError) as error:  # as a method of the user's may raise
+        raise _damaged(file, error) from error
+    return state
+
+
+def read_state(checkpoint: Path) -> dict:
+    """{"iteration", "step"} of a checkpoint's folder."""
+    file = checkpoint / "state.json"
+    try:
+        return schema.checked(read_json(file), schema.STATE, "state", "restore it")
+    except (UserError, OSError) as error:
+        raise _damaged(file, error) from error
+
+
+def _moments(file: Path, policy: Policy, state: dict) -> dict[str, Tensor]:
+    """AdamW's state; every parameter has all of its moments, in its shape, or (never trained) none."""
+    moments = _read(file)
+    _check_layout(file, moments, state)
+    shapes = {
+        f"{name}.{key}": [] if key == "step" else list(parameter.shape)
+        for name, parameter in trainable(policy).items()
+        for key in MOMENTS
+    }
+    for name, tensor in moments.items():
+        if shapes.get(name) != list(tensor.shape):
+            expected = f"instead of {shapes[name]}" if name in shapes else "and no parameter has it"
+            raise _damaged(file, f"{name} has shape {list(tensor.shape)} {expected}")
+        lacking = [key for key in MOMENTS if f"{name.rpartition('.')[0]}.{key}" not in moments]
+        if lacking:
+            raise _damaged(file, f"{name.rpartition('.')[0]} has no {lacking[0]}")
+    if state["step"] and not moments:
+        raise _damaged(file, f"it is empty after {state['step']} steps")
+    check_finite(moments, str(file), "delete its folder to train from the start")
+    return moments
+
+
+def _layout(tensors: dict[str, Tensor]) -> str:
+    """Identifies the names and shapes in a file of a checkpoint, which nothing else can foretell."""
+    said = sorted(f"{name} {list(tensor.shape)} {tensor.dtype}" for name, tensor in tensors.items())
+    return hashlib.sha256("\n".join(said).encode()).hexdigest()[:16]
+
+
+def _check_layout(file: Path, tensors: dict[str, Tensor], state: dict) -> None:
+    kept = state.get("layout") or {}  # earlier checkpoints have none
+    if kept.get(file.stem, _layout(tensors)) != _layout(tensors):
+        raise _damaged(file, "it does not hold the tensors that were saved")
+
+
+def load_weights(policy: Policy, folder: Path) -> None:
+    """Copies a checkpoint's policy tensors into the policy."""
+    tensors, parameters = _read(folder / "policy.safetensors"), trainable(policy)
+    # Shapes too: ``copy_`` would broadcast.
+    if {name: t.shape for name, t in tensors.items()} != {name: p.shape for name, p in parameters.items()}:
+        raise UserError(
+            f"{folder} does not belong to this policy; start in a new run_dir, or (checkpoint=RUN) leave the policy's "
+            "settings to the run's records"
+        )
+    check_finite(tensors, str(folder / "policy.safetensors"), "take an earlier run's, or train again")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+
+def trained_checkpoint(run: RunFolder) -> Path:
+    """The folder of a run's fine-tuned weights, for ``load_weights``."""
+    checkpoint = latest_checkpoint(run)
+    if checkpoint is None:
+        raise UserError(f"{run.path} holds no checkpoint; finish `robot-forgetting run` there first")
+    return checkpoint
+
+
+def latest_checkpoint(run: RunFolder) -> Path | None:
+    complete = sorted(path for path in run.checkpoints.glob("iteration_*") if not path.name.endswith(".part"))
+    return complete[-1] if complete else None
+
+
+def _names(policy: Policy) -> dict[int, str]:
+    return {id(parameter): name for name, parameter in trainable(policy).items()}
+
+
+def _adam_tensors(policy: Policy, adams) -> dict[str, Tensor]:
+    by_name = _names(policy)
+    return {
+        f"{by_name[id(parameter)]}.{key}": value.detach()
+        for adam in adams
+        for parameter, state in adam.state.items()
+        for key, value in state.items()
+    }
+
+
+def _write(tensors: dict[str, Tensor], file: Path) -> None:
+    try:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, file)
+        follow_umask(file)
+    except SafetensorError as error:  # the system's error is in its text only: "... (os error 28)"
+        number = re.search(r"os error (\d+)", str(error))
+        code = int(number[1]) if number else errno.EIO
+        raise OSError(code, os.strerror(code)) from error
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise _damaged(file, error) from error
+
+
+def _damaged(file: Path, error: Exception | str) -> UserError:
+    return UserError(f"{file} is damaged ({error}); delete its folder to train from the start")

@@ -1,0 +1,1 @@
+"""RL's Razor's controlled study with digits: the sweep and its page."""

@@ -1,0 +1,140 @@
+"""The controlled study's methods by the names its configuration uses, each as a ``Method`` with its penalties."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from robot_forgetting.errors import UserError, unknown
+from robot_forgetting.method import Method
+from robot_forgetting.methods.grpo import GRPO
+from robot_forgetting.methods.kl import KL
+from robot_forgetting.methods.labels import Labeler, OracleLabels, TeacherLabels
+from robot_forgetting.methods.reinforce import Reinforce
+from robot_forgetting.methods.self_sft import SelfSFT
+from robot_forgetting.methods.sft import SFT
+from robot_forgetting.methods.simpo import SimPO
+from robot_forgetting.policies.mlp import MLPPolicy
+from robot_forgetting.studies.digits.stack import Recipe
+from robot_forgetting.tasks.digits.parity_mnist import parity_labels
+
+
+@dataclass(frozen=True)
+class Details:
+    """What the recipes of one sweep share.
+
+    batch_size: pictures per optimiser step, for every method; group_size: answers to each of them (GRPO, REINFORCE)
+    kl: {"coefficient", "direction"} of the +KL methods; teacher: weights of the RL-trained teacher, or None
+    refreshes: times per epoch that iterative SFT draws its data anew
+    """
+
+    batch_size: int
+    group_size: int
+    kl: dict
+    teacher: dict[str, Tensor] | None = None
+    refreshes: int = 8
+
+
+def _sft(labels: Labeler) -> Callable:
+    def build(steps: int, details: Details, seed: int) -> Method:
+        return SFT(
+            iterations=steps,
+            steps_per_iteration=1,
+            batch_size=details.batch_size,
+            demonstrations=1,
+            labels=labels,
+            optimiser=None,
+            seed=seed,
+        )
+
+    return build
+
+
+def _teacher(steps: int, details: Details, seed: int) -> Method:
+    if details.teacher is None:
+        raise UserError("sft_teacher needs a trained teacher")
+    sizes = [details.teacher["layer1.weight"].shape[0]]
+    sizes += [value.shape[0] for key, value in details.teacher.items() if key.endswith("bias")]
+    return _sft(TeacherLabels(MLPPolicy(sizes=sizes, weights=details.teacher)))(steps, details, seed)
+
+
+def _grpo(steps: int, details: Details, seed: int) -> Method:
+    groups, size = details.batch_size, details.group_size
+    return GRPO(
+        iterations=steps, groups=groups, group_size=size, minibatch_size=groups * size, optimiser=None, seed=seed
+    )
+
+
+def _one_zero(steps: int, details: Details, seed: int) -> Method:
+    return Reinforce(
+        iterations=steps,
+        groups=details.batch_size,
+        group_size=details.group_size,
+        advantage="one_zero",
+        optimiser=None,
+        seed=seed,
+    )
+
+
+def _simpo(steps: int, details: Details, seed: int) -> Method:
+    return SimPO(
+        iterations=steps,
+        steps_per_iteration=1,
+        batch_size=details.batch_size,
+        labels=parity_labels(even=[0], odd=[1]),
+        optimiser=None,
+        seed=seed,
+    )
+
+
+def _self_sft(iterative: bool) -> Callable:
+    def build(steps: int, details: Details, seed: int, per_iteration: int = 1) -> Method:
+        return SelfSFT(
+            iterations=steps // per_iteration,
+            steps_per_iteration=per_iteration,
+            batch_size=details.batch_size,
+            iterative=iterative,
+            optimiser=None,
+            seed=seed,
+        )
+
+    return build
+
+
+# name: (builder, with KL penalty, traits). The 2 x 2 of on-policy data and negative examples is section 5.1's.
+ON, OFF = {"on_policy": True}, {"on_policy": False}
+SFT_1 = _sft(parity_labels(even=[0], odd=[1]))
+METHODS = {
+    "grpo": (_grpo, False, {**ON, "negatives": True}),
+    "grpo_kl": (_grpo, True, {**ON, "negatives": True}),
+    "sft_1": (SFT_1, False, {**OFF, "negatives": False}),
+    "sft_2": (_sft(parity_labels(even=[0, 4], odd=[1, 5])), False, {**OFF, "negatives": False}),
+    "sft_oracle": (_sft(OracleLabels()), False, {**OFF, "negatives": False}),
+    "sft_oracle_soft": (_sft(OracleLabels(soft=True)), False, {**OFF, "negatives": False}),
+    "reinforce_1_0": (_one_zero, False, {**ON, "negatives": False}),
+    "simpo": (_simpo, False, {**OFF, "negatives": True}),
+    "sft_teacher": (_teacher, False, {**OFF, "negatives": False}),
+    "sft_kl": (SFT_1, True, {**OFF, "negatives": False}),
+    "self_sft": (_self_sft(False), False, {**OFF, "negatives": False}),
+    "iterative_sft": (_self_sft(True), False, {**ON, "negatives": False}),
+}
+
+
+def check_methods(names) -> None:
+    for name in names:
+        if name not in METHODS:
+            raise unknown("method", name, METHODS)
+
+
+def build(name: str, *, epochs: int, steps_per_epoch: int, details: Details, seed: int) -> Recipe:
+    check_methods([name])
+    make, penalised, traits = METHODS[name]
+    steps = epochs * steps_per_epoch
+    penalties = [KL(**details.kl)] if penalised else []
+    if name != "iterative_sft":
+        return Recipe(make(steps, details, seed), steps, penalties=penalties, traits=traits)
+    each = max(1, steps_per_epoch // details.refreshes)
+    method = make(steps, details, seed, each)
+    return Recipe(method, method.iterations * each, each, penalties, traits)

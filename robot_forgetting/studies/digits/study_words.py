@@ -1,0 +1,302 @@
+"""A controlled study in plain sentences: what was found, where it disagrees with the paper, how to do it again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import resources
+
+import numpy as np
+import yaml
+
+from robot_forgetting.report.words import duration, plural, r2, small, two
+from robot_forgetting.studies.digits.study_runs import Study, label
+from robot_forgetting.studies.digits.study_tables import PREDICTORS, Law
+
+
+def points(value: float | None, digits: int = 1) -> str:
+    """An accuracy in percent: 83.1 %."""
+    return "n/a" if value is None else f"{100 * value:.{digits}f}\N{NO-BREAK SPACE}%"
+
+
+def headline(tables: dict, found: dict[str, Law], study: Study) -> list[str]:
+    """The findings, each only where its numbers are there."""
+    sentences = [_base(tables["base"])] if tables["base"] and tables["base"][0]["mean"] is not None else []
+    main = found.get("paper") or found.get("all")
+    if main is not None:
+        sentences += _law(main)
+    if tables["matched"]:
+        sentences.append(_matched(tables["matched"]))
+    sentences += _two_bytwo(tables["two_by_two"])
+    if tables["theorem"]:
+        sentences.append(_theorem(tables["theorem"]))
+    if len(study.seeds) == 1 and study.points:
+        sentences.append(
+            "One seed: the intervals cover learning rates and checkpoints, not another base policy or data order."
+        )
+    return sentences
+
+
+def _base(rows: Sequence[dict]) -> str:
+    new, prior = rows
+    seeds = plural(len(new["per_seed"]), "seed")
+    text = (
+        f"Before fine-tuning the network gets {points(new['mean'])} of parities and {points(prior['mean'])} of garments"
+    )
+    text += f" right (mean of {seeds}); "
+    if new["replication"] and prior["replication"]:
+        text += f"the replication's had {points(new['replication'], 0)} and {points(prior['replication'], 0)}, "
+    return text + "the paper does not say."
+
+
+def _law(main: Law) -> list[str]:
+    row = main.main
+    if row is None or row["r2"] is None:
+        why = main.note or (row or {}).get("note") or "forward KL was not recorded"
+        return [f"There is no fit of forgetting on forward KL: {why}."]
+    who = "the paper's methods" if set(main.methods) >= {"grpo", "sft_1"} else "the methods"
+    text = (
+        f"Over {row['n']} checkpoints of {plural(row['runs'], 'run')} ({plural(row['seeds'], 'seed')}), a quadratic of "
+        f"forward KL on new-task inputs, pooled over {who}, explains R² = {r2(row)} of the variation in forgetting"
+    )
+    paper, replication = row["paper"], row["replication"]
+    if paper and replication:
+        text += f"; the paper reports {two(paper['r2'])} and the replication {two(replication['r2'])}"
+        if row["low"] is None:
+            text += f" ({row['note']})"
+        else:
+            text += f", which is {_excluded(row)}"
+    sentences = [text + "."]
+    ahead = [r for r in main.rows if r["r2"] is not None and r["r2"] > row["r2"]]
+    if ahead:
+        best = ahead[0]
+        more = f", and {plural(len(ahead) - 1, 'other')} too" if len(ahead) > 1 else ""
+        sentences.append(f"{_where(best, first=True)} explains more, {r2(best)}{more}.")
+    else:
+        sentences.append("No other predictor explains more.")
+    if row["left_out_r2"] is not None:
+        left = r2(row, "left_out_r2", "left_out_low", "left_out_high")
+        sentences.append(f"On methods that the fit has not seen, its R² is {left}.")
+    return sentences
+
+
+def _excluded(row: dict) -> str:
+    out = [name for name in ("paper", "replication") if row[f"{name}_verdict"] in ("higher", "lower")]
+    if not out:
+        return "inside our interval"
+    if len(out) == 2:
+        return "outside our interval in both cases"
+    return f"outside our interval in the case of the {out[0]}"
+
+
+def _where(row: dict, first: bool = False) -> str:
+    name = PREDICTORS.get(row["predictor"], row["predictor"])
+    name = name[0].upper() + name[1:] if first else name
+    return name + {"new": " on new-task inputs", "prior": " on prior-task inputs"}.get(row["inputs"], "")
+
+
+def _matched(rows: Sequence[dict]) -> str:
+    there = sorted((row for row in rows if row["prior"] is not None), key=lambda row: -row["prior"])
+    if not there:
+        return "No method reaches the others' accuracy."
+    parts = [f"{label(row['method'])} {points(row['prior'])}{span(row['low'], row['high'])}" for row in there]
+    text = f"At {points(rows[0]['level'], 0)} on the new task, accuracy on the prior task is {', '.join(parts)}"
+    return f"{text}."
+
+
+def span(low: float | None, high: float | None, digits: int = 1) -> str:
+    return "" if low is None else f" [{100 * low:.{digits}f}, {100 * high:.{digits}f}]"
+
+
+def _two_bytwo(rows: Sequence[dict]) -> list[str]:
+    cells = {row["method"]: row for row in rows}
+    names = ("grpo", "reinforce_1_0", "simpo", "sft_1")
+    if not all(name in cells and cells[name]["prior"] is not None for name in names):
+        return []
+    a, b, c, d = (cells[name] for name in names)
+    data = (a["prior"] + b["prior"] - c["prior"] - d["prior"]) / 2
+    negatives = (a["prior"] + c["prior"] - b["prior"] - d["prior"]) / 2
+    return [
+        f"At {points(a['level'], 0)} on the new task, on-policy data goes with {_signed(data)} points of prior-task "
+        f"accuracy (mean of the two columns of the 2 x 2), negative examples with {_signed(negatives)}."
+    ]
+
+
+def _theorem(rows: Sequence[dict]) -> str:
+    from robot_forgetting.studies.digits.study_figures import PROCESSES
+
+    def named(wanted: bool) -> str:
+        names = [row["process"] for row in rows if row["arrives"] is wanted]
+        return ", ".join((PROCESSES.get(name) or (name.replace("_", " "),))[0] for name in names)
+
+    text = (
+        f"On a finite problem, {named(True) or 'no process'} came within 1e-6 of argmin KL(π ‖ π₀) among the policies "
+    )
+    text += "that are always right"
+    return text + (f"; {named(False)} did not." if named(False) else ".")
+
+
+def disagreements(main: Law) -> list[str]:
+    """Where our interval excludes the published value, the paper's first; and where nothing can be said."""
+    lines = []
+    for row in main.rows:
+        out = [name for name in ("paper", "replication") if row[f"{name}_verdict"] in ("higher", "lower")]
+        if out:
+            theirs = ", ".join(
+                f"{two(row[name]['r2'])} in the {name}" for name in ("paper", "replication") if has(row, name)
+            )
+            who = " and ".join(out)
+            lines.append(
+                f"{_where(row, first=True)}: {r2(row)} here, {theirs}; our interval excludes that of the {who}."
+            )
+    if not lines and any(row[f"{name}_verdict"] == "open" for row in main.rows for name in ("paper", "replication")):
+        return ["Nothing can be said about agreement: there are too few runs for intervals."]
+    return lines or ["Nowhere does our interval exclude a published value."]
+
+
+def has(row: dict, name: str) -> bool:
+    return bool(row.get(name)) and row[name]["r2"] is not None
+
+
+def published_text(row: dict, name: str) -> str:
+    theirs = row.get(name)
+    if theirs is None:
+        return ""
+    if theirs["r2"] is None:
+        return "N/A"
+    return two(theirs["r2"]) + (f" ± {two(theirs['error'])}" if theirs["error"] is not None else "")
+
+
+def verdict_text(row: dict) -> str:
+    said = []
+    for name in ("paper", "replication"):
+        if row[f"{name}_verdict"]:
+            word = {"higher": "ours higher", "lower": "ours lower", "agrees": "agrees", "open": "open"}
+            said.append(f"{name}: {word[row[f'{name}_verdict']]}")
+    return "; ".join(said)
+
+
+def choices(study: Study) -> list[tuple[str, str]]:
+    """(what, how it was done here) where the paper does not say, from the runs' own settings."""
+    c = study.config
+    before, probe, kl = (c.get(key) or {} for key in ("pretraining", "probe", "kl"))
+    schedule = f"{before.get('epochs')} epochs of {before.get('images')} images of each set, batches of "
+    schedule += f"{before.get('batch_size')}, learning rate {before.get('learning_rate')}, cosine after warm-up"
+    found = [
+        ("Accuracy", "of the most likely class (greedy); forgetting is base minus fine-tuned accuracy"),
+        ("Optimiser", "AdamW without weight decay, state in float32"),
+        ("Batch", f"{c.get('batch_size')} images per step, the same for every method"),
+        ("GRPO", f"{c.get('group_size')} answers to each image, advantages divided by their standard deviation"),
+        (
+            "KL penalty",
+            f"{kl.get('direction')} KL, coefficient {kl.get('coefficient')} (the paper gives 0.1, not the direction)",
+        ),
+        ("Fine-tuning set", f"{c.get('images') or 'all 60,000'} training images"),
+        (
+            "Warm-up, gradient norm",
+            f"{_percent(c.get('warmup_ratio'))} of the steps; clipped at {c.get('max_grad_norm')}",
+        ),
+        ("Pre-training", schedule if before else None),
+        ("Measured on", f"{probe.get('images')} test images of each task, evenly spread" if probe else None),
+        (
+            "CKA, CKNNA",
+            f"hidden layer {probe.get('layer')}, {probe.get('similarity')} images, k = {probe.get('k')}, both masks"
+            if probe
+            else None,
+        ),
+        ("Fisher", f"diagonal, the base policy's own, on {probe.get('fisher')} training images" if probe else None),
+        ("Activations", "of both hidden layers together"),
+        ("Spectral norm", "the largest over the weight matrices"),
+        (
+            "Oracle",
+            "sampled from q* proportional to π₀R; the KL printed in the paper is infinite for every q in question",
+        ),
+        ("± in Table 1", "the paper does not say over what; ours are 95 % bootstrap intervals"),
+    ]
+    return [(what, how) for what, how in found if how and "None" not in how]
+
+
+def command(study: Study) -> str:
+    """The command that makes these runs: what differs from the shipped configuration, and quick=true where it fits."""
+    default = _default(study.name)
+    if not study.asked or default is None:
+        return f"robot-forgetting reproduce {study.name}"
+    asked = {key: list(dict.fromkeys(run[key] for run in study.asked)) for key in study.asked[0]}
+    seeds = sorted(asked["seed"])
+    wanted = {key: value for key, value in study.config.items() if key != "study"}
+    wanted |= {"methods": asked["method"], "rates": sorted(asked["learning_rate"]), "seeds": len(seeds)}
+    wanted |= {"schedules": asked["schedule"], "epochs": sorted(asked["epochs"])}
+    words, keys = [f"robot-forgetting reproduce {study.name}"], _differing(default, wanted)
+    if "rates" in keys and "checkpoints" in keys:
+        quick = _differing(_quick(default), wanted)
+        if len(quick) < len(keys):
+            words, keys = [*words, "quick=true"], quick
+    words += [f"seed={seeds[0]}"] * (seeds[0] != 0)
+    return " ".join(words + [_override(key, value) for key, value in keys.items()])
+
+
+def _default(name: str) -> dict | None:
+    try:
+        file = resources.files("robot_forgetting.configs") / "reproduce" / f"{name}.yaml"
+        return yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
+    except (ModuleNotFoundError, yaml.YAMLError):
+        return None
+
+
+def _quick(default: dict) -> dict:
+    from robot_forgetting.studies.digits.sweep import QUICK, QUICK_PROBE  # heavy: loads torch
+
+    return {**default, **QUICK, "probe": {**default["probe"], **QUICK_PROBE}}
+
+
+def _differing(default: dict, wanted: dict) -> dict:
+    found = {}
+    rates = default.get("rates")
+    if isinstance(rates, int):
+        rates = [float(f"{r:.6g}") for r in np.geomspace(default["lowest_rate"], default["highest_rate"], rates)]
+    for key, value in wanted.items():
+        standard = rates if key == "rates" else default.get(key)
+        if isinstance(value, dict) and isinstance(standard, dict):
+            found |= {f"{key}.{k}": v for k, v in value.items() if v != standard.get(k)}
+        elif isinstance(value, list) and isinstance(standard, list):
+            if sorted(map(str, value)) != sorted(map(str, standard)):
+                found[key] = value
+        elif value != standard:
+            found[key] = value
+    return found
+
+
+def _override(key: str, value) -> str:
+    if isinstance(value, list):
+        return f"'reproduce.{key}=[{','.join(f'{v:g}' if isinstance(v, float) else str(v) for v in value)}]'"
+    return f"reproduce.{key}={'null' if value is None else value}"
+
+
+def cost(study: Study) -> str:
+    """How long training and measuring took, of one core."""
+    runs = [run.state.get("timings") or {} for run in study.sweep]
+    train, measure = (sum(t.get(key) or 0.0 for t in runs) for key in ("train", "evaluate"))
+    if not train:
+        return ""
+    return f"Training took {duration(train)} of a process, measuring {duration(measure)}, summed over the runs."
+
+
+def similarity_text(value: dict | None) -> str:
+    if value is None:
+        return "n/a"
+    error = "" if value["standard_error"] is None else f" ± {value['standard_error']:.2f}"
+    return f"{value['mean']:.2f}{error}"
+
+
+def kl_text(row: dict) -> str:
+    if row["forward_kl"] is None:
+        return "n/a"
+    where = f" [{small(row['kl_low'], 2)}, {small(row['kl_high'], 2)}]" if row["kl_low"] is not None else ""
+    return small(row["forward_kl"]) + where
+
+
+def _percent(value) -> str:
+    return "None" if value is None else f"{100 * value:g} %"
+
+
+def _signed(value: float) -> str:
+    return f"{100 * value:+.1f}".replace("-", "\N{MINUS SIGN}")

@@ -1,0 +1,1 @@
+"""Benchmarks with a protocol of their own."""

@@ -1,0 +1,1 @@
+"""Tasks that are questions in words, one file each."""

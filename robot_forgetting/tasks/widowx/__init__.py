@@ -1,0 +1,1 @@
+"""SimplerEnv's tasks of the WidowX."""

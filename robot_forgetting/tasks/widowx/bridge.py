@@ -1,0 +1,277 @@
+"""SimplerEnv's Bridge scenes on SAPIEN 3 with the physics, initial states and success tests of the original.
+
+The original is ManiSkill2_real2sim on SAPIEN 2.2.2 (Li et al. 2024, arXiv:2405.05941). What ManiSkill3's port does
+differently is set back here: contact offset, solver, default friction, damping, the spoon's shape, how objects come to
+rest, where positions are measured (centre of mass), and what counts as grasped and as success.
+
+On a GPU (``batched.py``) the same scene stands there many times. Its initial states come from CPU simulations, and
+``BridgeScene.flags`` tells of all what ``evaluate`` tells of one; what PhysX does otherwise there is said in
+docs/gpu_simulation.md.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import sapien
+import torch
+from mani_skill.envs.tasks.digital_twins.base_env import BaseDigitalTwinEnv
+from mani_skill.envs.tasks.digital_twins.bridge_dataset_eval.base_env import BaseBridgeEnv
+from mani_skill.sensors.camera import CameraConfig
+from mani_skill.utils import io_utils
+from mani_skill.utils.structs.types import DefaultMaterialsConfig, GPUMemoryConfig, SceneConfig, SimConfig
+
+from robot_forgetting.machine import assets
+from robot_forgetting.tasks.simulator.grasp import TOUCH, pressing_fingers, pressing_fingers_batched
+from robot_forgetting.tasks.simulator.grid import Grid
+from robot_forgetting.tasks.simulator.settling import drop
+from robot_forgetting.tasks.widowx import spoon
+from robot_forgetting.tasks.widowx.widowx import WidowXFlatTable, WidowXSink
+
+DROP_HEIGHT = 0.87 + 0.5  # of the table, and how far above it objects are let go
+CAMERA = "3rd_view_camera"
+SPOON = "bridge_spoon_generated_modified"
+# Of the original's flags: metres by which a thing has moved, and by which the source's middle may be outside the
+# target's box; control steps of one grasp.
+MOVED, ASIDE, LONG = 0.03, 0.003, 5
+
+
+class BridgeScene(BaseBridgeEnv):
+    """Robot, table (or sink), source and target object.
+
+    objects: names of the source and the target object; grid: their initial states
+    height: of the source over the target, metres more than their boxes, that still is success
+    nothing_else: whether the source may touch only the robot and the target then
+    bundle: the assets it needs, see ``assets.BUNDLES``; photo: its background
+    """
+
+    bundle, photo = "bridge", "bridge_real_eval_1.png"
+    SUPPORTED_OBS_MODES = ("rgb+segmentation", "none")
+
+    def __init__(
+        self, objects: tuple[str, str], grid: Grid, *, height: float, nothing_else: bool, robot_uids=None, **kwargs
+    ):
+        assets.require(self.bundle, tuple(f"{assets.MODELS}/{name}/collision.obj" for name in objects))
+        folder = assets.bridge_folder()
+        self.objs, self.obj_names = {}, list(objects)
+        self.source_obj_name, self.target_obj_name = objects
+        self.grid, self._height, self._nothing_else = grid, height, nothing_else
+        self.xyz_configs, self.quat_configs = np.zeros(0), np.zeros(0)  # ManiSkill's own; we place the objects
+        sink = self.scene_setting == "sink"
+        self.rgb_overlay_paths = {CAMERA: str(folder / "real_inpainting" / self.photo)}
+        # ManiSkill's are the class's, and so every environment's
+        self._rgb_overlay_images, self._objects_to_remove_from_greenscreen = {}, []
+        self.model_db = io_utils.load_json(folder / "custom" / self.MODEL_JSON)
+        self._counted = -1  # ``_elapsed_steps`` when ``flags`` was last asked
+        BaseDigitalTwinEnv.__init__(self, robot_uids=WidowXSink if sink else WidowXFlatTable, **kwargs)
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.device.type == "cuda"  # where PhysX makes contacts by PCM only
+
+    @property
+    def _default_sim_config(self):
+        scene = SceneConfig(
+            contact_offset=0.005, solver_position_iterations=25, enable_pcm=self._on_gpu, enable_tgs=True
+        )
+        friction = DefaultMaterialsConfig(static_friction=1.0, dynamic_friction=1.0)
+        # On a GPU: far from the middle of a batch places are coarse (160 m: 15 micrometres), so that slow things would
+        # not move; and a contact too many for its buffers is one that PhysX forgets.
+        buffers = GPUMemoryConfig(
+            collision_stack_size=2**26, max_rigid_contact_count=2**21, max_rigid_patch_count=2**19
+        )
+        return SimConfig(
+            sim_freq=500,
+            control_freq=5,
+            spacing=5 if self._on_gpu else 20,
+            scene_config=scene,
+            default_materials_config=friction,
+            gpu_memory_config=buffers,
+        )
+
+    @property
+    def _default_human_render_camera_configs(self):
+        return own_view(self.agent)
+
+    def _build_actor_helper(self, model_id: str, scale: float = 1, kinematic: bool = False, initial_pose=None):
+        """ManiSkill's, with the original's damping, and the spoon in its parts."""
+        folder = assets.bridge_folder() / "custom" / "models" / model_id
+        friction = sapien.physx.PhysxMaterial(self.obj_static_friction, self.obj_dynamic_friction, 0.0)
+        builder = self.scene.create_actor_builder()
+        builder.add_multiple_convex_collisions_from_file(
+            filename=str(spoon.write_mesh() if model_id == SPOON else folder / "collision.obj"),
+            scale=[scale] * 3,
+            material=friction,
+            density=self.model_db[model_id].get("density", 1000),
+        )
+        builder.add_visual_from_file(filename=str(assets.visual(folder)), scale=[scale] * 3)
+        builder.initial_pose = sapien.Pose() if initial_pose is None else initial_pose
+        if kinematic:
+            return builder.build_kinematic(name=model_id)
+        actor = builder.build(name=model_id)
+        for body in actor._bodies:
+            body.linear_damping = body.angular_damping = 0.1
+        return actor
+
+    # ---- initial states
+
+    def _load_scene(self, options: dict):
+        super()._load_scene(options)
+        # Of an episode, with a row per environment: places [N, 2, 3] and world-aligned boxes [N, 2, 3] of source and
+        # target once they lay still, steps since when the source is held [N], and configuration [N].
+        count = self.num_envs
+        self.at_rest, self.extents = (torch.zeros(count, 2, 3, device=self.device) for _ in range(2))
+        self.consecutive_grasp = torch.zeros(count, dtype=torch.int64, device=self.device)
+        self.configuration = torch.full((count,), -1, device=self.device)
+        self._mass_centres = [self.objs[name].cmass_local_pose for name in self.obj_names]  # before the GPU takes over
+
+    def _initialize_episode(self, env_idx: torch.Tensor, options: dict):
+        if self.gpu_sim_enabled:  # a CPU simulation's state follows; until then nothing may lie in another thing
+            for name, place in zip(self.obj_names, self.grid.places[0], strict=True):
+                self.objs[name].set_pose(sapien.Pose([*place, DROP_HEIGHT]))
+            self._place_robot()
+            return
+        configuration, places, turns = self.grid.state(int(self._episode_seed[0]), options.get("episode_id"))
+        self.agent.robot.set_pose(sapien.Pose([-10, 0, 0]))
+        drop(self, list(zip(map(self._body, self.obj_names), places, turns, strict=True)), DROP_HEIGHT)
+        self._place_robot()
+        rest, extents = [], []
+        for name in self.obj_names:
+            rest.append(self._body(name).entity_pose.p)
+            box = self.model_db[name]["bbox"]
+            turn = self._body(name).entity_pose.to_transformation_matrix()[:3, :3]
+            extents.append(turn @ (np.array(box["max"]) - np.array(box["min"])))
+        self.at_rest, self.extents = (torch.from_numpy(np.stack([rows])) for rows in (rest, extents))
+        self.consecutive_grasp, self.configuration = torch.tensor([0]), torch.tensor([configuration])
+
+    def _place_robot(self) -> None:
+        qpos, base = INITIAL[self.scene_setting]
+        self.agent.robot.set_pose(sapien.Pose(base, [0, 0, 0, 1]))
+        self.agent.reset(init_qpos=np.array(qpos))
+
+    def _body(self, name: str):
+        return self.objs[name]._bodies[0]
+
+    # ---- success
+
+    def evaluate(self) -> dict:
+        """The original's flags, of this instant; ``configuration`` is that of the evaluation grid, -1 in training."""
+        if self.gpu_sim_enabled:
+            return self.flags()
+        source, target = self.obj_names
+        now = {source: self.centre(source), target: self._body(target).entity_pose.p}  # as the original has it
+        rest = dict(zip(self.obj_names, self.at_rest[0].numpy(), strict=True))
+        moved = {name: float(np.linalg.norm((now[name] - rest[name])[:2])) for name in now}
+        grasped = pressing_fingers(self.agent, self.objs[source])
+        self.consecutive_grasp[0] = self.consecutive_grasp[0] + 1 if grasped else 0
+        on_target = self._is_above() and not (self._nothing_else and self._touches_others())
+        flags = {
+            "is_src_obj_grasped": grasped,
+            "consecutive_grasp": self.consecutive_grasp >= LONG,
+            "src_on_target": on_target,
+            "moved_correct_obj": moved[source] > MOVED and moved[target] < moved[source],
+            "moved_wrong_obj": moved[target] > MOVED and moved[target] > moved[source],
+            "success": on_target,
+        }
+        flags = {name: torch.tensor([bool(value)]) for name, value in flags.items()}
+        return {**flags, "configuration": self.configuration}
+
+    def centre(self, name: str) -> np.ndarray:
+        """World position [3] of an object's centre of mass."""
+        body = self._body(name)
+        return np.asarray((body.entity_pose * body.cmass_local_pose).p, dtype=np.float64)
+
+    def _is_above(self) -> bool:
+        """By centres of mass and by the boxes that both had when they came to rest."""
+        source, target = self.obj_names
+        offset = self.centre(source) - self.centre(target)
+        halves = self.extents[0].numpy() / 2
+        sideways = np.linalg.norm(offset[:2]) <= np.linalg.norm(halves[1][:2]) + ASIDE
+        return bool(sideways and 0 < offset[2] <= self._height + halves[0][2] + halves[1][2])
+
+    def _touches_others(self) -> bool:
+        """Contact with an impulse above ``TOUCH``; the hand may still hold the object over the target."""
+        source = self.objs[self.source_obj_name]._objs[0]
+        allowed = {link.entity for link in self.agent.robot._objs[0].links}
+        allowed.add(self.objs[self.target_obj_name]._objs[0])
+        for contact in self.scene.px.get_contacts():
+            pair = [body.entity for body in contact.bodies]
+            if source in pair and pair[pair[0] == source] not in allowed:
+                if np.linalg.norm(np.sum([point.impulse for point in contact.points], axis=0)) > TOUCH:
+                    return True
+        return False
+
+    # ---- success of N environments
+
+    def flags(self) -> dict:
+        """What ``evaluate`` says, of N environments at once.
+
+        Their contacts are known by pairs only: what the source may touch besides robot and target is the arena.
+        """
+        source, target = (self.objs[name] for name in self.obj_names)
+        centres = [(thing.pose * own).p for thing, own in zip((source, target), self._mass_centres, strict=True)]
+        now = torch.stack([centres[0], target.pose.p], dim=1)
+        moved = (now - self.at_rest)[..., :2].norm(dim=2)
+        grasped = pressing_fingers_batched(self.agent, source)
+        stepped = self._elapsed_steps != self._counted  # a reset of one asks for the flags of all
+        held = torch.where(grasped, self.consecutive_grasp + 1, 0)
+        self.consecutive_grasp = torch.where(stepped, held, self.consecutive_grasp)
+        self._counted = self._elapsed_steps.clone()
+        offset, halves = centres[0] - centres[1], self.extents / 2
+        on_target = offset[:, :2].norm(dim=1) <= halves[:, 1, :2].norm(dim=1) + ASIDE
+        on_target &= (0 < offset[:, 2]) & (offset[:, 2] <= self._height + halves[:, 0, 2] + halves[:, 1, 2])
+        if self._nothing_else:
+            arena = self.scene.get_pairwise_contact_impulses(self.scene.actors["arena"], source)
+            on_target &= arena.norm(dim=1) <= TOUCH
+        return {
+            "is_src_obj_grasped": grasped,
+            "consecutive_grasp": self.consecutive_grasp >= LONG,
+            "src_on_target": on_target,
+            "moved_correct_obj": (moved[:, 0] > MOVED) & (moved[:, 1] < moved[:, 0]),
+            "moved_wrong_obj": (moved[:, 1] > MOVED) & (moved[:, 1] > moved[:, 0]),
+            "success": on_target,
+            "configuration": self.configuration,
+        }
+
+
+class StockScene:
+    """Before a stock Bridge environment in the list of bases: its own photo, and our seeds for its initial states."""
+
+    def __init__(self, *, grid: Grid, **kwargs):
+        assets.require("bridge")
+        self.grid, self.configuration = grid, -1
+        self._rgb_overlay_images, self._objects_to_remove_from_greenscreen = {}, []
+        super().__init__(**kwargs)
+
+    @property
+    def _default_human_render_camera_configs(self):
+        return own_view(self.agent)
+
+    def _initialize_episode(self, env_idx: torch.Tensor, options: dict):
+        self.configuration, places, turns = self.grid.state(int(self._episode_seed[0]), options.get("episode_id"))
+        heights = self.xyz_configs[0, :, 2:]
+        self.xyz_configs = torch.cat([torch.tensor(places, dtype=heights.dtype), heights], dim=1)[None]
+        self.quat_configs = torch.tensor(np.asarray(turns), dtype=heights.dtype)[None]
+        super()._initialize_episode(env_idx, {**options, "episode_id": torch.tensor([0])})
+
+    def evaluate(self) -> dict:
+        return {**super().evaluate(), "configuration": torch.tensor([self.configuration])}
+
+
+def own_view(agent) -> CameraConfig:
+    """For videos: the policy's view."""
+    own = agent._sensor_configs[0]
+    base = agent.robot.links_map["base_link"]
+    return CameraConfig("render_camera", own.pose, 512, 512, intrinsic=own.intrinsic, mount=base)
+
+
+# Joint positions (radians, metres) and base position (metres) as measured on the real robot, per scene.
+INITIAL = {
+    "flat_table": (
+        [-0.01840777, 0.0398835, 0.22242722, -0.00460194, 1.36524296, 0.00153398, 0.037, 0.037],
+        [0.147, 0.028, 0.870],
+    ),
+    "sink": (
+        [-0.2600599, -0.12875618, 0.04461369, -0.00652761, 1.7033415, -0.26983038, 0.037, 0.037],
+        [0.127, 0.060, 0.85],
+    ),
+}
