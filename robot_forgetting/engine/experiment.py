@@ -11,23 +11,15 @@ from pathlib import Path
 
 import numpy as np
 
+from robot_forgetting.engine.drift import Drift
 from robot_forgetting.engine.episode_rows import check_same_base, evaluate_into, identified, reuse
-from robot_forgetting.engine.evaluate import (
-    check_conventions,
-    demonstration_states,
-    evaluate,
-    measure_divergence,
-    policy_states,
-    success_line,
-    test_seeds,
-)
+from robot_forgetting.engine.evaluate import check_conventions, evaluate, success_line, test_seeds
 from robot_forgetting.engine.preflight import check_parts, try_parts
 from robot_forgetting.engine.run_policy import FINAL_STAGE, start_from
 from robot_forgetting.engine.train import train
 from robot_forgetting.errors import UserError
 from robot_forgetting.machine.files import disk
 from robot_forgetting.machine.progress import bar, say
-from robot_forgetting.measures.drift_by_layer import WEIGHTS, held_out_texts, measure_layers
 from robot_forgetting.method import Method, Penalty
 from robot_forgetting.methods.labels import check_targets
 from robot_forgetting.one_step import OneStepTask
@@ -39,9 +31,7 @@ from robot_forgetting.rollout import Episode
 from robot_forgetting.scored import ScoredTask, measurable
 from robot_forgetting.task import Task
 
-# Divergence is measured on states of their own, neither trained on nor counted in a success rate.
-DIVERGENCE_SEED = 500_000
-VIDEO_SEED = 600_000
+VIDEO_SEED = 600_000  # from it on: neither trained on, nor measured
 
 
 @dataclass(frozen=True)
@@ -82,7 +72,7 @@ def run(setup: Setup) -> int:
     prior, left_out = measurable(setup.prior)
     started = start_from(setup.policy, setup.checkpoint, setup.config)
     experiment = Experiment(replace(setup, prior=prior), started)
-    left_out |= experiment.without
+    left_out |= experiment.drift.without
     for reason in left_out.values():
         say(f"left out: {reason}")
     check_conventions(setup.policy, experiment.tasks)
@@ -136,21 +126,14 @@ class Experiment:
         points, end = self.budget["interim_points"], setup.method.iterations
         # Evaluated between the base and the end, evenly spaced: the curve along which methods are compared.
         self.interim = {round(end * k / (points + 1)) for k in range(1, points + 1)} - {0, end}
-        self.texts, self.without = self.read_texts()
-
-    def read_texts(self) -> tuple[list[str], dict[str, str]]:
-        """The texts on which layers are compared; {what is not measured: why} where this run has none."""
-        settings = self.setup.held_out_text or {}
-        if settings.get("source") is None:
-            return [], {}
-        if not self.policy.blocks:
-            reason = f"drift by layer is not measured: policy '{self.policy.name}' shows no layers"
-            return [], {"drift by layer": reason}
-        try:
-            return held_out_texts(settings, self.tasks, DIVERGENCE_SEED), {}
-        except LookupError as error:
-            fix = "add it to prior, or choose another held_out_text.source"
-            return [], {"drift by layer": f"drift by layer is not measured: {error}; {fix}"}
+        self.drift = Drift(
+            self.policy,
+            self.tasks,
+            self.budget,
+            held_out_text=setup.held_out_text,
+            seed=setup.seed,
+            num_envs=setup.num_envs,
+        )
 
     def header(self) -> dict:
         """What run.json says of the run before it begins."""
@@ -210,7 +193,7 @@ class Experiment:
         with self.timed("evaluate_final"):
             self.measure_success(stage=FINAL_STAGE, iteration=done)
         with self.timed("divergence"):
-            self.measure_drift(done)
+            self.drift.measure(self.folder, self.roles, stage=FINAL_STAGE, iteration=done)
         with self.timed("videos"):
             self.record_videos(self.folder.run["method"])
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -230,7 +213,7 @@ class Experiment:
     def interim_evaluation(self, iteration: int) -> None:
         if iteration in self.interim:
             self.measure_success(stage=FINAL_STAGE, iteration=iteration, interim=True)
-            self.measure_drift(iteration, interim=True)
+            self.drift.measure(self.folder, self.roles, stage=FINAL_STAGE, iteration=iteration, interim=True)
 
     def measure_success(self, *, stage: int, iteration: int, interim: bool = False) -> None:
         """Evaluates every task at every decode; interim points at the rollout decode only, with fewer episodes."""
@@ -287,45 +270,6 @@ class Experiment:
 
     def role_of(self, name: str) -> str | None:
         return next((role for role, tasks in self.roles.items() if name in [t.name for t in tasks]), None)
-
-    # ---- divergence
-
-    def measure_drift(self, iteration: int, *, interim: bool = False) -> None:
-        """Divergence from the base on named states, and layer by layer; of the states, interim points have only the
-        base's on the new task."""
-        have = {(r["iteration"], r["task"], r["states"]) for r in self.folder.rows("divergence")}
-        count, limit = self.budget["divergence_episodes"], self.budget["divergence_states"]
-        for role, tasks in self.roles.items() if count and limit else ():
-            for task in tasks if role != "held_out" else []:
-                for name in ("base", "fine_tuned", "demonstrations"):
-                    if (iteration, task.name, name) in have or (interim and (role, name) != ("new", "base")):
-                        continue
-                    if name == "demonstrations" and not task.has_demonstrations:
-                        continue  # a task without an expert can still be learned by RL
-                    if isinstance(task, OneStepTask | ScoredTask) and name == "fine_tuned":
-                        continue  # questions do not depend on who answers
-                    if isinstance(task, ScoredTask) and (name != "base" or not hasattr(task, "prompts")):
-                        continue
-                    states = self.states(name, task, count, limit)
-                    if not len(states):  # every episode broke off before its first step; the summary lists such errors
-                        continue
-                    rows = measure_divergence(self.policy, states, seed=self.setup.seed)
-                    fields = {"stage": FINAL_STAGE, "iteration": iteration, "task": task.name, "role": role}
-                    self.folder.append("divergence", *({**fields, "states": name, **row} for row in rows))
-        if self.texts and (iteration, None, WEIGHTS) not in have:
-            settings = self.setup.held_out_text
-            rows = measure_layers(self.policy, self.texts, source=settings["source"], k=settings["neighbours"])
-            fields = {"stage": FINAL_STAGE, "iteration": iteration}
-            self.folder.append("divergence", *({**fields, **row} for row in rows))
-
-    def states(self, name: str, task: Task, count: int, limit: int):
-        seeds = [task.seeds("test").start + DIVERGENCE_SEED + i for i in range(count)]
-        if name == "demonstrations":
-            return demonstration_states(task, count, limit=limit)
-        if name == "fine_tuned":
-            return policy_states(self.policy, task, seeds, num_envs=self.setup.num_envs, limit=limit)
-        with self.policy.base():
-            return policy_states(self.policy, task, seeds, num_envs=self.setup.num_envs, limit=limit)
 
     # ---- videos
 
