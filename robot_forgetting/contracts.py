@@ -17,7 +17,7 @@ from torch import Tensor
 from robot_forgetting.errors import UserError, fault, place
 from robot_forgetting.method import Batch, Method, Penalty
 from robot_forgetting.policy import Action, ConventionSpec, Policy
-from robot_forgetting.task import Task, Transition
+from robot_forgetting.task import Demonstration, Task, Transition
 
 
 def kind_of(thing: object) -> str:
@@ -86,7 +86,7 @@ def wrong_attribute(plugin: object, name: str, value: object, fix: str) -> UserE
 def checked_hooks(policy: Policy, hooks: Sequence[str], who: str) -> None:
     """``UserError`` unless a policy has those optional methods of the interface that ``who`` calls."""
     kind = type(policy)
-    if lacking := [f"`{hook}`" for hook in hooks if getattr(kind, hook) is getattr(Policy, hook)]:
+    if lacking := [f"`{hook}`" for hook in hooks if not policy.can(hook)]:
         raise UserError(f"{place(kind)}: {kind.__name__} lacks {' and '.join(lacking)}, which {who} needs; see Policy")
 
 
@@ -105,7 +105,8 @@ def checked_batches(method: Method, made: object) -> Sequence[Batch]:
         if not len(batch):
             raise fault(method, "collect", "lists an empty batch; leave it out")
         lengths = {f"obs['{key}']": len(column) for key, column in batch.obs.items()}
-        tensors = {"action.mask": action.mask, "action.log_prob": action.log_prob, "advantage": batch.advantage}
+        tensors = {"action.tokens": action.tokens, "action.log_prob": action.log_prob, "advantage": batch.advantage}
+        tensors |= {"action.values": action.values}
         tensors |= {f"extra['{key}']": value for key, value in (batch.extra or {}).items()}
         lengths |= {name: len(value) for name, value in tensors.items() if value is not None}
         if wrong := [f"{name} {length}" for name, length in lengths.items() if length != len(batch)]:
@@ -144,18 +145,23 @@ def checked_action(policy: Policy, action: object, rows: int) -> Action:
     if not isinstance(action, Action):
         raise fault(policy, "act", f"gives {kind_of(action)}; return an Action")
     _check_action(policy, "act", action, rows)
-    if action.log_prob is None or action.log_prob.shape != action.tokens.shape:
-        shape = list(action.tokens.shape)
-        raise fault(policy, "act", f"gives log_prob {kind_of(action.log_prob)}; give {shape}, one number per token")
+    shape, log_prob = action.mask.shape, action.log_prob
+    if policy.can("log_prob") if log_prob is None else log_prob.shape != shape:
+        raise fault(policy, "act", f"gives log_prob {kind_of(log_prob)}; give {list(shape)}, one number per token")
     return action
 
 
 def _check_action(source: object, hook: str, action: Action, rows: int) -> None:
-    tokens, mask = action.tokens, action.mask
-    if not (isinstance(tokens, Tensor) and tokens.dtype == torch.int64 and tokens.dim() == 2 and len(tokens) == rows):
-        raise fault(source, hook, f"gives tokens {kind_of(tokens)}; give int64 [{rows}, T]")
-    if not (isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == tokens.shape):
-        raise fault(source, hook, f"gives a mask {kind_of(mask)}; give bool {list(tokens.shape)}")
+    name, given, mask = "tokens", action.tokens, action.mask
+    right = isinstance(given, Tensor) and given.dtype == torch.int64
+    if action.values is not None:
+        name, given = "values", action.values
+        right = isinstance(given, Tensor) and given.is_floating_point() and action.tokens is None
+    if not (right and given.dim() == 2 and len(given) == rows):
+        kind = "int64" if name == "tokens" else "float, and no tokens,"
+        raise fault(source, hook, f"gives {name} {kind_of(given)}; give {kind} [{rows}, T]")
+    if not (isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == given.shape):
+        raise fault(source, hook, f"gives a mask {kind_of(mask)}; give bool {list(given.shape)}")
 
 
 def checked_commands(policy: Policy, commands: object, rows: int) -> Sequence:
@@ -210,12 +216,26 @@ def checked_rewards(task: Task, rewards: object, count: int) -> np.ndarray:
     return found
 
 
-def checked_columns(task: Task, columns: object, rows: int) -> dict:
-    """What a one-step task's ``observations`` gave for ``rows`` seeds."""
+def checked_columns(task: Task, columns: object, rows: int, hook: str = "observations", each: str = "seeds") -> dict:
+    """The policy's columns that a task's ``hook`` gave for so many seeds (or commands)."""
     if not isinstance(columns, dict) or not columns:
-        raise fault(task, "observations", f"gives {kind_of(columns)}; give a dict of the policy's columns")
+        raise fault(task, hook, f"gives {kind_of(columns)}; give a dict of the policy's columns")
     for key, column in columns.items():
         if not hasattr(column, "__len__") or len(column) != rows:
             length = f"{len(column)} rows" if hasattr(column, "__len__") else "no rows"
-            raise fault(task, "observations", f"gives a column '{key}' with {length} for {rows} seeds; give one each")
+            raise fault(task, hook, f"gives a column '{key}' with {length} for {rows} {each}; give one each")
     return columns
+
+
+def checked_demonstrations(task: Task, episodes: Sequence) -> Sequence[Demonstration]:
+    """What ``demonstrations`` gave: episodes with the same columns, a row for each command."""
+    names = None
+    for episode in episodes:
+        if not isinstance(episode, Demonstration):
+            raise fault(task, "demonstrations", f"gives {kind_of(episode)}; give Demonstration objects")
+        columns = checked_columns(task, episode.observations, len(episode.commands), "demonstrations", "commands")
+        names = names or columns.keys()
+        if columns.keys() != names:
+            both = f"{', '.join(names)} in one episode, and {', '.join(columns)} in another"
+            raise fault(task, "demonstrations", f"gives columns {both}; give all the same")
+    return episodes

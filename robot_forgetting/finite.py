@@ -40,8 +40,9 @@ def check_weights(policy: Policy) -> None:
 
 def check_probabilities(policy: Policy, action: Action) -> None:
     """The same for what a policy computes: finite weights can be so large that their products are not."""
-    if policy.runs == 1 and action.log_prob is not None and action.log_prob.isnan().any():
+    if policy.runs == 1 and any(n is not None and n.isnan().any() for n in (action.log_prob, action.values)):
+        what = "probabilities" if action.values is None else "actions"
         raise Diverged(
-            f"policy '{policy.name}' computes probabilities that are no numbers; its weights are too large or broken "
+            f"policy '{policy.name}' computes {what} that are no numbers; its weights are too large or broken "
             "(while training: lower method.optimiser.learning_rate)"
         )

@@ -117,6 +117,9 @@ class Method(ABC):
     """
 
     iterations: int
+    optimiser: Optimiser
+    # Which of the policy's optional methods it calls: a policy without one is refused before anything is measured.
+    calls: Sequence[str] = ()
 
     def check(self, policy: Policy, task) -> None:  # noqa: B027
         """``UserError``, before anything is measured, where the method cannot adapt this policy to this task."""
@@ -153,6 +156,8 @@ class Method(ABC):
 
 class Penalty(ABC):
     """Rides on any method: a scalar added to its loss."""
+
+    calls: Sequence[str] = ()  # see ``Method``
 
     def begin(self, policy: Policy, task, past: Sequence) -> None: ...  # noqa: B027
 

@@ -8,7 +8,7 @@ noise for the same episode and therefore agree.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from robot_forgetting.contracts import checked_action, checked_columns, checked_commands, checked_rewards
 from robot_forgetting.finite import check_probabilities
 from robot_forgetting.policy import Action, Policy
+from robot_forgetting.rollout import Episode, EpisodeKey
 from robot_forgetting.task import Task, Transition, VectorEnv
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -29,6 +30,7 @@ class OneStepTask(Task):
 
     max_steps = 1
     instruction = ""
+    one_step = True
 
     @abstractmethod
     def size(self, split: str) -> int:
@@ -45,6 +47,9 @@ class OneStepTask(Task):
     def flags(self, seed: int, answer) -> dict:
         """What the records say of an answer besides its reward, under names other than 'success'."""
         return {}
+
+    def prompts(self, seeds: np.ndarray) -> dict:
+        return self.observations(seeds)
 
     # How many answers there are, if they are the numbers 0 .. choices - 1; None for free text.
     choices: int | None = None
@@ -72,10 +77,24 @@ class OneStepTask(Task):
         return self.seeds("train").start + order[batch * count : (batch + 1) * count]
 
     def sampling_noise(self, seed: int, stream: int, step: int, width: int) -> np.ndarray:
-        """The rollout loop's sampling noise of one decision, [width]; see ``uniforms``."""
-        drawn = np.zeros(width, np.float32)
-        drawn[0] = uniforms(np.array([seed]), np.array([stream]))[0]
-        return drawn
+        """The rollout loop's sampling noise of one decision, [width]; see ``decision_noise``."""
+        return decision_noise(np.array([seed]), np.array([stream]), width)[0]
+
+    def own_episodes(self, policy: Policy, keys: Sequence[EpisodeKey], temperature: float) -> Iterator[Episode]:
+        """The episodes that the rollout loop would run, many at once."""
+        for start in range(0, len(keys), policy.decisions_at_once):
+            chunk = keys[start : start + policy.decisions_at_once]
+            streams = np.array([[key.stream] for key in chunk])
+            found = answer(policy, self, np.array([key.seed for key in chunk]), streams, temperature=temperature)
+            commands = policy.decode(found.action, statistics=getattr(self, "statistics", None))
+            cut = policy.cut_off(found.action)
+            for index, (key, reward) in enumerate(zip(chunk, found.rewards.tolist(), strict=True)):
+                row = {name: column[index] for name, column in found.obs.items()}
+                episode = Episode(key, success=reward >= 1, reward=reward, observations=[row, row])
+                episode.flags = {"success": episode.success, **self.flags(key.seed, commands[index])}
+                episode.flags |= {"answer_cut": True} if cut[index] else {}
+                episode.commands, episode.actions = [commands[index]], [found.action[index : index + 1]]
+                yield episode
 
     def make_env(self, num_envs: int, *, render: bool = False) -> VectorEnv:
         return OneStepEnv(self, num_envs)
@@ -94,6 +113,12 @@ def uniforms(seeds: np.ndarray, streams: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):
         state = _mixed(np.asarray(seeds).astype(np.uint64) + GOLDEN) ^ np.asarray(streams).astype(np.uint64)
         return ((_mixed(state * GOLDEN + GOLDEN) >> np.uint64(40)).astype(np.float32)) * np.float32(2.0**-24)
+
+
+def decision_noise(seeds: np.ndarray, streams: np.ndarray, width: int) -> np.ndarray:
+    """[N, width] ``uniforms``: the first column those of (seed, stream), further ones of streams of their own."""
+    streams = np.asarray(streams).astype(np.uint64)
+    return np.stack([uniforms(seeds, streams + np.uint64(column << 40)) for column in range(width)], 1)
 
 
 def _mixed(z: np.ndarray) -> np.ndarray:
@@ -152,7 +177,8 @@ def answer(
     columns = checked_columns(task, task.observations(seeds), len(seeds))
     obs = repeated(columns, inner=group, outer=policy.runs)
     each = np.repeat(seeds, group)
-    noise = torch.from_numpy(np.tile(uniforms(each, streams.ravel()), policy.runs)).unsqueeze(1)
+    noise = decision_noise(each, streams.ravel(), policy.noise_width)
+    noise = torch.from_numpy(np.tile(noise, (policy.runs, 1)))
     rows = len(each) * policy.runs
     action = checked_action(policy, policy.act(obs, temperature=temperature, noise=noise), rows).to("cpu")
     check_probabilities(policy, action)

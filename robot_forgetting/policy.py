@@ -1,4 +1,4 @@
-"""Autoregressive categorical policies: the interface that a classifier, a language model and a VLA share."""
+"""Policies: what every one can do, and what those of tokens add (a classifier, a language model, a VLA)."""
 
 from __future__ import annotations
 
@@ -17,46 +17,46 @@ from robot_forgetting.errors import UserError
 
 @dataclass(frozen=True)
 class Action:
-    """N decisions of up to T tokens; what rollouts and methods keep of them is on the CPU.
+    """N decisions of up to T tokens, or of T numbers; what rollouts and methods keep of them is on the CPU.
 
-    tokens: [N, T] int64, indices into the policy's action vocabulary (0 .. V-1)
-    mask: [N, T] bool, True where a token counts
-    log_prob: [N, T] float, natural logarithm under the policy that sampled it, or None
+    tokens: [N, T] int64, indices into the policy's action vocabulary (0 .. V-1); None: decisions in numbers
+    mask: [N, T] bool, True where a token (or number) counts
+    log_prob: [N, T] float, natural logarithm under the policy that sampled it (numbers: of the density), or None
+    values: [N, T] float, the decisions of a policy without tokens, in units of its own (see ``of_numbers``)
     """
 
-    tokens: Tensor
+    tokens: Tensor | None
     mask: Tensor
     log_prob: Tensor | None = None
+    values: Tensor | None = None
+
+    @staticmethod
+    def of_numbers(values: Tensor, log_prob: Tensor | None = None) -> Action:
+        """Decisions without tokens, [N, T]; all numbers count."""
+        return Action(None, torch.ones_like(values, dtype=torch.bool), log_prob, values)
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return len(self.mask)
 
     def __getitem__(self, index) -> Action:
-        log_prob = None if self.log_prob is None else self.log_prob[index]
-        return Action(self.tokens[index], self.mask[index], log_prob)
+        return self._each(lambda part: part[index])
 
     def to(self, device) -> Action:
-        log_prob = None if self.log_prob is None else self.log_prob.to(device)
-        return Action(self.tokens.to(device), self.mask.to(device), log_prob)
+        return self._each(lambda part: part.to(device))
 
     @staticmethod
     def cat(actions: Sequence[Action]) -> Action:
         """All rows, right-padded to the longest decision."""
-        longest = max(action.tokens.shape[1] for action in actions)
-        actions = [action._padded(longest) for action in actions]
-        log_probs = [action.log_prob for action in actions]
-        return Action(
-            torch.cat([action.tokens for action in actions]),
-            torch.cat([action.mask for action in actions]),
-            None if any(log_prob is None for log_prob in log_probs) else torch.cat(log_probs),
-        )
+        longest = max(action.mask.shape[1] for action in actions)
+        rows = [action._each(lambda part: F.pad(part, (0, longest - part.shape[1])))._parts() for action in actions]
+        parts = zip(*rows, strict=True)
+        return Action(*(None if any(one is None for one in part) else torch.cat(part) for part in parts))
 
-    def _padded(self, width: int) -> Action:
-        missing = width - self.tokens.shape[1]
-        if not missing:
-            return self
-        parts = (self.tokens, self.mask, self.log_prob)
-        return Action(*(None if part is None else F.pad(part, (0, missing)) for part in parts))
+    def _parts(self) -> tuple[Tensor | None, ...]:
+        return self.tokens, self.mask, self.log_prob, self.values
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> Action:
+        return Action(*(None if part is None else function(part) for part in self._parts()))
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,15 @@ class Reference:
 
 
 class Policy(nn.Module, ABC):
-    """Maps observations to a distribution over token sequences.
+    """Maps observations to decisions.
 
     ``obs`` is a dict of equally long columns that only the policy looks into. Robot tasks give
-    ``image`` (uint8 [N, H, W, 3]) and ``instruction`` (list of N strings).
+    ``image`` (uint8 [N, H, W, 3]) and ``instruction`` (list of N strings), and any further ones of their own.
+
+    Two levels. Every policy acts, decodes, says its conventions and can be its own base. One whose decisions are
+    sequences of tokens adds ``logits``: with them come ``log_prob`` and ``compared`` (exact divergences). A policy of
+    numbers (Gaussian, diffusion, flow, behind a server) leaves ``logits`` out, and may have a ``log_prob`` of its own,
+    which policy gradients and cloning ask for; ``can`` says what there is.
     """
 
     name: str = "policy"
@@ -115,25 +120,38 @@ class Policy(nn.Module, ABC):
     blocks: int = 0
     # Rows of one forward pass where memory sets no limit.
     most_rows: int = 256
+    # Uniform numbers of ``noise`` that one decision uses at most.
+    noise_width: int = 16
+
+    @classmethod
+    def can(cls, hook: str) -> bool:
+        """Whether a policy of this class has one of the optional methods below, its own or by its ``logits``."""
+        own = getattr(cls, hook) is not getattr(Policy, hook)
+        return own or (hook in ("log_prob", "compared") and cls.can("logits"))
+
+    def _lacks(self, hook: str, what: str) -> UserError:
+        return UserError(f"policy '{self.name}' {what}; it lacks `{hook}`")
 
     @abstractmethod
     def act(self, obs: dict, *, temperature: float = 1.0, noise: Tensor | None = None) -> Action:
         """Samples one decision per observation, without gradients, batched.
 
         temperature: 0 is greedy; otherwise logits are divided by it. ``log_prob`` is at that temperature.
-        noise: [N, T] uniform numbers in [0, 1), turned into tokens by inverse CDF, so that an episode's actions
-            depend on its own seed and not on the batch it happened to be in. Default: torch's global generator.
+        noise: [N, noise_width] uniform numbers in [0, 1), turned into tokens (or numbers) by inverse CDF, so that an
+            episode's actions depend on its own seed and not on the batch it happened to be in. Default: torch's global
+            generator.
         """
 
-    @abstractmethod
     def logits(self, obs: dict, action: Action) -> Tensor:
         """Teacher-forced logits over the action vocabulary, [N, T, V] float32, on the policy's device, differentiable.
 
         obs are columns in the host's memory; the action may be there or on the device.
         """
+        raise self._lacks("logits", "has no tokens")
 
     def log_prob(self, obs: dict, action: Action) -> Tensor:
-        """Log-probability of each token in nats at temperature 1, [N, T], differentiable; zero where masked."""
+        """Log-probability of each token (or number: its density) in nats at temperature 1, [N, T], differentiable; zero
+        where masked."""
         logits = self.logits(obs, action)
         action = action.to(logits.device)
         chosen = logits.gather(-1, action.tokens.unsqueeze(-1)).squeeze(-1)
@@ -171,20 +189,20 @@ class Policy(nn.Module, ABC):
 
     @abstractmethod
     def decode(self, action: Action, *, statistics: str | None = None) -> Sequence:
-        """Tokens to what the environment takes: a label, a text, or un-normalised commands [N, 7] float32."""
+        """Actions to what the environment takes: a label, a text, or un-normalised commands [N, 7] float32."""
 
     def encode(self, commands, *, statistics: str | None = None) -> Action:
-        """The inverse of ``decode``: demonstrations' commands to tokens (nearest bin)."""
-        raise TypeError(f"policy '{self.name}' cannot turn demonstrations into tokens; it lacks `encode`")
+        """The inverse of ``decode``: demonstrations' commands to actions (tokens: of the nearest bins)."""
+        raise self._lacks("encode", "cannot turn demonstrations into actions")
 
     def set_statistics(self, ranges: dict) -> None:
         """Replaces the ranges by which commands are normalised: key -> {"action": {"q01", "q99", "min", "max": [A]
         float each, "mask": [A] bool}}. `pretrain` measures them before it trains a policy for robots."""
-        raise TypeError(f"policy '{self.name}' has no ranges of commands; it lacks `set_statistics`")
+        raise self._lacks("set_statistics", "has no ranges of commands")
 
     def save(self, folder) -> None:
         """Writes what `pretrain` has trained into a folder, for the policy's own constructor to read."""
-        raise TypeError(f"policy '{self.name}' cannot be saved; it lacks `save`")
+        raise self._lacks("save", "cannot be saved")
 
     @abstractmethod
     def base(self) -> AbstractContextManager:
@@ -226,11 +244,11 @@ class Policy(nn.Module, ABC):
 
         The first layer is the embedding, then come the blocks. A language model reads plain texts (column ``text``).
         """
-        raise TypeError(f"policy '{self.name}' does not show its layers; it lacks `hidden_states`")
+        raise self._lacks("hidden_states", "does not show its layers")
 
     def layer_weights(self) -> Iterator[tuple[int | None, dict[str, Tensor], dict[str, Tensor]]]:
         """Per layer its number as in ``hidden_states``, and the base's and its own weights by name; None: the rest."""
-        raise TypeError(f"policy '{self.name}' does not show its layers; it lacks `layer_weights`")
+        raise self._lacks("layer_weights", "does not show its layers")
 
     def cut_off(self, action: Action) -> list[bool]:
         """Of each row, whether its decision was stopped by its longest length before it had ended."""
@@ -246,4 +264,4 @@ class Policy(nn.Module, ABC):
 
     @property
     def device(self) -> torch.device:
-        return next(self.parameters()).device
+        return next((parameter.device for parameter in self.parameters()), torch.device("cpu"))

@@ -14,8 +14,6 @@ from robot_forgetting.finite import check_probabilities
 from robot_forgetting.policy import Action, Policy
 from robot_forgetting.task import Task, VectorEnv
 
-MAX_TOKENS = 16  # noise columns drawn per decision; a policy uses its first T
-
 
 @dataclass(frozen=True)
 class EpisodeKey:
@@ -104,6 +102,12 @@ def episode_noise(seed: int, stream: int, step: int, width: int) -> np.ndarray:
     return np.random.default_rng([seed, stream, step]).random(width, dtype=np.float32)
 
 
+def noise_of_many(rng: np.random.Generator, rows: int, width: int) -> np.ndarray:
+    """[rows, width] sampling noise from one generator, whose first 16 columns are the same for every width."""
+    first = rng.random((rows, 16), dtype=np.float32)
+    return np.concatenate([first, rng.random((rows, max(0, width - 16)), dtype=np.float32)], axis=1)[:, :width]
+
+
 class _Slot:
     """What one environment slot is doing."""
 
@@ -171,11 +175,11 @@ def _act(policy, members, names, active, temperature, statistics, width, draw) -
     filler = next(slot.row for slot in members if slot.row is not None)
     rows = [slot.row if slot.row is not None else filler for slot in members]
     rows += [filler] * (width - len(rows))
-    noise = np.zeros((len(rows), MAX_TOKENS), np.float32)
+    noise = np.zeros((len(rows), policy.noise_width), np.float32)
     for index, (name, slot) in enumerate(zip(names, members, strict=True)):
         if name in active:
             episode = slot.episode
-            noise[index] = draw(episode.key.seed, episode.key.stream, episode.steps, MAX_TOKENS)
+            noise[index] = draw(episode.key.seed, episode.key.stream, episode.steps, policy.noise_width)
     chosen_action = policy.act(columns(rows), temperature=temperature, noise=torch.from_numpy(noise))
     action = checked_action(policy, chosen_action, len(rows)).to("cpu")
     check_probabilities(policy, action)

@@ -13,7 +13,7 @@ import numpy as np
 
 from robot_forgetting.errors import UserError
 from robot_forgetting.policy import ConventionSpec, Policy
-from robot_forgetting.rollout import Episode
+from robot_forgetting.rollout import Episode, EpisodeKey
 from robot_forgetting.task import Task, VectorEnv
 
 
@@ -26,6 +26,7 @@ class ScoredTask(Task):
 
     max_steps = 1
     instruction = ""
+    scored = True
     limit: int | None = None
 
     @abstractmethod
@@ -44,9 +45,18 @@ class ScoredTask(Task):
         """The protocol, for run.json."""
         return {}
 
-    def left_out(self) -> str | None:
-        """Why this benchmark cannot be scored here and now, as one line with the fix; None where it can."""
-        return None
+    def untrainable(self) -> str:
+        return f"task '{self.name}' is a benchmark: nothing can be trained on it; use robot-forgetting evaluate"
+
+    def compared_at(self) -> tuple[str, ...]:
+        return ("base",) if self.asks else ()
+
+    def evaluation_seeds(self, episodes: int | None, start: int | None = None) -> list[int]:
+        """The items that it chooses itself; None: as many as its limit says."""
+        return super().evaluation_seeds(episodes) if episodes is not None and episodes < 1 else self.chosen(episodes)
+
+    def own_episodes(self, policy: Policy, keys: Sequence[EpisodeKey], temperature: float | None) -> Iterator[Episode]:
+        return self.score(policy, [key.seed for key in keys])
 
     def convention(self) -> ConventionSpec:
         return ConventionSpec(action_mode="text")
@@ -81,6 +91,6 @@ def spread(size: int) -> np.ndarray:
 
 def measurable(tasks: Sequence[Task]) -> tuple[list[Task], dict[str, str]]:
     """The tasks that can be measured here, and {name: why not} of the others."""
-    reasons = {task.name: task.left_out() for task in tasks if isinstance(task, ScoredTask)}
+    reasons = {task.name: task.left_out() for task in tasks}
     reasons = {name: reason for name, reason in reasons.items() if reason is not None}
     return [task for task in tasks if task.name not in reasons], reasons

@@ -473,7 +473,7 @@ def four_slots(spec: SimulationSpec) -> None:
     """Slots start, move, end and start again on their own; what the expert did on the CPU succeeds."""
     seeds = [20, 21, 22, 23, 24]
     quiet = {"small": 0.0, "kick": 0.0, "kick_probability": 0.0}
-    shown = {seed: (images, commands) for seed, _, images, commands, _ in demonstrate(spec, seeds, quiet, 1)}
+    shown = {seed: (rows["image"], commands) for seed, _, rows, commands in demonstrate(spec, seeds, quiet, 1)}
 
     def off(picture: np.ndarray, seed: int) -> float:  # from the CPU path's first picture of that seed
         return float(np.abs(picture.astype(float) - shown[seed][0][0]).mean())

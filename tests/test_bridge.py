@@ -217,7 +217,8 @@ def test_workers_demonstrate_and_a_policy_acts():
     task = configured("widowx_stack_cube", "processes=1", "task.rotation=euler_xyz", "image_size=64")
     try:
         episode = next(iter(task.demonstrations(1)))
-        assert episode.images.shape[1:] == (64, 64, 3) and len(episode.images) == len(episode.commands) < 60
+        images = episode.observations["image"]
+        assert images.shape[1:] == (64, 64, 3) and len(images) == len(episode.commands) < 60
         ranges = {"q01": [-0.02] * 6 + [-1], "q99": [0.02] * 6 + [1], "mask": [True] * 6 + [False]}
         policy = new_nano(instructions=[task.instruction], norm_stats={"bridge_orig": {"action": ranges}}, device="cpu",
                           rotation="euler_xyz", gripper="+1 opens", control_hz=5)  # fmt: skip

@@ -23,7 +23,6 @@ from robot_forgetting.methods.reinforce import Reinforce
 from robot_forgetting.methods.sft import SFT
 from robot_forgetting.one_step import OneStepTask
 from robot_forgetting.policy import Action, ConventionSpec
-from robot_forgetting.task import Demonstration
 
 ADAM = Optimiser(learning_rate=1e-3)
 
@@ -156,13 +155,14 @@ class Wrong(ToyTask):
             elif self.mistake == "six numbers":
                 commands = commands[:, :6]
             elif self.mistake in ("another sentence", "one sentence"):
-                said = ["jump"] * len(commands) if self.mistake == "another sentence" else [episode.instruction]
+                said = ["jump"] * len(commands) if self.mistake == "another sentence" else [self.instruction]
                 yield replace(episode, instruction=said)
                 continue
             elif self.mistake == "one picture more":
-                yield replace(episode, images=np.concatenate([episode.images, episode.images[:1]]))
+                images = episode.observations["image"]
+                yield replace(episode, images=np.concatenate([images, images[:1]]))
                 continue
-            yield Demonstration(episode.images, commands, episode.instruction, episode.seed)
+            yield replace(episode, commands=commands)
 
 
 @pytest.mark.parametrize(
@@ -188,9 +188,9 @@ class Wrong(ToyTask):
         ("too large", "demonstrations", "reaches 5.00"),
         ("not finite", "demonstrations", "not finite"),
         ("six numbers", "demonstrations", "needs 7 numbers"),
-        ("one picture more", "demonstrations", "3 pictures but 2 commands"),
+        ("one picture more", "demonstrations", "a column 'image' with 3 rows for 2 commands"),
         ("another sentence", "demonstrations", "another instruction than its task"),
-        ("one sentence", "demonstrations", "1 instructions for 2 commands"),
+        ("one sentence", "demonstrations", "a column 'instruction' with 1 rows for 2 commands"),
     ],
 )
 def test_wrong_tasks(mistake, name, words):

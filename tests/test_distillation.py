@@ -213,8 +213,6 @@ def distilled(**options) -> OnPolicyDistillation:
         (lambda: begin(sdft(), ToyPolicy(), ToyTask()), "'reach' asks no questions in words"),
         (lambda: begin(sdft(), tiny_lm(dtype="bfloat16")), "weights in bfloat16 would stand still"),
         (lambda: sdft(template="{question}"), "method.template must contain"),
-        (lambda: sdft(teacher_rate=1.5), "between 0 and 1"),
-        (lambda: sdft(batch_size=0), "at least 1"),
     ],
 )
 def test_bad_input(call, message):

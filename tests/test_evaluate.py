@@ -20,7 +20,6 @@ from robot_forgetting.engine.evaluate import (
     policy_states,
     success_line,
 )
-from robot_forgetting.engine.evaluate import test_seeds as seeds_of
 from robot_forgetting.errors import UserError
 from robot_forgetting.policy import Action, ConventionSpec
 
@@ -210,7 +209,7 @@ def test_episode_row():
     ],
 )
 def test_test_seeds(episodes, start, expected):
-    assert seeds_of(ToyTask(), episodes, start) == expected
+    assert ToyTask().evaluation_seeds(episodes, start) == expected
 
 
 @pytest.mark.parametrize(
@@ -226,7 +225,7 @@ def test_test_seeds(episodes, start, expected):
 )
 def test_test_seeds_out_of_bounds(episodes, start, words):
     with pytest.raises(UserError, match=words):
-        seeds_of(ToyTask(), episodes, start)
+        ToyTask().evaluation_seeds(episodes, start)
 
 
 def test_train_and_test_seeds_never_meet():

@@ -83,10 +83,11 @@ def test_the_instruction_changes_within_an_episode(players, monkeypatch):
     said = [simulation.reset(1_000_000)["instruction"]]
     said += [simulation.step(np.zeros(7))[0]["instruction"] for _ in range(5)]
     assert said == [first] * 3 + [then] * 3
-    _, images, commands, told = _demonstrate(simulation, 0, {"small": 0, "kick": 0, "kick_probability": 0})
+    _, rows, commands = _demonstrate(simulation, 0, {"small": 0, "kick": 0, "kick_probability": 0})
+    images, told = rows["image"], rows["instruction"]
     assert told == [first] * 3 + [then] * 2
     two = [Demonstration(images, commands, told, 0), Demonstration(images[:2], commands[:2], "wait", 1)]
-    assert demonstration_columns(two)["instruction"] == [*told, "wait", "wait"]
+    assert demonstration_columns(None, two)["instruction"] == [*told, "wait", "wait"]
 
 
 # ---- initial states

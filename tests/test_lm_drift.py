@@ -158,7 +158,7 @@ def test_policies_without_layers_say_so():
     policy = ToyPolicy(seed=1)
     assert policy.blocks == 0
     for ask in (lambda: policy.hidden_states({}), lambda: list(policy.layer_weights())):
-        with pytest.raises(TypeError, match="does not show its layers"):
+        with pytest.raises(UserError, match="does not show its layers"):
             ask()
 
 

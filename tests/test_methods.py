@@ -230,7 +230,7 @@ def test_rollout_plan():
     seeds = [key.seed for key in keys]
     assert [len(set(seeds[group * 4 : group * 4 + 4])) for group in range(3)] == [1, 1, 1] and len(set(seeds)) == 3
     assert all(500_000 <= seed < 1_000_000 for seed in seeds)
-    with pytest.raises(UserError, match="at least 1"):
+    with pytest.raises(UserError, match="groups=0 is not a whole number from 1"):
         RolloutPlan(0, 4)
 
 
@@ -316,11 +316,6 @@ def test_grpo_on_fresh_rollouts_is_reinforce_with_group_advantages():
         method(kind).loss(policy, arms([[0], [2]], [1.0, -1.0], old)).backward()
         gradients.append(policy.theta.grad.numpy().copy())
     assert gradients[0] == pytest.approx(gradients[1])
-
-
-def test_grpo_needs_groups():
-    with pytest.raises(UserError, match="group_size must be at least 2, not 1"):
-        GRPO(iterations=1, groups=2, group_size=1, optimiser=None)
 
 
 @pytest.mark.parametrize("kind", [GRPO, Reinforce])
@@ -423,10 +418,6 @@ def test_forward_and_reverse_differ_and_the_base_has_none():
         assert max(parameter.grad.abs().max() for parameter in still.parameters()) < 1e-6
 
 
-@pytest.mark.parametrize(
-    "arguments, words",
-    [({"coefficient": -1}, "must not be negative: -1"), ({"coefficient": 1, "direction": "up"}, "forward, reverse")],
-)
-def test_bad_penalties(arguments, words):
-    with pytest.raises(UserError, match=words):
-        KL(**arguments)
+def test_bad_penalties():
+    with pytest.raises(UserError, match="forward, reverse"):
+        KL(coefficient=1, direction="up")

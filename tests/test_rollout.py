@@ -176,7 +176,9 @@ def test_a_real_policy_decides_the_same_whatever_is_beside_it():
     policy = new_nano(**size, instructions=["reach"], check_images=False)
 
     class Eyes(torch.nn.Module):
-        runs = 1
+        runs, noise_width = 1, 16
+
+        can = policy.can
 
         def act(self, obs, **options):
             images = obs["image"].repeat(8, 1).repeat(8, 2)

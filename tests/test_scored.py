@@ -11,7 +11,6 @@ from toy import ToyPolicy, ToyTask
 from toy_runs import run, sources
 
 from robot_forgetting.engine.evaluate import policy_states
-from robot_forgetting.engine.evaluate import test_seeds as seeds_of
 from robot_forgetting.errors import UserError
 from robot_forgetting.policy import ConventionSpec
 from robot_forgetting.records.run_folder import RunFolder
@@ -81,12 +80,12 @@ def test_spread_by_hand():
 def test_items_are_chosen_within_the_limit():
     quiz = Quiz(size=6)
     assert quiz.chosen(3) == [START, START + 4, START + 2]
-    assert seeds_of(quiz, 3, None) == quiz.chosen(3) and seeds_of(quiz, None, None) == quiz.chosen(99)
+    assert quiz.evaluation_seeds(3, None) == quiz.chosen(3) and quiz.evaluation_seeds(None, None) == quiz.chosen(99)
     quiz.limit = 2
     assert quiz.chosen(3) == quiz.chosen(None) == [START, START + 4]
     assert quiz.items([START + 5, START + 6, START + 7]) == [5, 0, 4]
     with pytest.raises(UserError, match="at least 1"):
-        seeds_of(quiz, 0, None)
+        quiz.evaluation_seeds(0, None)
 
 
 @pytest.fixture

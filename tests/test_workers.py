@@ -173,10 +173,11 @@ def test_answers_of_an_abandoned_rollout_are_not_taken_for_others(undisturbed):
 def test_demonstrations_are_the_same_with_any_number_of_processes(workers):
     found = [list(configured("push_cube", f"processes={count}").demonstrations(3, start=50)) for count in (1, 2)]
     for one, other in zip(*found, strict=True):
-        assert one.seed == other.seed and np.array_equal(one.images, other.images)
+        assert one.seed == other.seed and np.array_equal(one.observations["image"], other.observations["image"])
         assert np.array_equal(one.commands, other.commands)
         length = len(one.commands)
-        assert one.images.shape == (length, 64, 64, 3) and one.images.dtype == np.uint8 and length <= 50
+        images = one.observations["image"]
+        assert images.shape == (length, 64, 64, 3) and images.dtype == np.uint8 and length <= 50
         assert one.commands.shape == (length, 7) and np.abs(one.commands).max() <= 1
     assert [d.seed for d in found[0]] == sorted(d.seed for d in found[0])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from robot_forgetting.engine.episode_rows import check_same_base, evaluate_into, identified
-from robot_forgetting.engine.evaluate import check_conventions, success_line, test_seeds
+from robot_forgetting.engine.evaluate import check_conventions, success_line
 from robot_forgetting.engine.experiment import benchmarks, open_run, record
 from robot_forgetting.engine.run_policy import with_checkpoint
 from robot_forgetting.errors import UserError
@@ -13,7 +13,6 @@ from robot_forgetting.machine.progress import say
 from robot_forgetting.policy import Policy
 from robot_forgetting.records.summary import SCORED, summarise
 from robot_forgetting.records.video import Recording, write_grid
-from robot_forgetting.scored import ScoredTask
 from robot_forgetting.task import Task
 
 
@@ -33,11 +32,10 @@ def evaluate_command(
 ) -> int:
     """Success of a policy on a task, at the rollout decode and greedy; a benchmark's score by its own protocol."""
     check_conventions(policy, [task])
-    scored = isinstance(task, ScoredTask)
-    if scored and (reason := task.left_out()) is not None:
+    if (reason := task.left_out()) is not None:
         raise UserError(reason)
     state = with_checkpoint(policy, checkpoint)
-    seeds = test_seeds(task, episodes or (None if scored else budget["episodes"]), seed_start)
+    seeds = task.evaluation_seeds(episodes or (None if task.scored else budget["episodes"]), seed_start)
     header = {"verb": "evaluate", "policy": names.get("policy"), "task": task.name, "seed": seed}
     header |= {"checkpoint": state["checkpoint"], "instructions": {task.name: task.instruction}}
     header |= identified(policy, [task])
@@ -45,7 +43,7 @@ def evaluate_command(
     header |= {"decode": {"temperature": temperature}, "roles": {"new": [task.name], "prior": [], "held_out": []}}
     header |= benchmarks([task]) | {key: state[key] for key in ("checkpoint_state",) if key in state}
     with open_run(run_dir, config, header) as folder:
-        for decode, degree in [(SCORED, None)] if scored else [("sampled", temperature), ("greedy", 0.0)]:
+        for decode, degree in [(SCORED, None)] if task.scored else [("sampled", temperature), ("greedy", 0.0)]:
             fields = {key: state[key] for key in ("stage", "iteration", "trained_on")} | {
                 "role": "new",
                 "decode": decode,
@@ -72,7 +70,7 @@ def record_command(
     check_conventions(policy, [task])
     who = with_checkpoint(policy, checkpoint)["who"]
     folder = output or Path("videos")
-    made = record(policy, task, test_seeds(task, episodes or 4, seed_start), folder, who, temperature, num_envs)
+    made = record(policy, task, task.evaluation_seeds(episodes or 4, seed_start), folder, who, temperature, num_envs)
     if not made:
         raise UserError("no episode could be recorded; see the lines above")
     tiles = [Recording(episode.frames, episode.success) for episode in made]

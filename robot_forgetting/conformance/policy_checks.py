@@ -12,7 +12,6 @@ from torch import Tensor
 from robot_forgetting.conformance.check_table import NotApplicable, Row, Table, expect
 from robot_forgetting.contracts import checked_action, checked_policy
 from robot_forgetting.engine.preflight import made_up_pictures
-from robot_forgetting.one_step import OneStepTask
 from robot_forgetting.policy import Action, Policy
 from robot_forgetting.records.checkpoints import trainable
 from robot_forgetting.task import Task
@@ -65,7 +64,7 @@ def _answers_texts(policy: Policy) -> bool:
 def _observations(policy: Policy, task: Task | None) -> dict:
     """Pictures with instructions, or questions; those of the task where it has some of its own."""
     if _answers_texts(policy):
-        if isinstance(task, OneStepTask):
+        if task is not None and task.one_step:
             return task.observations(np.array(task.seeds("test")[:3]))
         return {"messages": [[{"role": "user", "content": question}] for question in QUESTIONS]}
     return observations(policy.convention().image_size or 64, INSTRUCTIONS if task is None else list(task.sentences))

@@ -11,13 +11,11 @@ import numpy as np
 
 from robot_forgetting.conformance.check_table import NotApplicable, Table, expect
 from robot_forgetting.conformance.one_step_checks import check_one_step
-from robot_forgetting.contracts import checked_pictures, checked_task, checked_transition
-from robot_forgetting.engine.evaluate import test_seeds
+from robot_forgetting.contracts import checked_demonstrations, checked_pictures, checked_task, checked_transition
 from robot_forgetting.engine.preflight import TRIED_SEED, still
 from robot_forgetting.machine.files import disk
 from robot_forgetting.metrics.statistics import wilson
-from robot_forgetting.one_step import OneStepTask
-from robot_forgetting.task import Task, Transition, VectorEnv
+from robot_forgetting.task import Demonstration, Task, Transition, VectorEnv
 
 EXPERT_EPISODES = 20
 LEAST_SUCCESS = 0.8
@@ -34,7 +32,7 @@ def check_task(table: Table, task: Task, output: Path | None = None, episodes: i
     table.check("description", lambda: _description(task))
     seeds_fine = table.check("seeds", lambda: _seeds(task))
     spec_fine = table.check("convention", lambda: _convention(task))
-    if seeds_fine and spec_fine and isinstance(task, OneStepTask):
+    if seeds_fine and spec_fine and task.one_step:
         check_one_step(table, task)
     elif seeds_fine and spec_fine:
         _check_environment(table, task, output)
@@ -52,10 +50,10 @@ def _description(task: Task) -> str:
         f"name {task.name!r} becomes part of file names; use letters, digits and underscores",
     )
     expect(
-        isinstance(task, OneStepTask) or task.instruction.strip(),
+        task.one_step or task.instruction.strip(),
         f"instruction {task.instruction!r} is not a sentence; tell the policy what to do",
     )
-    if isinstance(task, OneStepTask):
+    if task.one_step:
         expect(task.max_steps == 1, f"max_steps is {task.max_steps}, but a one-step task has one decision")
         return "one decision per episode"
     return f"'{task.instruction}', at most {task.max_steps} steps"
@@ -77,7 +75,7 @@ def _seeds(task: Task) -> str:
 
 def _convention(task: Task) -> str:
     spec = task.convention()
-    if isinstance(task, OneStepTask):
+    if task.one_step:
         expect(spec.action_mode, "convention() leaves action_mode open; say what an answer is, as in 'label' or 'text'")
         return f"answers: {spec.action_mode}"
     empty = [field.name for field in dataclasses.fields(spec) if getattr(spec, field.name) is None]
@@ -298,8 +296,8 @@ def _expert_episodes(task, seeds: Sequence[int]) -> tuple[list[int], float]:
 
     noise = {"small": 0.0, "kick": 0.0, "kick_probability": 0.0}
     lost, steps = [], []
-    for seed, success, images, commands, _ in demonstrate(task.spec, list(seeds), noise, task.processes):
-        _commands(task, images, commands, seed)
+    for seed, success, rows, commands in demonstrate(task.spec, list(seeds), noise, task.processes):
+        _commands(task, Demonstration(observations=rows, commands=commands, seed=seed))
         steps.append(len(commands))
         if not success:
             lost.append(seed)
@@ -321,7 +319,7 @@ def _expert(task) -> str:
 
 def _expert_in_evaluation(task, episodes: int) -> str:
     """A number for a table, not a demand: however low, it is no failure of the task."""
-    seeds = test_seeds(task, episodes, None)
+    seeds = task.evaluation_seeds(episodes)
     lost, steps = _expert_episodes(task, seeds)
     won = len(seeds) - len(lost)
     low, high = wilson(won, len(seeds))
@@ -329,9 +327,11 @@ def _expert_in_evaluation(task, episodes: int) -> str:
     return f"{won} of {len(seeds)} succeed, {won / len(seeds):.2f} [{low:.2f}, {high:.2f}], {steps:.0f} steps{where}"
 
 
-def _commands(task: Task, images: np.ndarray, commands: np.ndarray, seed: int) -> None:
-    """One expert episode's pictures and commands."""
-    spec, where = task.convention(), f"in the episode of seed {seed}"
+def _commands(task: Task, episode: Demonstration) -> None:
+    """One expert episode's columns and commands."""
+    commands = episode.commands
+    spec, where = task.convention(), f"in the episode of seed {episode.seed}"
+    checked_demonstrations(task, [episode])
     expect(
         commands.ndim == 2 and commands.shape[1] == spec.action_dimensions,
         f"commands have shape {list(commands.shape)} {where}; each needs {spec.action_dimensions} numbers",
@@ -341,28 +341,31 @@ def _commands(task: Task, images: np.ndarray, commands: np.ndarray, seed: int) -
         np.abs(commands).max() <= 1 + 1e-6,
         f"a command reaches {np.abs(commands).max():.2f} {where}; commands are in [-1, 1] (1 is 0.1 m or 0.1 rad)",
     )
-    expect(len(images) == len(commands), f"{len(images)} pictures but {len(commands)} commands {where}; give one each")
-    size = spec.image_size
+    size, images = spec.image_size, np.asarray(episode.observations.get("image", ()))
     expect(
-        images.dtype == np.uint8 and images.shape[1:] == (size, size, 3),
+        size is None or (images.dtype == np.uint8 and images.shape[1:] == (size, size, 3)),
         f"pictures are {images.dtype} {list(images.shape[1:])} {where}; convention() says uint8 [{size}, {size}, 3]",
     )
     expect(len(commands) <= task.max_steps, f"{len(commands)} steps {where}; max_steps is {task.max_steps}")
 
 
 def _demonstrations(task: Task, count: int) -> str:
-    start = TRIED_SEED % len(task.seeds("train"))
+    recorded, train = task.demonstration_count, task.seeds("train")
+    start = TRIED_SEED % len(train) if recorded is None else 0
     if not task.has_demonstrations:
         raise NotApplicable("none: methods that clone an expert (sft) will refuse this task")
+    count = count if recorded is None else recorded
     episodes: Sequence = list(task.demonstrations(count, start=start))
     expect(len(episodes) == count, f"demonstrations({count}) gave {len(episodes)}; give as many as are asked for")
     for episode in episodes:
-        _commands(task, episode.images, episode.commands, episode.seed)
-        said = episode.instructions
+        _commands(task, episode)
+        said = episode.observations.get("instruction", ())
         expect(set(said) <= set(task.sentences), "a demonstration carries another instruction than its task")
-        expect(len(said) == len(episode.commands), f"{len(said)} instructions for {len(episode.commands)} commands")
-        expect(episode.seed in task.seeds("train"), f"seed {episode.seed} is not of the training split asked for")
+        expect(episode.seed in train, f"seed {episode.seed} is not of the training split asked for")
     seeds = [episode.seed for episode in episodes]
     expect(seeds == sorted(set(seeds)), f"seeds {seeds} are not in order or repeat; one episode per seed, in order")
-    tried = seeds[-1] - task.seeds("train")[start] + 1
-    return f"{count} of {tried} episodes kept, {sum(len(e.commands) for e in episodes)} decisions"
+    kept = f"{count} of {seeds[-1] - train[start] + 1} episodes kept"
+    if recorded is not None:
+        kept = f"{recorded} recorded, {task.held_out_count} of them for divergences alone"
+        expect(not list(task.demonstrations(1, start=recorded)), "demonstrations() goes on after demonstration_count")
+    return f"{kept}, {sum(len(e.commands) for e in episodes)} decisions"

@@ -6,11 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from robot_forgetting.engine.evaluate import demonstration_states, measure_divergence, policy_states
 from robot_forgetting.measures.drift_by_layer import held_out_texts, measure_layers
-from robot_forgetting.one_step import OneStepTask
 from robot_forgetting.policy import Policy
 from robot_forgetting.records.run_folder import RunFolder
 from robot_forgetting.records.summary import WEIGHTS
-from robot_forgetting.scored import ScoredTask
 from robot_forgetting.task import Task
 
 # Divergence is measured on states of their own, neither trained on nor counted in a success rate.
@@ -72,14 +70,8 @@ class Drift:
         count, limit = self.budget["divergence_episodes"], self.budget["divergence_states"]
         for role, tasks in roles.items() if count and limit else ():
             for task in tasks if role != "held_out" else []:
-                for name in ("base", "fine_tuned", "demonstrations"):
+                for name in task.compared_at():
                     if (task.name, name) in have or (interim and (role, name) != ("new", "base")):
-                        continue
-                    if name == "demonstrations" and not task.has_demonstrations:
-                        continue  # a task without an expert can still be learned by RL
-                    if isinstance(task, OneStepTask | ScoredTask) and name == "fine_tuned":
-                        continue  # questions do not depend on who answers
-                    if isinstance(task, ScoredTask) and (name != "base" or not hasattr(task, "prompts")):
                         continue
                     states = self.states(name, task, count, limit)
                     if not len(states):  # every episode broke off before its first step; the summary lists such errors

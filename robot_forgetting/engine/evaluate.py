@@ -15,10 +15,8 @@ from robot_forgetting.machine.progress import say
 from robot_forgetting.methods.sft import demonstration_columns, take_columns
 from robot_forgetting.metrics import divergence as distances
 from robot_forgetting.metrics.statistics import clustered_mean
-from robot_forgetting.one_step import OneStepTask, answer
 from robot_forgetting.policy import ConventionSpec, Policy
-from robot_forgetting.rollout import Episode, EpisodeKey, columns, rollout
-from robot_forgetting.scored import ScoredTask
+from robot_forgetting.rollout import Episode, EpisodeKey, columns, noise_of_many, rollout
 from robot_forgetting.task import Task
 
 # Sampling noise of evaluation: one stream for every policy, so that the same seed is the same test for all (paired).
@@ -43,29 +41,6 @@ def compare_conventions(ours: ConventionSpec, name: str, tasks: Sequence[Task]) 
             )
 
 
-def test_seeds(task: Task, episodes: int | None, seed_start: int | None) -> list[int]:
-    """The initial states of an evaluation: the first of the test split, or from ``seed_start`` on (of either split).
-
-    A scored task chooses its items itself (``ScoredTask.chosen``); None: as many as its limit says.
-    """
-    if isinstance(task, ScoredTask) and (episodes is None or episodes > 0):
-        return task.chosen(episodes)
-    if episodes < 1:
-        raise UserError(f"episodes must be at least 1, not {episodes}")
-    train, test = task.seeds("train"), task.seeds("test")
-    start = test.start if seed_start is None else seed_start
-    if start < 0:
-        raise UserError(f"seed_start must not be negative: {seed_start}")
-    split = train if start in train else test
-    if start not in split or start + episodes > split.stop:
-        raise UserError(
-            f"{episodes} episodes from seed {start} on leave the split: training states are {train.start} to "
-            f"{train.stop - 1}, test states {test.start} to {test.stop - 1}; choose another seed_start "
-            "or fewer episodes"
-        )
-    return list(range(start, start + episodes))
-
-
 def evaluate(
     policy: Policy,
     task: Task,
@@ -78,35 +53,15 @@ def evaluate(
     """One episode per seed, in the order in which they end. A scored task has no use for a temperature (None)."""
     policy.eval()
     check_weights(policy)
-    if isinstance(task, ScoredTask):
-        yield from task.score(policy, seeds)
-        return
-    keys = [EpisodeKey(seed, STREAM) for seed in seeds]
-    if isinstance(task, OneStepTask):
-        yield from _answers(policy, task, keys, temperature)
-        return
-    yield from rollout(policy, task, keys, num_envs=num_envs, temperature=temperature, render=render)
-
-
-def _answers(policy: Policy, task: OneStepTask, keys: Sequence[EpisodeKey], temperature: float) -> Iterator[Episode]:
-    """The episodes that the rollout loop would run, many at once."""
-    cut_off = 0
-    for start in range(0, len(keys), policy.decisions_at_once):
-        chunk = keys[start : start + policy.decisions_at_once]
-        streams = np.array([[key.stream] for key in chunk])
-        found = answer(policy, task, np.array([key.seed for key in chunk]), streams, temperature=temperature)
-        commands = policy.decode(found.action, statistics=getattr(task, "statistics", None))
-        cut = policy.cut_off(found.action)
-        cut_off += sum(cut)
-        for index, (key, reward) in enumerate(zip(chunk, found.rewards.tolist(), strict=True)):
-            row = {name: column[index] for name, column in found.obs.items()}
-            episode = Episode(key, success=reward >= 1, reward=reward, observations=[row, row])
-            episode.flags = {"success": episode.success, **task.flags(key.seed, commands[index])}
-            episode.flags |= {"answer_cut": True} if cut[index] else {}
-            episode.commands, episode.actions = [commands[index]], [found.action[index : index + 1]]
-            yield episode
-    if cut_off > 0.05 * len(keys):
-        say(f"  {task.name}: {cut_off} of {len(keys)} answers were stopped by their longest length, unfinished")
+    keys, cut = [EpisodeKey(seed, STREAM) for seed in seeds], 0
+    episodes = task.own_episodes(policy, keys, temperature)
+    if episodes is None:
+        episodes = rollout(policy, task, keys, num_envs=num_envs, temperature=temperature, render=render)
+    for episode in episodes:
+        cut += bool(episode.flags.get("answer_cut"))
+        yield episode
+    if cut > 0.05 * len(keys):
+        say(f"  {task.name}: {cut} of {len(keys)} answers were stopped by their longest length, unfinished")
 
 
 def episode_row(episode: Episode, /, **fields) -> dict:
@@ -145,23 +100,19 @@ def policy_states(policy: Policy, task: Task, seeds: Sequence[int], *, num_envs:
     Questions are asked, not visited: of one-step tasks, and of scored ones that show their ``prompts``, these are the
     items' observations, whatever the policy.
     """
-    ask = task.observations if isinstance(task, OneStepTask) else getattr(task, "prompts", None)
-    if ask is not None:
-        return _thin(ask(np.asarray(seeds)), np.asarray(seeds), limit)
+    if (asked := task.prompts(np.asarray(seeds))) is not None:
+        return _thin(asked, np.asarray(seeds), limit)
     episodes = sorted(evaluate(policy, task, seeds, temperature=1.0, num_envs=num_envs), key=lambda e: e.key.seed)
     rows = [row for episode in episodes for row in episode.observations[: episode.steps]]
     index = np.repeat([episode.key.seed for episode in episodes], [episode.steps for episode in episodes])
     return _thin(columns(rows), index, limit) if rows else States({}, index)
 
 
-def demonstration_states(task: Task, count: int, *, limit: int, start: int = 400_000) -> States:
+def demonstration_states(task: Task, count: int, *, limit: int) -> States:
     """The states of ``count`` expert episodes that no method trains on."""
-    episodes = list(task.demonstrations(count, start=start))
-    return _thin(
-        demonstration_columns(episodes),
-        np.repeat([e.seed for e in episodes], [len(e.commands) for e in episodes]),
-        limit,
-    )
+    episodes = list(task.held_out_demonstrations(count))
+    obs = demonstration_columns(task, episodes)
+    return _thin(obs, np.repeat([e.seed for e in episodes], [len(e.commands) for e in episodes]), limit)
 
 
 def _thin(obs: dict, episode: np.ndarray, limit: int) -> States:
@@ -190,7 +141,7 @@ def measure_divergence(policy: Policy, states: States, *, chunk: int | None = No
     policy.eval()
     chunk = chunk or policy.rows_at_once()
     collected: dict[tuple[str, str], list[torch.Tensor]] = {}
-    noise = torch.from_numpy(np.random.default_rng([seed, 0xD1]).random((len(states), 16), dtype=np.float32))
+    noise = torch.from_numpy(noise_of_many(np.random.default_rng([seed, 0xD1]), len(states), policy.noise_width))
     for start in range(0, len(states), chunk):
         obs = {key: column[start : start + chunk] for key, column in states.obs.items()}
         drawn = noise[start : start + chunk]

@@ -13,7 +13,7 @@ import numpy as np
 
 from robot_forgetting.engine.drift import Drift
 from robot_forgetting.engine.episode_rows import check_same_base, evaluate_into, identified, reuse
-from robot_forgetting.engine.evaluate import check_conventions, evaluate, success_line, test_seeds
+from robot_forgetting.engine.evaluate import check_conventions, evaluate, success_line
 from robot_forgetting.engine.preflight import check_parts, try_parts
 from robot_forgetting.engine.run_policy import FINAL_STAGE, start_from
 from robot_forgetting.engine.train import train
@@ -22,13 +22,12 @@ from robot_forgetting.machine.files import disk
 from robot_forgetting.machine.progress import bar, say
 from robot_forgetting.method import Method, Penalty
 from robot_forgetting.methods.labels import check_targets
-from robot_forgetting.one_step import OneStepTask
 from robot_forgetting.policy import Policy
 from robot_forgetting.records.run_folder import RunFolder
 from robot_forgetting.records.summary import SCORED, summarise
 from robot_forgetting.records.video import video_name, write_episode
 from robot_forgetting.rollout import Episode
-from robot_forgetting.scored import ScoredTask, measurable
+from robot_forgetting.scored import measurable
 from robot_forgetting.task import Task
 
 VIDEO_SEED = 600_000  # from it on: neither trained on, nor measured
@@ -101,11 +100,9 @@ def assign_roles(task: Task, prior: Sequence[Task], held_out: Sequence[Task]) ->
 
 def check_data(method: Method, task: Task) -> None:
     """``UserError``, before anything is measured, where a method imitates what the task does not have."""
-    if isinstance(task, ScoredTask):
-        raise UserError(
-            f"task '{task.name}' is a benchmark: nothing can be trained on it; use robot-forgetting evaluate"
-        )
-    if isinstance(task, OneStepTask):
+    if (reason := task.untrainable()) is not None:
+        raise UserError(reason)
+    if task.one_step:
         check_targets(method, task)
     elif getattr(method, "demonstrations", 0) and not task.has_demonstrations:
         list(task.demonstrations(0))  # says what to do
@@ -228,11 +225,12 @@ class Experiment:
     def plan(self, task: Task, *, interim: bool = False) -> dict[str, list[int]]:
         """Decode -> seeds on which a task is evaluated."""
         fewer = self.budget["interim_episodes"]
-        if isinstance(task, ScoredTask):
+        if task.scored:
             count = fewer if interim else self.setup.episodes
-            return {} if count == 0 else {SCORED: test_seeds(task, count, None)}
+            return {} if count == 0 else {SCORED: task.evaluation_seeds(count)}
         counts = {"sampled": fewer} if interim else self.counts()
-        return {decode: test_seeds(task, count, self.setup.seed_start) for decode, count in counts.items() if count}
+        start = self.setup.seed_start
+        return {decode: task.evaluation_seeds(count, start) for decode, count in counts.items() if count}
 
     def counts(self) -> dict[str, int]:
         """Episodes per task at each decode, before and after."""
@@ -278,7 +276,7 @@ class Experiment:
         count = self.budget["videos"]
         for role, tasks in self.roles.items():
             for task in tasks if role != "held_out" else []:
-                if isinstance(task, OneStepTask | ScoredTask):  # one picture or question is no film
+                if not task.filmed:
                     continue
                 seeds = [task.seeds("test").start + VIDEO_SEED + i for i in range(count)]
                 missing = [s for s in seeds if not list(self.folder.videos.glob(f"{task.name}-seed{s}-{who}-*.mp4"))]
@@ -292,7 +290,7 @@ class Experiment:
 
 def benchmarks(tasks: Sequence[Task]) -> dict:
     """What run.json says of scored tasks: their protocols, and the rate that guessing reaches on the chosen items."""
-    scored = [task for task in tasks if isinstance(task, ScoredTask)]
+    scored = [task for task in tasks if task.scored]
     return {
         "protocols": {task.name: task.settings() for task in scored},
         "chance": {task.name: task.chance(task.chosen(None)) for task in scored},

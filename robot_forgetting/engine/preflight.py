@@ -31,7 +31,6 @@ from robot_forgetting.errors import UserError, is_plugin
 from robot_forgetting.method import Batch, Method, Optimiser, Penalty
 from robot_forgetting.one_step import OneStepTask
 from robot_forgetting.policy import Policy
-from robot_forgetting.scored import ScoredTask
 from robot_forgetting.task import Task, VectorEnv
 
 ROWS = 2
@@ -46,18 +45,20 @@ def check_parts(policy: Policy, task: Task, method: Method, penalty: Penalty | N
     check_method(method)
     if penalty is not None:
         checked_kind("penalty", penalty, Penalty)
-    if getattr(method, "demonstrations", 0) and not isinstance(task, OneStepTask | ScoredTask):
+    for part in (method, *([] if penalty is None else [penalty])):
+        checked_hooks(policy, part.calls, type(part).__name__)
+    if getattr(method, "demonstrations", 0) and not task.one_step:
         checked_hooks(policy, ["encode"], f"{type(method).__name__} (it clones demonstrations)")
 
 
 def try_parts(policy: Policy, task: Task, method: Method, penalty: Penalty | None, num_envs: int) -> None:
     """``UserError`` for what is wrong with the new task's environment, or at once with a plug-in's loss."""
-    if isinstance(task, OneStepTask):
+    if task.one_step:
         if is_plugin(type(task)):
             try_questions(task)
         if is_own(method, penalty) and policy.runs == 1 and type(policy).encode is not Policy.encode:
             try_hooks(policy, answered_questions(policy, task), method, penalty)
-    elif not isinstance(task, ScoredTask):
+    else:
         try_environment(task, num_envs)
         if is_own(policy, method, penalty) and policy.runs == 1 and task.convention().image_size:
             try_hooks(policy, decided_pictures(policy, task), method, penalty)

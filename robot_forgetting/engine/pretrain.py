@@ -13,7 +13,6 @@ import numpy as np
 from robot_forgetting.cli.config_checks import typed
 from robot_forgetting.contracts import checked_hooks, checked_policy, checked_task
 from robot_forgetting.engine.episode_rows import evaluate_into
-from robot_forgetting.engine.evaluate import test_seeds
 from robot_forgetting.engine.experiment import open_run
 from robot_forgetting.engine.train import train
 from robot_forgetting.errors import UserError
@@ -107,6 +106,10 @@ def check_counts(tasks: Sequence[Task], counts: dict[str, int]) -> None:
     unknown = set(counts) - {task.name for task in tasks}
     if unknown:
         raise UserError(f"pretrain.demonstrations names {sorted(unknown)}; these tasks are not in this run")
+    for task in tasks:
+        have, asked = task.demonstration_count, counts.get(task.name, 0)
+        if have is not None and have < asked:
+            raise UserError(f"pretrain.demonstrations.{task.name}={asked}: task '{task.name}' has {have} of them")
     if not sum(counts.values()):
         raise UserError("pretrain.demonstrations asks for none; for example {pick_cube: 1500, push_cube: 700}")
 
@@ -147,7 +150,7 @@ def pretrain(
     from robot_forgetting.method import Optimiser
     from robot_forgetting.methods.sft import SFT
 
-    text = isinstance(task, OneStepTask)
+    text = task.one_step
     whole = not text and not getattr(policy, "lora", None)  # an adapter is saved alone: its checkpoint's ranges stay
     checked_policy(policy)
     for one in (task, *prior, *held_out):
@@ -206,7 +209,7 @@ def pretrain(
             for one in everything:
                 role = "new" if one is task else "prior" if one in prior else "held_out"
                 fields = {"stage": 0, "iteration": 0, "trained_on": [], "role": role, "decode": decode}
-                seeds = test_seeds(one, pretrain["episodes"], one.seeds("test").start + CARD_SEED)
+                seeds = one.evaluation_seeds(pretrain["episodes"], one.seeds("test").start + CARD_SEED)
                 evaluate_into(folder, policy, one, seeds, temperature=degree, num_envs=num_envs, **fields)
         folder.add_seconds("evaluate", time.perf_counter() - started)
         summary = summarise(folder)

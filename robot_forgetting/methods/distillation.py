@@ -14,7 +14,7 @@ from robot_forgetting.method import Batch, Method, Optimiser, mean_over_tokens
 from robot_forgetting.methods.labels import LabelledItems
 from robot_forgetting.methods.on_policy import RolloutPlan, minibatches, sample_rollouts
 from robot_forgetting.metrics.divergence import forward_kl, reverse_kl
-from robot_forgetting.one_step import OneStepTask, answer
+from robot_forgetting.one_step import answer
 from robot_forgetting.policy import Policy, Reference
 from robot_forgetting.ranges import Count, Environments, Seed, Share
 from robot_forgetting.records.checkpoints import load_weights, trainable, trained_checkpoint
@@ -30,6 +30,8 @@ class _Distillation(Method):
     It is taken exactly over the vocabulary at each token, given the sample's earlier tokens. "forward" is
     KL(teacher || policy), "reverse" KL(policy || teacher).
     """
+
+    calls = ("compared",)
 
     def __init__(self, direction: str):
         if direction not in DIRECTIONS:
@@ -124,10 +126,6 @@ class SDFT(_Distillation):
         seed: Seed = 0,
     ):
         super().__init__(direction)
-        if min(iterations, batch_size) < 1:
-            raise UserError("sdft: iterations and batch_size must be at least 1")
-        if not 0 <= teacher_rate <= 1:
-            raise UserError(f"sdft: teacher_rate is a share between 0 and 1, not {teacher_rate}")
         if "{question}" not in template or "{demonstration}" not in template:
             raise UserError("sdft: method.template must contain {question} and {demonstration}")
         self.iterations, self.batch_size, self.optimiser, self.seed = iterations, batch_size, optimiser, seed
@@ -135,7 +133,7 @@ class SDFT(_Distillation):
 
     def check(self, policy: Policy, task) -> None:
         _one_network(policy, "sdft")
-        if not isinstance(task, OneStepTask) or "messages" not in task.observations(task.seeds("train")[:1]):
+        if not task.one_step or "messages" not in task.observations(task.seeds("train")[:1]):
             raise UserError(
                 f"sdft's teacher reads demonstrations in its prompt; '{task.name}' asks no questions in words"
             )

@@ -29,6 +29,8 @@ class GRPO(Method):
         decisions both are the same)
     """
 
+    calls = ("log_prob",)
+
     def __init__(
         self,
         *,
@@ -45,8 +47,6 @@ class GRPO(Method):
         num_envs: Environments = 16,
         seed: Seed = 0,
     ):
-        if group_size < 2:
-            raise UserError(f"grpo compares episodes within a group: group_size must be at least 2, not {group_size}")
         if normaliser not in ("tokens", "longest"):
             raise UserError(f"unknown normaliser '{normaliser}'; choose one of: longest, tokens")
         self.iterations, self.optimiser, self.seed = iterations, optimiser, seed

@@ -20,11 +20,11 @@ class KL(Penalty):
     batch's earlier tokens (sampled by the policy under RL, the expert's under SFT), on the batch's states.
     """
 
+    calls = ("compared",)
+
     def __init__(self, *, coefficient: Weight, direction: str = "forward"):
         if direction not in ("forward", "reverse"):
             raise UserError(f"unknown KL direction '{direction}'; choose one of: forward, reverse")
-        if coefficient < 0:
-            raise UserError(f"the KL coefficient must not be negative: {coefficient}")
         self.coefficient = coefficient
         self.divergence = {"forward": forward_kl, "reverse": reverse_kl}[direction]
 

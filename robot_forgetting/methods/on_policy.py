@@ -12,8 +12,9 @@ from torch import Tensor
 from robot_forgetting.errors import UserError
 from robot_forgetting.method import Batch
 from robot_forgetting.methods.sft import take
-from robot_forgetting.one_step import Answers, OneStepTask, Repeated, answer
+from robot_forgetting.one_step import Answers, Repeated, answer
 from robot_forgetting.policy import Policy
+from robot_forgetting.ranges import Count, Environments, Seed, check_fields
 from robot_forgetting.rollout import Episode, EpisodeKey, columns, rollout
 
 
@@ -26,14 +27,13 @@ class RolloutPlan:
     first 500,000, which demonstrations use.
     """
 
-    groups: int
-    group_size: int
-    num_envs: int = 16
-    seed: int = 0
+    groups: Count
+    group_size: Count
+    num_envs: Environments = 16
+    seed: Seed = 0
 
     def __post_init__(self):
-        if min(self.groups, self.group_size, self.num_envs) < 1:
-            raise UserError("groups, group_size and num_envs must be at least 1")
+        check_fields(self)
 
     def keys(self, task, iteration: int) -> list[EpisodeKey]:
         """[groups * group_size] keys, a group's episodes in a row; the same for the same (seed, iteration)."""
@@ -43,7 +43,7 @@ class RolloutPlan:
     def draw(self, task, iteration: int) -> tuple[np.ndarray, np.ndarray]:
         """seeds [groups] and streams [groups, group_size]; one-step tasks give their next items, epoch by epoch."""
         rng = np.random.default_rng([self.seed, iteration, 0x901])
-        if isinstance(task, OneStepTask):
+        if task.one_step:
             seeds = task.training_seeds(iteration, self.groups, seed=self.seed)
         else:
             states = task.seeds("train")
@@ -117,14 +117,14 @@ class OneStepRollouts:
     def metrics(self) -> dict[str, float]:
         success = self.rewards.view(self.runs, -1)
         numbers = {"rollout_success": success.mean(1).tolist(), "episodes": success.shape[1]}
-        if self.answers.action.tokens.shape[1] > 1:
+        if self.answers.action.mask.shape[1] > 1:
             numbers["completion_tokens"] = self.lengths.float().mean().item()
         return numbers
 
     def batch(self, advantage: Tensor, tokens_per_row: float | None = None) -> Batch | None:
         action = self.answers.action
         whole = Batch(self.answers.obs, action, advantage)
-        if self.runs > 1 or (action.tokens.shape[1] == 1 and tokens_per_row is None):
+        if self.runs > 1 or (action.mask.shape[1] == 1 and tokens_per_row is None):
             return whole
         kept = (advantage.abs() > 1e-8).nonzero().squeeze(1)
         if not len(kept):
@@ -141,7 +141,7 @@ class OneStepRollouts:
 def sample_rollouts(policy: Policy, task, plan: RolloutPlan, iteration: int) -> Rollouts | OneStepRollouts:
     """Runs the iteration's episodes at temperature 1: the distribution whose log-probabilities the loss uses."""
     policy.eval()
-    if isinstance(task, OneStepTask):
+    if task.one_step:
         return OneStepRollouts(answer(policy, task, *plan.draw(task, iteration)), policy.runs, plan.group_size)
     keys = plan.keys(task, iteration)
     finished = {episode.key: episode for episode in rollout(policy, task, keys, num_envs=plan.num_envs)}

@@ -22,6 +22,8 @@ class Reinforce(Method):
     decision is still used once, the later parts slightly off-policy.
     """
 
+    calls = ("log_prob",)
+
     def __init__(
         self,
         *,

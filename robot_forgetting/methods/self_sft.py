@@ -27,6 +27,8 @@ class SelfSFT(Method):
         which the first right answer counts; an item without one is passed over)
     """
 
+    calls = ("log_prob",)
+
     def __init__(
         self,
         *,
@@ -40,8 +42,6 @@ class SelfSFT(Method):
         num_envs: Environments = 16,
         seed: Seed = 0,
     ):
-        if min(iterations, steps_per_iteration, batch_size, samples, states) < 1:
-            raise UserError("self_sft: iterations, steps_per_iteration, batch_size, samples, states: at least 1 each")
         self.iterations, self.steps, self.batch_size = iterations, steps_per_iteration, batch_size
         self.optimiser, self.iterative, self.samples, self.seed = optimiser, iterative, samples, seed
         self.plan = RolloutPlan(states, samples, num_envs, seed)
@@ -49,7 +49,7 @@ class SelfSFT(Method):
         self._metrics: dict[str, float] = {}
 
     def begin(self, policy: Policy, task, past: Sequence) -> None:
-        if not isinstance(task, OneStepTask) and not self.iterative:
+        if not task.one_step and not self.iterative:
             with policy.base():
                 self._data = self._successes(policy, task, 0)
             if self._data is None:
@@ -59,7 +59,7 @@ class SelfSFT(Method):
                 )
 
     def collect(self, policy: Policy, task, iteration: int) -> Sequence[Batch]:
-        if isinstance(task, OneStepTask):
+        if task.one_step:
             return self._own_answers(policy, task, iteration)
         data = self._successes(policy, task, iteration) if self.iterative else self._data
         if data is None:

@@ -9,12 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from robot_forgetting.contracts import checked_demonstrations
 from robot_forgetting.errors import UserError
+from robot_forgetting.machine.progress import say
 from robot_forgetting.method import Batch, Method, Optimiser, mean_over_tokens
 from robot_forgetting.methods.labels import LabelledItems
-from robot_forgetting.one_step import OneStepTask
 from robot_forgetting.policy import Action, Policy
 from robot_forgetting.ranges import Count, Range, Seed
+from robot_forgetting.task import Demonstration
 
 
 def smoothed_nll(logits: Tensor, tokens: Tensor, sigma: float) -> Tensor:
@@ -51,23 +53,22 @@ class SFT(Method):
         labels=None,
         seed: Seed = 0,
     ):
-        if min(iterations, steps_per_iteration, batch_size, demonstrations) < 1:
-            raise UserError("sft: iterations, steps_per_iteration, batch_size and demonstrations must be at least 1")
         self.iterations, self.steps, self.batch_size = iterations, steps_per_iteration, batch_size
         self.demonstrations, self.optimiser = demonstrations, optimiser
         self.label_sigma, self.labels, self.seed = label_sigma, labels, seed
+        self.calls = ("encode", "logits" if label_sigma else "log_prob")
         self._data: Batch | LabelledItems | None = None
 
     def begin(self, policy: Policy, task, past: Sequence) -> None:
-        if isinstance(task, OneStepTask):
+        if task.one_step:
             self._data = LabelledItems(policy, task, self.labels, self.seed)
             return
         if self.labels is not None:
             raise UserError(f"method.labels are for one-step tasks; '{task.name}' is learned from its demonstrations")
-        # Another seed means other demonstrations too: the spread over seeds then includes the data's. After 40 seeds
-        # they repeat, since the training states from 400,000 on have other uses (divergence, rollouts).
-        start = self.seed % 40 * 10_000
-        self._data = encode_demonstrations(policy, task, task.demonstrations(self.demonstrations, start=start))
+        episodes = list(task.training_demonstrations(self.demonstrations, seed=self.seed))
+        if len(episodes) < self.demonstrations and task.demonstration_count is not None:
+            say(f"  {task.name}: learning from {len(episodes)} of its {task.demonstration_count} demonstrations")
+        self._data = encode_demonstrations(policy, task, episodes)
 
     def collect(self, policy: Policy, task, iteration: int) -> Sequence[Batch]:
         if isinstance(self._data, LabelledItems):
@@ -90,19 +91,23 @@ class SFT(Method):
 
 
 def encode_demonstrations(policy: Policy, task, demonstrations) -> Batch:
-    """Expert episodes as one batch of decisions: pictures, instruction, the policy's tokens of the commands."""
+    """Expert episodes as one batch of decisions: their columns, the policy's actions of the commands."""
     episodes = list(demonstrations)
     if not episodes:
         raise UserError(f"task '{task.name}' gave no demonstrations; nothing to clone")
+    obs = demonstration_columns(task, episodes)
     commands = np.concatenate([episode.commands for episode in episodes])
-    return Batch(demonstration_columns(episodes), policy.encode(commands, statistics=getattr(task, "statistics", None)))
+    return Batch(obs, policy.encode(commands, statistics=getattr(task, "statistics", None)))
 
 
-def demonstration_columns(episodes: Sequence) -> dict:
+def demonstration_columns(task, episodes: Sequence[Demonstration]) -> dict:
     """The observation columns of expert episodes, one row per command."""
+    parts = [episode.observations for episode in checked_demonstrations(task, episodes)]
     return {
-        "image": np.concatenate([episode.images for episode in episodes]),
-        "instruction": [said for episode in episodes for said in episode.instructions],
+        key: np.concatenate([part[key] for part in parts])
+        if isinstance(first, np.ndarray)
+        else [row for part in parts for row in part[key]]
+        for key, first in parts[0].items()
     }
 
 

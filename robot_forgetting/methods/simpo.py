@@ -11,7 +11,6 @@ from torch.nn.functional import logsigmoid
 from robot_forgetting.errors import UserError
 from robot_forgetting.method import Batch, Method, Optimiser, mean_over_tokens
 from robot_forgetting.methods.labels import LabelledItems, WrongLabels
-from robot_forgetting.one_step import OneStepTask
 from robot_forgetting.policy import Action, Policy
 from robot_forgetting.ranges import Count, Range, Seed
 
@@ -22,6 +21,8 @@ class SimPO(Method):
     labels: the ``Labeler`` of y_w (None: the task's own); negatives: of y_l (None: uniform among the wrong answers, an
         external model that knows nothing of the task; the paper's external model is not named)
     """
+
+    calls = ("encode", "log_prob")
 
     def __init__(
         self,
@@ -35,14 +36,12 @@ class SimPO(Method):
         margin: Annotated[float, Range(0, 1000)] = 1.0,
         seed: Seed = 0,
     ):
-        if min(iterations, steps_per_iteration, batch_size) < 1:
-            raise UserError("simpo: iterations, steps_per_iteration and batch_size must be at least 1")
         self.iterations, self.steps, self.batch_size = iterations, steps_per_iteration, batch_size
         self.optimiser, self.margin, self.seed = optimiser, margin, seed
         self.labels, self.negatives = labels, negatives or WrongLabels()
 
     def check(self, policy: Policy, task) -> None:
-        if not isinstance(task, OneStepTask):
+        if not task.one_step:
             raise UserError(f"simpo needs pairs of answers to one question; '{task.name}' is no one-step task")
 
     def begin(self, policy: Policy, task, past: Sequence) -> None:

@@ -28,6 +28,7 @@ class MLPPolicy(Policy):
     """
 
     declares = ConventionSpec(action_dimensions=1, action_mode="label")
+    noise_width = 1
     splits_batches = False  # a batch takes a millisecond, sending a part of it to another process as long
 
     def __init__(

@@ -47,6 +47,7 @@ class CausalLM(OwnBase):
     """
 
     declares = ConventionSpec(action_dimensions=1, action_mode="text")
+    noise_width = 1  # the seed of a stream, however long the completion
     splits_batches = False  # one process with all cores beats forked halves here: the weights are read once
 
     def __init__(

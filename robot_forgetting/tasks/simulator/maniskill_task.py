@@ -154,10 +154,10 @@ class ManiSkillTask(Task):
         seeds, found, tried = self.seeds(split), 0, 0
         while found < count:
             block = [seeds[start + tried + i] for i in range(max(8, count - found))]
-            for seed, success, *episode in demonstrate(self.spec, block, self.disturbance, self.workers):
+            for seed, success, rows, commands in demonstrate(self.spec, block, self.disturbance, self.workers):
                 if success and found < count:
                     found += 1
-                    yield Demonstration(*episode, seed)
+                    yield Demonstration(observations=rows, commands=commands, seed=seed)
             tried += len(block)
             if tried >= 40 and found < tried / 20:
                 raise UserError(

@@ -17,6 +17,7 @@ import numpy as np
 
 from robot_forgetting.errors import UserError, blamed, described, raised, told
 from robot_forgetting.machine import children, user_modules
+from robot_forgetting.rollout import columns
 from robot_forgetting.task import Transition, VectorEnv
 from robot_forgetting.tasks.simulator.environment import SimulationSpec, seen_through
 from robot_forgetting.tasks.simulator.simulation import CommandError, Simulation
@@ -203,8 +204,8 @@ class ManiSkillVectorEnv(VectorEnv):
 
 
 def demonstrate(spec: SimulationSpec, seeds: list[int], noise: dict, processes: int):
-    """Runs the expert on ``seeds`` over the workers; yields (seed, success, images, commands [L, 7], instructions [L])
-    in order."""
+    """Runs the expert on ``seeds`` over the workers; yields (seed, success, observation columns, commands [L, 7]) in
+    order."""
     workers = [POOL.prepare(group, spec, 1) for group in range(processes)]
     for worker in workers:
         worker.receive()
@@ -300,7 +301,7 @@ def guarded(simulations: list[Simulation], spec: SimulationSpec, slot: int, acti
         return {"observation": blank(spec), "done": True, "error": blamed(error) or described(error)}
 
 
-def _demonstrate(simulation: Simulation, seed: int, noise: dict) -> tuple[bool, np.ndarray, np.ndarray, list]:
+def _demonstrate(simulation: Simulation, seed: int, noise: dict) -> tuple[bool, dict, np.ndarray]:
     """One expert episode. The executed command is disturbed, the recorded one is the expert's (Laskey et al. 2017).
 
     noise: {"small": sigma of every step, "kick": sigma of rare large ones, "kick_probability"} in command units
@@ -310,15 +311,14 @@ def _demonstrate(simulation: Simulation, seed: int, noise: dict) -> tuple[bool, 
     """
     rng = np.random.default_rng([seed, 0xDA27])
     observation, success, done, lasting = simulation.reset(seed), False, False, 0
-    images, commands, said = [], [], []
+    rows, commands = [], []
     while not done and lasting < SETTLED:
         command = simulation.expert_command()
-        images.append(observation["image"])
+        rows.append(observation)
         commands.append(command)
-        said.append(observation["instruction"])
         disturbed = command.astype(np.float64)
         disturbed[:3] += rng.normal(0, noise["small"], 3)
         disturbed[:3] += rng.normal(0, noise["kick"], 3) * (rng.random() < noise["kick_probability"])
         observation, _, success, done, _ = simulation.step(disturbed)
         lasting = lasting + 1 if success and simulation.idle(command) else 0
-    return success, np.stack(images), np.stack(commands), said
+    return success, columns(rows), np.stack(commands)
