@@ -9,7 +9,7 @@ import pytest
 from fake_runs import make_run
 from test_report import Tags
 
-from robot_forgetting.measures.drift_by_layer import TEXT, WEIGHTS
+from robot_forgetting.measure import TEXT, WEIGHTS
 from robot_forgetting.metrics.pareto import quadratic_fit
 from robot_forgetting.records.run_folder import RunFolder
 from robot_forgetting.report import write_report

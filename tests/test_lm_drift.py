@@ -16,7 +16,8 @@ from toy_runs import run
 from robot_forgetting import configs
 from robot_forgetting.cli.config_checks import check_root
 from robot_forgetting.errors import UserError
-from robot_forgetting.measures.drift_by_layer import TEXT, WEIGHTS, held_out_texts, measure_layers
+from robot_forgetting.measure import TEXT, WEIGHTS
+from robot_forgetting.measures.drift_by_layer import held_out_texts, measure_layers
 from robot_forgetting.metrics import drift, representation
 from robot_forgetting.policies.causal_lm import blocks as causal_lm_layers
 from robot_forgetting.policies.causal_lm.blocks import blocks_of

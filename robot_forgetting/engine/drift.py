@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from robot_forgetting.engine.evaluate import demonstration_states, measure_divergence, policy_states
+from robot_forgetting.measure import WEIGHTS
 from robot_forgetting.measures.drift_by_layer import held_out_texts, measure_layers
 from robot_forgetting.policy import Policy
 from robot_forgetting.records.run_folder import RunFolder
-from robot_forgetting.records.summary import WEIGHTS
 from robot_forgetting.task import Task
 
 # Divergence is measured on states of their own, neither trained on nor counted in a success rate.

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from robot_forgetting.errors import UserError
+from robot_forgetting.measure import TEXT, WEIGHTS
 from robot_forgetting.metrics import drift, representation
 from robot_forgetting.policy import Policy
-from robot_forgetting.records.summary import TEXT, WEIGHTS
 from robot_forgetting.task import Task
 
 LEAST = 4  # texts, for CKA without bias and CKNNA

@@ -11,7 +11,6 @@ from robot_forgetting.records.run_folder import SCHEMA_VERSION, RunFolder
 ROLES = ("new", "prior", "held_out")
 DECODES = ("sampled", "greedy")
 SCORED = "scored"  # "decode" of benchmarks with a protocol of their own, which stands in for either
-TEXT, WEIGHTS = "text", "weights"  # "states" of rows that are about layers
 
 
 def summarise(folder: RunFolder) -> dict:

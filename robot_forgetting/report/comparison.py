@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from robot_forgetting.measure import WEIGHTS, Quantity
 from robot_forgetting.metrics import law
 from robot_forgetting.metrics.pareto import at_level, front, near_front
 from robot_forgetting.metrics.statistics import mean_of_intervals, wilson
-from robot_forgetting.records.summary import WEIGHTS
 from robot_forgetting.report.runs import BASE, Group, Run
 from robot_forgetting.report.tables import paired
 
@@ -22,7 +22,7 @@ def checkpoint_points(groups: Sequence[Group]) -> list[dict]:
     """Mean success on new and prior tasks per run and evaluated checkpoint, the base policy (iteration 0) first.
 
     Only checkpoints at which every new and prior task was tried. forgetting: paired with the base; divergence:
-    {"measure|unit|inputs|states": mean over tasks}.
+    {Quantity: mean over tasks}.
     """
     rows = []
     for group in groups:
@@ -56,17 +56,16 @@ def _point(run: Run, checkpoint: tuple[int, int]) -> dict | None:
     return row
 
 
-def _divergence(run: Run, checkpoint: tuple[int, int]) -> dict[str, float]:
+def _divergence(run: Run, checkpoint: tuple[int, int]) -> dict[Quantity, float]:
     """Means over tasks; of what is known by layer the mean over blocks, of weights the change of all of them."""
-    found: dict[str, dict[tuple, float]] = {}
+    found: dict[Quantity, dict[tuple, float]] = {}
     for row in run.divergence:
         layer = row.get("layer")
         if layer == 0 or (layer is not None and row.get("states") == WEIGHTS):
             continue
         if (row["stage"], row["iteration"]) == checkpoint and row.get("value") is not None:
-            key = "|".join(str(row.get(name) or "") for name in ("measure", "unit", "role", "states"))
-            found.setdefault(key, {})[row.get("task"), layer] = row["value"]
-    return {key: float(np.mean(list(tasks.values()))) for key, tasks in found.items()}
+            found.setdefault(Quantity.of(row), {})[row.get("task"), layer] = row["value"]
+    return {quantity: float(np.mean(list(tasks.values()))) for quantity, tasks in found.items()}
 
 
 def settings(rows: Iterable[dict]) -> list[tuple]:
@@ -236,14 +235,12 @@ def predictor_rows(points: Sequence[dict]) -> list[dict]:
     rows = []
     for setting in settings(points):
         mine = [row for row in of(points, setting) if row["forgetting"] is not None]
-        for key in dict.fromkeys(key for row in mine for key in row["divergence"]):
-            measure, unit, inputs, states = key.split("|")
-            if unit == "nats/decision":
+        for quantity in _quantities(mine):
+            if quantity.unit == "nats/decision":
                 continue
-            used = [{**row, "predictors": row["divergence"]} for row in mine if key in row["divergence"]]
-            (found,) = law.predictor_rows(law.Points.from_rows(used), [key])
+            (found,) = law.predictor_rows(_points(mine, quantity), [str(quantity)])
             head = dict(zip(("policy", "new_task", "shipped"), setting, strict=True))
-            rows.append({**head, **found, "predictor": measure, "unit": unit, "inputs": inputs, "states": states})
+            rows.append({**head, **found, **quantity.as_predictor()})
     return sorted(rows, key=_place)
 
 
@@ -255,15 +252,27 @@ def left_out_rows(points: Sequence[dict]) -> list[dict]:
     rows = []
     for setting in settings(points):
         mine = [row for row in of(points, setting) if row["forgetting"] is not None]
-        for key in dict.fromkeys(key for row in mine for key in row["divergence"]):
-            measure, unit, inputs, states = key.split("|")
-            used = [{**row, "predictors": row["divergence"]} for row in mine if key in row["divergence"]]
-            if (measure, unit, inputs) != ("forward_kl", "nats/token", "new") or len({r["method"] for r in used}) < 2:
+        for quantity in _quantities(mine):
+            if quantity != Quantity("forward_kl", "nats/token", "new", quantity.states):
+                continue
+            known = _points(mine, quantity)
+            if len(set(known.run_methods)) < 2:
                 continue
             head = dict(zip(("policy", "new_task", "shipped"), setting, strict=True))
-            for row in law.leave_one_method_out(law.Points.from_rows(used), key):
-                rows.append({**head, **row, "predictor": measure, "unit": unit, "inputs": inputs, "states": states})
+            for row in law.leave_one_method_out(known, str(quantity)):
+                rows.append({**head, **row, **quantity.as_predictor()})
     return rows
+
+
+def _quantities(rows: Sequence[dict]) -> list[Quantity]:
+    """All that was measured at some checkpoint, in the order met."""
+    return list(dict.fromkeys(quantity for row in rows for quantity in row["divergence"]))
+
+
+def _points(rows: Sequence[dict], quantity: Quantity) -> law.Points:
+    """The checkpoints at which it was measured."""
+    used = [row for row in rows if quantity in row["divergence"]]
+    return law.Points.from_rows([{**row, "predictors": {str(quantity): row["divergence"][quantity]}} for row in used])
 
 
 def _place(row: dict) -> tuple:

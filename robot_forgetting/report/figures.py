@@ -11,6 +11,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from robot_forgetting.measure import Quantity
 from robot_forgetting.metrics.pareto import quadratic_fit
 from robot_forgetting.report.runs import BASE
 
@@ -97,8 +98,9 @@ def scatter(points: Sequence[dict], fronts: Sequence[dict], colours: Colours, na
         return svg(figure, name, "Scatter of success on the new task against mean success on the prior tasks")
 
 
-def kl_against_forgetting(points: Sequence[dict], key: str, colours: Colours, name: str) -> str:
+def kl_against_forgetting(points: Sequence[dict], quantity: Quantity, colours: Colours, name: str) -> str:
     """Forgetting over a divergence, all checkpoints, with the quadratic fit where there are enough points."""
+    key = str(quantity)
     used = [row for row in points if key in row["divergence"] and row["forgetting"] is not None]
     with drawing():
         figure = Figure(figsize=(6.6, 4.2), layout="constrained")
@@ -121,8 +123,7 @@ def kl_against_forgetting(points: Sequence[dict], key: str, colours: Colours, na
             final = [{**row, "x": row["divergence"][key], "x_low": None} for row in mine if row["final"]]
             _crosses(axes, final, ("x", "forgetting"), style)
             axes.plot([], [], markersize=8, label=method, **style)
-        measure, unit, *_ = key.split("|")
-        axes.set(xlabel=f"{measure.replace('_', ' ').replace('kl', 'KL')}, {unit}", xlim=(0, None))
+        axes.set(xlabel=f"{quantity.measure.replace('_', ' ').replace('kl', 'KL')}, {quantity.unit}", xlim=(0, None))
         axes.set_ylabel("forgetting on the prior tasks, points")
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}".replace("-", "\N{MINUS SIGN}"))
         axes.legend(loc="best")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from robot_forgetting.records.summary import TEXT, WEIGHTS
+from robot_forgetting.measure import TEXT, WEIGHTS
 from robot_forgetting.report.figures import FAINT, Colours, drawing, svg
 from robot_forgetting.report.runs import Group
 from robot_forgetting.report.tables import final_divergence

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from markupsafe import Markup
 
 from robot_forgetting.errors import UserError
 from robot_forgetting.machine.files import plain, write_atomic, write_json
+from robot_forgetting.measure import Quantity
 from robot_forgetting.metrics import published
 from robot_forgetting.records.run_folder import SCHEMA_VERSION, find_runs
 from robot_forgetting.records.summary import DECODES
@@ -173,11 +174,10 @@ def _section(index: int, setting: tuple, groups: list[Group], tables: dict, colo
     runs = [run for one in groups for run in one.runs]
     cols = columns(runs)
     points = rows["checkpoints"]
-    key = _plotted([key for row in points for key in row["divergence"]])
+    plotted = _plotted({key for row in points for key in row["divergence"]})
     fit = None
-    if key:
-        measure, unit, inputs, states = key.split("|")
-        wanted = {"predictor": measure, "unit": unit, "inputs": inputs, "states": states}
+    if plotted:
+        wanted = plotted.as_predictor()
         fit = next((row for row in rows["predictors"] if wanted.items() <= row.items()), None)
     name = f"s{index}"
     drawn = bool(points or rows["curves"])
@@ -213,8 +213,10 @@ def _section(index: int, setting: tuple, groups: list[Group], tables: dict, colo
         "matched": rows["matched"] if len({row["method"] for row in learned}) > 1 or rows["matched"] else [],
         "divergence": _divergence(rows["divergence"], cols, variants),
         "layers": layer_section(rows["layers"], colours, f"{name}d"),
-        "kl": Markup(figures.kl_against_forgetting(points, key, colours, f"{name}b")) if key and learned else None,
-        "kl_text": _kl_text(key) if key else "",
+        "kl": Markup(figures.kl_against_forgetting(points, plotted, colours, f"{name}b"))
+        if plotted and learned
+        else None,
+        "kl_text": _kl_text(plotted.states) if plotted else "",
         "predictors": [row for row in rows["predictors"] if row["r2"] is not None],
         "too_few": words.too_few([row for row in rows["predictors"] if row["r2"] is not None]),
         "no_law": _no_law(rows["predictors"]),
@@ -233,18 +235,15 @@ def _no_law(predictors: Sequence[dict]) -> str:
     )
 
 
-def _plotted(keys: Sequence[str]) -> str | None:
+def _plotted(keys: Collection[str]) -> Quantity | None:
     """The forward KL on new-task inputs, on the first kind of states there is."""
-    for states in STATES:
-        key = f"forward_kl|nats/token|new|{states}"
-        if key in keys:
-            return key
-    return None
+    wanted = (Quantity("forward_kl", "nats/token", "new", states) for states in STATES)
+    return next((quantity for quantity in wanted if str(quantity) in keys), None)
 
 
-def _kl_text(key: str) -> str:
-    states = {"base": "the base policy's episodes", "fine_tuned": "the fine-tuned policy's own episodes"}
-    return f"forward KL on new-task inputs, at states of {states.get(key.split('|')[3], 'demonstrations')}"
+def _kl_text(states: str) -> str:
+    whose = {"base": "the base policy's episodes", "fine_tuned": "the fine-tuned policy's own episodes"}
+    return f"forward KL on new-task inputs, at states of {whose.get(states, 'demonstrations')}"
 
 
 def _wide(

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from robot_forgetting.measure import TEXT, WEIGHTS
 from robot_forgetting.metrics.statistics import (
     crossed_mean,
     mean_of_intervals,
@@ -14,7 +15,7 @@ from robot_forgetting.metrics.statistics import (
     ratio_interval,
     wilson,
 )
-from robot_forgetting.records.summary import DECODES, TEXT, WEIGHTS, latest
+from robot_forgetting.records.summary import DECODES, latest
 from robot_forgetting.report.runs import BASE, Group, Run
 
 PRIOR_MEAN = "prior mean"
