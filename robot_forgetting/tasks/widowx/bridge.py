@@ -11,6 +11,8 @@ docs/gpu_simulation.md.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import sapien
 import torch
@@ -24,12 +26,11 @@ from robot_forgetting.machine import assets
 from robot_forgetting.tasks.simulator.grasp import TOUCH, pressing_fingers, pressing_fingers_batched
 from robot_forgetting.tasks.simulator.grid import Grid
 from robot_forgetting.tasks.simulator.settling import drop
-from robot_forgetting.tasks.widowx import spoon
 from robot_forgetting.tasks.widowx.widowx import WidowXFlatTable, WidowXSink
 
 DROP_HEIGHT = 0.87 + 0.5  # of the table, and how far above it objects are let go
 CAMERA = "3rd_view_camera"
-SPOON = "bridge_spoon_generated_modified"
+SPOON, SPOON_PARTS = "bridge_spoon_generated_modified", Path(__file__).with_name("spoon.obj")
 # Of the original's flags: metres by which a thing has moved, and by which the source's middle may be outside the
 # target's box; control steps of one grasp.
 MOVED, ASIDE, LONG = 0.03, 0.003, 5
@@ -98,7 +99,7 @@ class BridgeScene(BaseBridgeEnv):
         friction = sapien.physx.PhysxMaterial(self.obj_static_friction, self.obj_dynamic_friction, 0.0)
         builder = self.scene.create_actor_builder()
         builder.add_multiple_convex_collisions_from_file(
-            filename=str(spoon.write_mesh() if model_id == SPOON else folder / "collision.obj"),
+            filename=str(SPOON_PARTS if model_id == SPOON else folder / "collision.obj"),
             scale=[scale] * 3,
             material=friction,
             density=self.model_db[model_id].get("density", 1000),
