@@ -48,9 +48,22 @@ class ArgumentsOf:
     without: tuple[str, ...] = ()
 
     def parameters(self) -> dict[str, inspect.Parameter]:
-        every = inspect.signature(self.function, eval_str=True).parameters
+        every = arguments(self.function)
         named = {name: one for name, one in every.items() if one.kind is one.KEYWORD_ONLY} or every
         return {name: one for name, one in named.items() if name not in self.without}
+
+
+def arguments(function: Callable) -> dict[str, inspect.Parameter]:
+    """Those that a function or class takes, annotations evaluated; those of OTHER among them where it passes some on:
+    ``**options: Annotated[Any, ArgumentsOf(OTHER)]``."""
+    found = dict(inspect.signature(function, eval_str=True).parameters)
+    for name, parameter in list(found.items()):
+        passed_on = [mark for mark in unmarked(parameter.annotation)[1] if isinstance(mark, ArgumentsOf)]
+        if parameter.kind is parameter.VAR_KEYWORD and passed_on:
+            del found[name]
+            named = {key: one.replace(kind=one.KEYWORD_ONLY) for key, one in passed_on[0].parameters().items()}
+            found |= {key: one for key, one in named.items() if key not in found}
+    return found
 
 
 OPEN = object()  # marks a typed dictionary that may have further keys

@@ -9,7 +9,7 @@ from pathlib import Path
 from robot_forgetting.cli.settings import Root
 from robot_forgetting.errors import UserError
 from robot_forgetting.machine.user_modules import load_object
-from robot_forgetting.ranges import ArgumentsOf, problem, unmarked
+from robot_forgetting.ranges import arguments, problem
 
 GROUPS = ("task", "method", "policy", "penalty", "budget", "reproduce")
 
@@ -76,17 +76,8 @@ def check_node(node, path: str, where: str) -> None:
 
 
 def signature(target) -> dict[str, inspect.Parameter] | None:
-    """The arguments of a constructor, its annotations evaluated; None where it does not say.
-
-    ``**options: Annotated[Any, ArgumentsOf(OTHER)]``: those of OTHER too.
-    """
+    """The ``arguments`` of a constructor; None where it does not say."""
     try:
-        found = dict(inspect.signature(target, eval_str=True).parameters)
+        return arguments(target)
     except (TypeError, ValueError, NameError):  # no signature, or annotations that cannot be evaluated
         return None
-    for name, parameter in list(found.items()):
-        passed_on = [mark for mark in unmarked(parameter.annotation)[1] if isinstance(mark, ArgumentsOf)]
-        if parameter.kind is parameter.VAR_KEYWORD and passed_on:
-            del found[name]
-            found = {**passed_on[0].parameters(), **found}
-    return found

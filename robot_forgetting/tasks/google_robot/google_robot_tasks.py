@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from itertools import permutations
+from typing import Annotated, Any
 
-from robot_forgetting.ranges import Pixels, Plain, Processes, Steps
-from robot_forgetting.tasks.simulator.conventions import declared
-from robot_forgetting.tasks.simulator.maniskill_task import ManiSkillTask, Noise
+from robot_forgetting.ranges import ArgumentsOf
+from robot_forgetting.tasks.simulator.maniskill_task import FIXED, ManiSkillTask, twin_task
 from robot_forgetting.tasks.simulator.robots import Robot
 
 GOOGLE_ROBOT = Robot(
@@ -18,10 +18,11 @@ GOOGLE_ROBOT = Robot(
     control_hz=3.0,
     statistics="fractal20220817_data",
     gripper_still=0.0,
+    # [fx, fy, cx, cy] in pixels of its 640 x 512.
+    camera={"size": [640, 512], "intrinsic": [425.0, 425.0, 320.0, 256.0]},
+    noise={"small": 0.004, "kick": 0.02, "kick_probability": 0.1},  # metres
 )
-# The robot's camera: [fx, fy, cx, cy] in pixels of its 640 x 512.
-GOOGLE_CAMERA = {"size": [640, 512], "intrinsic": [425.0, 425.0, 320.0, 256.0]}
-GOOGLE_NOISE = {"small": 0.004, "kick": 0.02, "kick_probability": 0.1}  # metres
+
 
 # Model names of the assets; configuration k of "move near" shows triplet k % 60 // 12.
 MOVE_NEAR_TRIPLETS = (
@@ -53,51 +54,16 @@ def move_near_sentence(source: str, target: str) -> str:
 
 
 def google_robot_task(
-    name: str,
-    scene: str,
-    instruction: str,
-    *,
-    expert: str | None = None,
-    max_steps: Steps = 80,
-    image_size: Pixels = 224,
-    full_pictures: bool = True,
-    render: str = "stock",
-    env_arguments: dict[str, Plain] | None = None,
-    rotation: str | None = "axis_angle",
-    gripper: str | None = "+1 closes",
-    statistics: str = "fractal20220817_data",
-    noise: Noise | None = None,
-    processes: Processes | None = None,
-    simulation: str = "cpu",
+    name: str, scene: str, instruction: str, **options: Annotated[Any, ArgumentsOf(ManiSkillTask, without=FIXED)]
 ) -> ManiSkillTask:
-    """A task at 3 Hz with a photo for the background; success as it stands when the time is up.
+    """A task at 3 Hz, of 80 steps unless said otherwise; see ``twin_task``.
 
     scene: "PickCan", "MoveNear", "Drawer", "PlaceInDrawer": an environment of ``robot_forgetting.envs.google_robot``
     env_arguments: its own
-    rotation, gripper: what the policy's commands mean; "euler_xyz" and "1 opens, 0 closes" are the published OpenVLA's
-    full_pictures: draw 640 x 512 and average down to the square, as SimplerEnv does; false draws the small square
     """
-    task = ManiSkillTask(
-        name,
-        f"RobotForgetting-GoogleRobot{scene}-v1",
-        instruction,
-        expert=expert,
-        modules=["robot_forgetting.envs.google_robot"],
-        max_steps=max_steps,
-        camera=GOOGLE_CAMERA,
-        image_size=image_size,
-        render=render,
-        env_arguments=env_arguments,
-        noise=noise or GOOGLE_NOISE,
-        statistics=statistics,
-        processes=processes,
-        simulation=simulation,
-        robot="robot_forgetting.tasks.google_robot.google_robot_tasks.GOOGLE_ROBOT",
-        overlay=True,
-        full_pictures=full_pictures,
-        ends_on_success=False,
-        **declared(name, rotation, gripper),
-    )
+    options = {"max_steps": 80, "modules": ["robot_forgetting.envs.google_robot"], **options}
+    robot = "robot_forgetting.tasks.google_robot.google_robot_tasks.GOOGLE_ROBOT"
+    task = twin_task(name, f"RobotForgetting-GoogleRobot{scene}-v1", instruction, robot, **options)
     if scene == "MoveNear":
         pairs = [pair for names in MOVE_NEAR_TRIPLETS for pair in permutations(names, 2)]
         task.instructions = tuple(dict.fromkeys(move_near_sentence(*pair) for pair in pairs))

@@ -4,27 +4,48 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from typing import Annotated, TypedDict
 
 import numpy as np
 
 from robot_forgetting.errors import UserError, blamed, by_library, described
 from robot_forgetting.machine.user_modules import PLACES, hidden, import_module
+from robot_forgetting.ranges import Pixels, Plain, Range, Steps, check_fields
 from robot_forgetting.tasks.simulator.pictures import Overlay, read_photo
 from robot_forgetting.tasks.simulator.robots import find_robot
 
 VIDEO_PIXELS = 256
 
 
+Metres = Annotated[float, Range(-100, 100)]
+
+
+class View(TypedDict, total=False):
+    """Where the camera stands; or the size and the intrinsic matrix of the robot's own, see ``SimulationSpec``."""
+
+    eye: tuple[Metres, Metres, Metres]
+    target: tuple[Metres, Metres, Metres]
+    fov: Annotated[float, Range(0.01, 3.1)]
+    size: tuple[Pixels, Pixels]
+    intrinsic: list[Annotated[float, Range(0, 100_000)]]
+    sensor: str
+
+
 @dataclass(frozen=True)
 class SimulationSpec:
     """What a worker needs to build an environment; plain values only.
 
-    modules: imported first, so that their environments are registered
+    env_id: the environment's registered id; env_arguments: its own
+    image_size: pixels a side of the policy's square picture
     camera: {"eye": [x, y, z], "target": [x, y, z], "fov": radians} in metres; or {"size": [width, height],
         "intrinsic": [fx, fy, cx, cy]} in pixels: the robot's own camera, its picture squeezed into a square.
         "sensor": the name of one of the environment's cameras, default the first; one that is given alone stays where
         the environment put it (a wrist camera)
-    render: "low_poly" (the Panda as collision meshes, minimal shader) or "stock" (ManiSkill's meshes, default shader)
+    render: "low_poly" (the Panda as collision meshes, minimal shader) or "stock" (ManiSkill's meshes, default shader);
+        demonstrations and evaluation share it
+    modules: imported first, so that their environments are registered
+    expert: "package.module.function" that maps the unwrapped environment to a 7-D command, or None
+    video: whether there is a larger picture, too
     robot: a name in ``robots.ROBOTS``, or the dotted path of a ``Robot``
     overlay: whether the background is a photo (ManiSkill's digital twins)
     full_pictures: draw the camera's own size and average it down, as the original does, in place of drawing small
@@ -34,13 +55,13 @@ class SimulationSpec:
 
     env_id: str
     instruction: str
-    max_steps: int
-    image_size: int
-    camera: dict
+    max_steps: Steps = 60
+    image_size: Pixels = 64
+    camera: View = field(default_factory=dict)
     render: str = "low_poly"
     modules: tuple[str, ...] = ()
-    env_arguments: dict = field(default_factory=dict)
-    expert: str | None = None  # "package.module.function"
+    env_arguments: dict[str, Plain] = field(default_factory=dict)
+    expert: str | None = None
     video: bool = False
     robot: str = "panda"
     overlay: bool = False
@@ -48,6 +69,17 @@ class SimulationSpec:
     ends_on_success: bool = True
     rotation: str | None = None
     gripper: str | None = None
+
+    def __post_init__(self):
+        check_fields(self)
+        given = self.camera.keys() - {"sensor"}
+        if given not in ({"eye", "target", "fov"}, {"size", "intrinsic"}, set()):
+            raise UserError(
+                f"camera has {', '.join(sorted(given))}; give eye, target and fov, or size and intrinsic, or nothing "
+                "but the name of a sensor"
+            )
+        if self.full_pictures and "size" not in self.camera:
+            raise UserError("full_pictures needs camera.size, the original's; leave full_pictures out")
 
 
 def make_environment(spec: SimulationSpec, num_envs: int = 1, backend: str = "physx_cpu"):

@@ -4,28 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import Annotated, TypedDict
+from typing import Annotated, Any, TypedDict
 
 from robot_forgetting.errors import UserError, unknown
 from robot_forgetting.policy import ConventionSpec
-from robot_forgetting.ranges import Pixels, Plain, Processes, Range, Steps
+from robot_forgetting.ranges import ArgumentsOf, Plain, Processes, Range
 from robot_forgetting.task import Demonstration, Task, VectorEnv
-from robot_forgetting.tasks.simulator.conventions import Boundary
-from robot_forgetting.tasks.simulator.environment import SimulationSpec
+from robot_forgetting.tasks.simulator.conventions import Boundary, declared
+from robot_forgetting.tasks.simulator.environment import SimulationSpec, View
 from robot_forgetting.tasks.simulator.robots import find_robot
 
-Metres = Annotated[float, Range(-100, 100)]
-
-
-class View(TypedDict, total=False):
-    """Where the camera stands; or the size and the intrinsic matrix of the robot's own, see ``SimulationSpec``."""
-
-    eye: tuple[Metres, Metres, Metres]
-    target: tuple[Metres, Metres, Metres]
-    fov: Annotated[float, Range(0.01, 3.1)]
-    size: tuple[Pixels, Pixels]
-    intrinsic: list[Annotated[float, Range(0, 100_000)]]
-    sensor: str
+# What a task has in its own way; and what one of SimplerEnv's does not leave to its yaml.
+OWN = ("env_id", "instruction", "modules", "camera", "env_arguments", "robot", "video")
+FIXED = ("modules", "spawn", "camera", "robot", "overlay", "ends_on_success")
 
 
 class Noise(TypedDict):
@@ -39,18 +30,13 @@ class Noise(TypedDict):
 class ManiSkillTask(Task):
     """A stock or user-defined ManiSkill environment with an instruction, a camera, and perhaps an expert.
 
-    env_id: the environment's registered id
-    expert: "package.module.function" that maps the unwrapped environment to a 7-D command, or None
     modules: imported in the workers first (a module that registers ``env_id``); the expert's is added
     spawn: "stock" (ManiSkill's initial states), or a name the environment's own ``spawn`` argument understands
-    camera: eye and target in metres, fov in radians, and `sensor`, the name of one of several cameras; the square
-        picture has ``image_size`` pixels a side
-    render: "low_poly" or "stock"; demonstrations and evaluation share it
-    noise: disturbance of demonstrations, see ``workers._demonstrate``
-    statistics: the policy's key for the ranges of commands; null: the robot's
+    camera, noise, statistics: null: the robot's. noise: disturbance of demonstrations, see ``workers._demonstrate``;
+        statistics: the policy's key for the ranges of commands
     processes: worker processes (default: one per core, at most 2 per 16 environments)
     simulation: "cpu", or "gpu": all environments in one batch on an NVIDIA GPU, see ``batched.py``
-    robot, overlay, full_pictures, ends_on_success, rotation, gripper: see ``SimulationSpec``
+    options: see ``SimulationSpec``
     """
 
     def __init__(
@@ -59,58 +45,37 @@ class ManiSkillTask(Task):
         env_id: str,
         instruction: str,
         *,
-        expert: str | None = None,
         modules: list[str] | tuple[str, ...] = (),
         spawn: str = "stock",
-        max_steps: Steps = 60,
         camera: View | None = None,
-        image_size: Pixels = 64,
-        render: str = "low_poly",
         env_arguments: dict[str, Plain] | None = None,
         noise: Noise | None = None,
         statistics: str | None = None,
         processes: Processes | None = None,
         simulation: str = "cpu",
         robot: str = "panda",
-        overlay: bool = False,
-        full_pictures: bool = False,
-        ends_on_success: bool = True,
-        rotation: str | None = None,
-        gripper: str | None = None,
+        **options: Annotated[Any, ArgumentsOf(SimulationSpec, without=OWN)],
     ):
-        if max_steps < 1:
-            raise UserError(f"task '{name}': max_steps must be at least 1, not {max_steps}")
-        check_view(name, camera or CAMERA, full_pictures)
-        self.name, self.instruction, self.max_steps, self.spawn = name, instruction, max_steps, spawn
+        arguments = dict(env_arguments or {})
+        if spawn != "stock" or "spawn" in arguments:
+            arguments["spawn"] = spawn
+        expert = options.get("expert")
+        expert_module = [expert.rpartition(".")[0]] if expert and "." in expert else []
         self.robot = find_robot(robot)
-        Boundary(self.robot, rotation, gripper)  # refuses what cannot be converted
+        options |= {"robot": robot, "camera": dict(camera or self.robot.camera), "env_arguments": arguments}
+        options["modules"] = tuple(dict.fromkeys([*modules, *expert_module]))
+        try:
+            self.spec = SimulationSpec(env_id, instruction, **options)
+        except UserError as error:
+            raise UserError(f"task '{name}': {error}") from None
+        self.name, self.instruction, self.max_steps, self.spawn = name, instruction, self.spec.max_steps, spawn
+        Boundary(self.robot, self.spec.rotation, self.spec.gripper)  # refuses what cannot be converted
         self.statistics = statistics or self.robot.statistics
-        self.disturbance = dict(noise or {"small": 0.05, "kick": 0.3, "kick_probability": 0.15})
+        self.disturbance = dict(noise or self.robot.noise)
         check_simulation(simulation)
         self.workers = processes or max(1, min(2, os.cpu_count() or 1))
         # Groups of environments (see ``rollout``). A batch is one, while demonstrations and starts have all workers.
         self.processes = self.workers if simulation == "cpu" else 1
-        arguments = dict(env_arguments or {})
-        if spawn != "stock" or "spawn" in arguments:
-            arguments["spawn"] = spawn
-        expert_module = [expert.rpartition(".")[0]] if expert and "." in expert else []
-        self.spec = SimulationSpec(
-            env_id=env_id,
-            instruction=instruction,
-            max_steps=max_steps,
-            image_size=image_size,
-            camera={key: value for key, value in (camera or CAMERA).items()},
-            render=render,
-            modules=tuple(dict.fromkeys([*modules, *expert_module])),
-            env_arguments=arguments,
-            expert=expert,
-            robot=robot,
-            overlay=overlay,
-            full_pictures=full_pictures,
-            ends_on_success=ends_on_success,
-            rotation=rotation,
-            gripper=gripper,
-        )
         if simulation == "gpu":
             from robot_forgetting.tasks.simulator import batched
 
@@ -166,21 +131,19 @@ class ManiSkillTask(Task):
                 )
 
 
-def check_view(name: str, camera: dict, full_pictures: bool) -> None:
-    """``UserError`` unless a camera is wholly described."""
-    given = camera.keys() - {"sensor"}
-    if given not in ({"eye", "target", "fov"}, {"size", "intrinsic"}, set()):
-        raise UserError(
-            f"task '{name}': camera has {', '.join(sorted(given))}; give eye, target and fov, or size and intrinsic, "
-            "or nothing but the name of a sensor"
-        )
-    if full_pictures and "size" not in camera:
-        raise UserError(f"task '{name}': full_pictures needs camera.size, the original's; leave full_pictures out")
-
-
 def check_simulation(simulation: str) -> None:
     if simulation not in ("cpu", "gpu"):
         raise unknown("simulation", simulation, ("cpu", "gpu"))
 
 
-CAMERA = {"eye": [0.38, 0.22, 0.36], "target": [-0.01, 0.0, 0.04], "fov": 0.75}
+def twin_task(name: str, env_id: str, instruction: str, robot: str, **options) -> ManiSkillTask:
+    """A task of SimplerEnv's: a photo for the background, and success as it stands when the time is up.
+
+    rotation, gripper: what the policy's commands mean, by default what the robot takes; "euler_xyz" and "1 opens,
+        0 closes" are the published OpenVLA's
+    full_pictures: draw the camera's own size and average down to the square, as SimplerEnv does; false draws it small
+    """
+    own = find_robot(robot)
+    options = {"image_size": 224, "full_pictures": True, "render": "stock"} | options
+    options |= declared(name, options.get("rotation", own.rotation), options.get("gripper", own.gripper))
+    return ManiSkillTask(name, env_id, instruction, robot=robot, overlay=True, ends_on_success=False, **options)

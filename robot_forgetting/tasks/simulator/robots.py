@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -54,11 +54,12 @@ class Robot:
     """A robot under one controller; plain values only, so that naming one imports no simulator.
 
     controller: dotted name of a ``Controller``
-    batched: dotted name of a ``BatchedController``; None: there is none (see ``batched.py``)
     control_mode: ManiSkill's name of the joint drives it uses; None: the robot's only one
     rotation: what numbers 4 to 6 are, "euler_xyz" or "axis_angle" (both in radians times ``radians_per_unit``)
     metres_per_unit: of the first three numbers; scales the commands that checks and experts give
+    batched: dotted name of a ``BatchedController``; None: there is none (see ``batched.py``)
     gripper_still: the gripper's command that changes nothing; None: its last one, again
+    camera, noise: where the policy's camera stands, and how demonstrations are disturbed, unless a task says
     """
 
     controller: str
@@ -70,8 +71,22 @@ class Robot:
     metres_per_unit: float = 1.0
     batched: str | None = None
     gripper_still: float | None = None
+    camera: dict = field(default_factory=lambda: {"eye": [0.38, 0.22, 0.36], "target": [-0.01, 0.0, 0.04], "fov": 0.75})
+    noise: dict = field(default_factory=lambda: {"small": 0.05, "kick": 0.3, "kick_probability": 0.15})
 
 
+WIDOWX = Robot(
+    controller="robot_forgetting.tasks.widowx.widowx.EndEffectorController",
+    control_mode=None,
+    rotation="axis_angle",
+    gripper="+1 opens",
+    control_hz=5.0,
+    statistics="bridge_orig",
+    batched="robot_forgetting.tasks.widowx.widowx.BatchedEndEffectorController",
+    # A Logitech C920: [fx, fy, cx, cy] in pixels of its 640 x 480.
+    camera={"size": [640, 480], "intrinsic": [623.588, 623.588, 319.501, 239.545]},
+    noise={"small": 0.003, "kick": 0.015, "kick_probability": 0.1},  # metres
+)
 ROBOTS = {
     "panda": Robot(
         controller="robot_forgetting.tasks.panda.EndEffectorController",
@@ -83,23 +98,10 @@ ROBOTS = {
         metres_per_unit=0.1,
         batched="robot_forgetting.tasks.panda.BatchedEndEffectorController",
     ),
-    "widowx": Robot(
-        controller="robot_forgetting.tasks.widowx.widowx.EndEffectorController",
-        control_mode=None,
-        rotation="axis_angle",
-        gripper="+1 opens",
-        control_hz=5.0,
-        statistics="bridge_orig",
-        batched="robot_forgetting.tasks.widowx.widowx.BatchedEndEffectorController",
-    ),
+    "widowx": WIDOWX,
     # ManiSkill's own controller behind the same numbers: it turns by Euler angles, whatever the policy meant.
-    "widowx_maniskill3": Robot(
-        controller="robot_forgetting.tasks.widowx.widowx.StockController",
-        control_mode=None,
-        rotation="axis_angle",
-        gripper="+1 opens",
-        control_hz=5.0,
-        statistics="bridge_orig",
+    "widowx_maniskill3": replace(
+        WIDOWX, controller="robot_forgetting.tasks.widowx.widowx.StockController", batched=None
     ),
 }
 
