@@ -141,7 +141,7 @@ def test_a_method_that_clones_and_a_task_without_expert(capsys, folder):
 
 
 CONFIGS = Path(cli.__file__).parents[2] / "configs"
-ENTRIES = sorted(f"{path.parent.name}={path.stem}" for path in CONFIGS.glob("*/*.yaml"))
+ENTRIES = sorted(f"{path.parent.name}={path.stem}" for path in CONFIGS.glob("*/[!_]*.yaml"))
 
 
 @pytest.mark.parametrize("entry", ENTRIES)

@@ -26,7 +26,7 @@ from robot_forgetting.policies import lora
 from robot_forgetting.ranges import ArgumentsOf, Count, Range, known_keys, options, problem, unmarked, words
 
 CONFIGS = Path(cli.__file__).parents[2] / "configs"
-FILES = [path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.glob("*/**/*.yaml")]
+FILES = [path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.glob("*/**/[!_]*.yaml")]
 ENTRIES = sorted("=".join(name.split("/", 1)) for name in FILES)
 # What a study's runs are given: keys of somewhere else, checked there.
 ELSEWHERE = ("reproduce.common.", "reproduce.quick.common.")

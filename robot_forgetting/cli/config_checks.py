@@ -33,11 +33,13 @@ def key_of(argument: str) -> str:
 
 
 def entries(folders: Sequence[Path], group: str) -> dict[str, Path]:
-    """Name -> yaml file of what a group offers; of two files of one name, that of the folder named first."""
+    """Name -> yaml file of what a group offers; of two files of one name, that of the folder named first. One whose
+    name begins with "_" is no choice of its own: others name it in their ``defaults``."""
     return {
         path.relative_to(folder / group).with_suffix("").as_posix(): path
         for folder in reversed(folders)
         for path in (folder / group).rglob("*.yaml")
+        if not path.name.startswith("_")
     }
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from robot_forgetting.cli.config_checks import GROUPS, signature
+from robot_forgetting.cli.config_checks import GROUPS, entries, signature
 from robot_forgetting.cli.settings import Root
 from robot_forgetting.machine.user_modules import load_object
 from robot_forgetting.ranges import known_keys, options, unmarked, words
@@ -166,19 +166,24 @@ def page(folder: Path) -> str:
     import yaml
 
     def load(file: Path) -> dict:
-        return yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        parents = [name for name in values.get("defaults", ()) if str(name).startswith("_") and name != "_self_"]
+        for parent in parents:
+            for key, value in load(file.with_name(f"{parent}.yaml")).items():
+                values[key] = {**value, **values.get(key, {})} if isinstance(value, dict) else values.get(key, value)
+        return values
 
     root = load(folder / "config.yaml") | {"budget": load(folder / "budget" / "demo.yaml")}
     lines = [HEAD, *_table(keys_of(root, {"budget": "demo"}, [folder]))]
     for group in ("method", "penalty", "policy", "task", "reproduce"):
         lines += ["", f"## {group}="]
-        entries: dict[str, list[tuple[str, dict]]] = {}
-        for file in sorted((folder / group).rglob("*.yaml")):
-            node, name = load(file), file.relative_to(folder / group).with_suffix("").as_posix()
+        built: dict[str, list[tuple[str, dict]]] = {}
+        for name, file in sorted(entries([folder], group).items(), key=lambda entry: entry[1]):
+            node = load(file)
             node = node.get(group, node)
             if "_target_" in node:
-                entries.setdefault(node["_target_"], []).append((name, node))
-        for target, several in entries.items():
+                built.setdefault(node["_target_"], []).append((name, node))
+        for target, several in built.items():
             names, found = [name for name, _ in several], {}
             for name, node in several:
                 for key in keys_of({group: node}, {group: name}, [folder]):
