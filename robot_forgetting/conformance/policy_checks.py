@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from robot_forgetting.conformance.check_table import NotApplicable, Row, Table, expect
-from robot_forgetting.contracts import checked_action, checked_policy
-from robot_forgetting.engine.preflight import made_up_pictures
+from robot_forgetting.contracts import checked_action, checked_policy, checked_transition
+from robot_forgetting.engine.preflight import TRIED_SEED
 from robot_forgetting.policy import Action, Policy
 from robot_forgetting.records.checkpoints import trainable
+from robot_forgetting.rollout import columns
 from robot_forgetting.task import Task
 
 QUESTIONS = ["What is 2 + 3?", "Name a colour.", "Which is larger, seven or nine? Answer with one word."]
@@ -38,22 +39,27 @@ def check_policy(table: Table, policy: Policy, task: Task | None = None) -> None
     if task is not None:
         table.check("same convention as task", lambda: _agrees(policy, task))
     obs = _observations(policy, task)
-    noise = torch.rand(_count(obs), 16, generator=torch.Generator().manual_seed(0))
+    noise = torch.rand(_count(obs), policy.noise_width, generator=torch.Generator().manual_seed(0))
     actions: list[Action] = []
     if not table.check("act", lambda: _act(policy, obs, noise, actions)):
         return
     action = actions[0]
-    if not table.check("logits", lambda: _logits(policy, obs, action)):
+    has_tokens, has_density = policy.can("logits"), policy.can("log_prob")
+    if has_tokens and not table.check("logits", lambda: _logits(policy, obs, action)):
         return
-    table.check("sees", lambda: _sees(policy))
-    table.check("log_prob from logits", lambda: _log_prob(policy, obs, action))
-    table.check("act's log_prob", lambda: _own_log_prob(policy, obs, noise, action))
-    table.check("greedy is the argmax", lambda: _greedy(policy, obs, noise))
+    table.check("sees", lambda: _sees(policy, obs))
+    if has_tokens:
+        table.check("log_prob from logits", lambda: _log_prob(policy, obs, action))
+    if has_density:
+        table.check("act's log_prob", lambda: _own_log_prob(policy, obs, noise, action))
+    if has_tokens:
+        table.check("greedy is the argmax", lambda: _greedy(policy, obs, noise))
     table.check("act is repeatable", lambda: _repeatable(policy, obs, noise, action))
     table.check("no batch dependence", lambda: _alone(policy, obs, noise, action))
     table.check("decode", lambda: _decode(policy, action, task))
     table.check("encode and decode", lambda: _round_trip(policy, action, task))
-    table.check("gradient", lambda: _gradient(policy, obs, action))
+    if has_density:
+        table.check("gradient", lambda: _gradient(policy, obs, action))
     table.check("base()", lambda: _base(policy, obs, action))
 
 
@@ -62,12 +68,25 @@ def _answers_texts(policy: Policy) -> bool:
 
 
 def _observations(policy: Policy, task: Task | None) -> dict:
-    """Pictures with instructions, or questions; those of the task where it has some of its own."""
+    """Pictures with instructions, or questions; what the task shows, where one is given."""
+    if task is not None and task.one_step:
+        return task.observations(np.array(task.seeds("test")[:3]))
+    if task is not None and not task.scored:
+        return _starts(task)
     if _answers_texts(policy):
-        if task is not None and task.one_step:
-            return task.observations(np.array(task.seeds("test")[:3]))
         return {"messages": [[{"role": "user", "content": question}] for question in QUESTIONS]}
-    return observations(policy.convention().image_size or 64, INSTRUCTIONS if task is None else list(task.sentences))
+    return observations(policy.convention().image_size or 64, INSTRUCTIONS)
+
+
+def _starts(task: Task) -> dict:
+    """What a task's environment shows after six resets."""
+    first = TRIED_SEED % len(task.seeds("train"))
+    with task.make_env(1) as env:
+        rows = []
+        for seed in task.seeds("train")[first : first + 6]:
+            env.request(0, {0: seed}, {})
+            rows.append(checked_transition(env, env.wait()[1][0]).observation)
+    return columns(rows)
 
 
 def _count(obs: dict) -> int:
@@ -76,7 +95,9 @@ def _count(obs: dict) -> int:
 
 def observations(size: int, instructions: list[str]) -> dict:
     """Six pictures: four of random blocks, a black and a white one; instructions in turn."""
-    pictures = made_up_pictures(size, instructions, 4)["image"]
+    blocks = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
+    repeats = -(-size // 8)
+    pictures = blocks.repeat(repeats, axis=1).repeat(repeats, axis=2)[:, :size, :size]
     flat = [np.zeros((size, size, 3), np.uint8), np.full((size, size, 3), 255, np.uint8)]
     images = np.ascontiguousarray(np.concatenate([pictures, np.stack(flat)]))
     return {"image": images, "instruction": [instructions[i % len(instructions)] for i in range(len(images))]}
@@ -115,10 +136,15 @@ def _act(policy: Policy, obs: dict, noise: Tensor, made: list[Action]) -> str:
     checked_action(policy, action, rows)
     mask, log_prob = action.mask, action.log_prob
     expect(mask.any(dim=1).all(), "a decision has no token that counts (its mask is all False)")
-    expect(not log_prob.requires_grad, "act() keeps gradients; decorate it with torch.no_grad()")
-    expect(torch.isfinite(log_prob).all() and (log_prob <= 1e-4).all(), "log_prob is not finite, or above 0")
+    drawn = [part for part in (log_prob, action.values) if part is not None]
+    expect(not any(part.requires_grad for part in drawn), "act() keeps gradients; decorate it with torch.no_grad()")
+    log_prob = torch.zeros(mask.shape) if log_prob is None else log_prob
+    tokens = action.tokens is not None
+    expect(tokens == policy.can("logits"), "it gives tokens without `logits`, or has `logits` and gives no tokens")
+    above = tokens and (log_prob > 1e-4).any()  # a density may be larger than 1
+    expect(torch.isfinite(log_prob).all() and not above, "log_prob is not finite, or above 0")
     made.append(action)
-    return f"{action.tokens.shape[1]} tokens per decision"
+    return f"{mask.shape[1]} {'tokens' if tokens else 'numbers'} per decision"
 
 
 def _logits(policy: Policy, obs: dict, action: Action) -> str:
@@ -136,22 +162,31 @@ def _logits(policy: Policy, obs: dict, action: Action) -> str:
     return f"vocabulary of {size}"
 
 
+def _computed(policy: Policy, obs: dict, action: Action) -> Tensor:
+    """What other inputs or weights must change: logits; of a policy without them its greedy decisions."""
+    if policy.can("logits"):
+        return policy.logits(obs, action)
+    return policy.act(obs, temperature=0.0, noise=torch.full((_count(obs), policy.noise_width), 0.5)).values
+
+
 @torch.no_grad()
-def _sees(policy: Policy) -> str:
+def _sees(policy: Policy, obs: dict) -> str:
     if _answers_texts(policy):
         return _reads(policy)
-    size = policy.convention().image_size or 64
-    images = np.stack([np.zeros((size, size, 3), np.uint8), np.full((size, size, 3), 255, np.uint8)])
-    obs = {"image": images, "instruction": INSTRUCTIONS[:1] * 2}
-    action = policy.act(obs, temperature=0.0)
-    same = Action(action.tokens[:1].repeat(2, 1), action.mask[:1].repeat(2, 1))
-    black, white = policy.logits(obs, same)
+    if "image" not in obs:
+        raise NotApplicable(f"no pictures, only {', '.join(sorted(obs))}")
+    first = {key: [column[0]] * 2 for key, column in obs.items()}
+    images = np.stack([np.zeros_like(obs["image"][0]), np.full_like(obs["image"][0], 255)])
+    obs = {**{key: np.stack(rows) if isinstance(rows[0], np.ndarray) else rows for key, rows in first.items()},
+           "image": images}  # fmt: skip
+    black, white = _computed(policy, obs, policy.act(obs, temperature=0.0)[torch.tensor([0, 0])])
     difference = float((black - white).abs().max())
+    what = "logits" if policy.can("logits") else "decision"
     expect(
         difference > 1e-4,
-        "a black and a white picture give the same logits; the picture does not reach the action tokens",
+        f"a black and a white picture give the same {what}; the picture does not reach the actions",
     )
-    return f"black and white pictures differ by up to {difference:.3g} in a logit"
+    return f"black and white pictures differ by up to {difference:.3g} in the {what}"
 
 
 def _reads(policy: Policy) -> str:
@@ -183,6 +218,8 @@ def _own_log_prob(policy: Policy, obs: dict, noise: Tensor, action: Action) -> s
         f"act() and log_prob() differ by up to {error:.3g} nats for the same tokens (limit {limit:g}); RL ratios would "
         "not start at 1: use the same distribution in both (dropout off, same masks)",
     )
+    if not policy.can("logits"):
+        return f"largest difference {error:.1e} nats"
     cold = policy.act(obs, temperature=0.5, noise=noise)
     expected = (policy.logits(obs, cold) / 0.5).log_softmax(-1).cpu()
     expected = expected.gather(-1, cold.tokens.cpu().unsqueeze(-1)).squeeze(-1)
@@ -208,35 +245,44 @@ def _greedy(policy: Policy, obs: dict, noise: Tensor) -> None:
 @torch.no_grad()
 def _repeatable(policy: Policy, obs: dict, noise: Tensor, action: Action) -> None:
     again = policy.act(obs, temperature=1.0, noise=noise)
+    what = "tokens" if policy.can("logits") else "numbers"
     expect(
-        torch.equal(again.tokens, action.tokens),
-        "act() with the same `noise` chose other tokens; turn `noise` into tokens by the inverse CDF, and nothing else",
+        _same(again, action),
+        f"act() chose other {what} with the same `noise`; turn it into {what} by the inverse CDF, and nothing else",
     )
     other = policy.act(obs, temperature=1.0, noise=1 - noise)
-    expect(not torch.equal(other.tokens, action.tokens), "act() ignores `noise`; choose tokens by its inverse CDF")
+    expect(not _same(other, action), f"act() ignores `noise`; choose {what} by its inverse CDF")
 
 
 @torch.no_grad()
 def _alone(policy: Policy, obs: dict, noise: Tensor, action: Action) -> str:
-    together, error = policy.log_prob(obs, action).cpu(), 0.0
+    def measured(obs: dict, action: Action) -> Tensor:
+        return (policy.log_prob(obs, action) if policy.can("log_prob") else _computed(policy, obs, action)).cpu()
+
+    together, error = measured(obs, action), 0.0
     for index in range(_count(obs)):
-        alone = policy.log_prob(_row(obs, index), action[index : index + 1]).cpu()
-        error = max(error, _largest(alone - together[index : index + 1]))
+        row = slice(index, index + 1)
+        error = max(error, _largest(measured(_row(obs, index), action[row]) - together[row]))
         if tolerance(policy) < 0.01:  # in half precision rounding alone can choose another token
             chosen = policy.act(_row(obs, index), temperature=1.0, noise=noise[index : index + 1])
             expect(
-                _tokens(chosen) == _tokens(action[index : index + 1]),
-                f"observation {index} alone gives other tokens than in a batch; look at padding, positions and masks",
+                _same(chosen, action[row]),
+                f"observation {index} alone gives other actions than in a batch; look at padding, positions and masks",
             )
+    what = "log_prob changes" if policy.can("log_prob") else "the greedy decision changes"
     expect(
         error <= tolerance(policy),
-        f"log_prob changes by up to {error:.3g} nats with the batch's other rows; look at padding, positions and masks",
+        f"{what} by up to {error:.3g} with the batch's other rows; look at padding, positions and masks",
     )
-    return f"largest difference {error:.1e} nats"
+    return f"largest difference {error:.1e}"
 
 
-def _tokens(action: Action) -> list[list[int]]:
-    return [row[mask].tolist() for row, mask in zip(action.tokens.cpu(), action.mask.cpu(), strict=True)]
+def _same(first: Action, second: Action) -> bool:
+    """Whether decisions are the same where they count; numbers may differ by rounding."""
+    if first.values is not None:
+        return torch.allclose(first.values.cpu(), second.values.cpu(), rtol=1e-3, atol=1e-3)
+    tokens = [[row[m].tolist() for row, m in zip(a.tokens.cpu(), a.mask.cpu(), strict=True)] for a in (first, second)]
+    return tokens[0] == tokens[1]
 
 
 def _statistics(policy: Policy, task: Task | None) -> str | None:
@@ -262,7 +308,7 @@ def _decode(policy: Policy, action: Action, task: Task | None) -> str:
 
 
 def _round_trip(policy: Policy, action: Action, task: Task | None) -> str:
-    if type(policy).encode is Policy.encode:
+    if not policy.can("encode"):
         raise NotApplicable("no encode(): methods that clone demonstrations (sft) will refuse this policy")
     if _answers_texts(policy):
         texts = ["4", "The answer is blue.\nBecause of the sky."]
@@ -272,12 +318,15 @@ def _round_trip(policy: Policy, action: Action, task: Task | None) -> str:
     key = _statistics(policy, task)
     commands = policy.decode(action, statistics=key)
     back = policy.encode(commands, statistics=key)
-    expect(back.tokens.shape == action.tokens.shape, f"encode() gives tokens of shape {list(back.tokens.shape)}")
+    expect(back.mask.shape == action.mask.shape, f"encode() gives actions of shape {list(back.mask.shape)}")
     # In commands, not tokens: a dimension that never moved in the data has a range of zero, and its bins are all one.
     error = np.abs(policy.decode(back, statistics=key) - commands)
-    upper = replace(action, tokens=(action.tokens + 1).clamp_max(int(action.tokens.max())))
-    lower = replace(action, tokens=(action.tokens - 1).clamp_min(0))
-    width = np.abs(policy.decode(upper, statistics=key) - policy.decode(lower, statistics=key))
+    if action.values is not None:
+        width = 1e-3
+    else:
+        upper = replace(action, tokens=(action.tokens + 1).clamp_max(int(action.tokens.max())))
+        lower = replace(action, tokens=(action.tokens - 1).clamp_min(0))
+        width = np.abs(policy.decode(upper, statistics=key) - policy.decode(lower, statistics=key))
     expect(
         (error <= width + 1e-6).all(),
         f"a command changes by {error.max():.3g} by encode() and decode(), more than a bin; make them inverses",
@@ -290,7 +339,7 @@ def _gradient(policy: Policy, obs: dict, action: Action) -> str:
     policy.log_prob(obs, action).sum().backward()
     reached = {name: p.grad for name, p in trainable(policy).items() if p.grad is not None}
     policy.zero_grad(set_to_none=True)
-    expect(reached, "log_prob() carries no gradient; do not detach or use no_grad in logits()")
+    expect(reached, "log_prob() carries no gradient; do not detach or use no_grad in it")
     bad = [name for name, gradient in reached.items() if not torch.isfinite(gradient).all()]
     expect(not bad, f"the gradient of {bad[:1]} is not finite")
     unused = [name for name in trainable(policy) if name not in reached]
@@ -302,33 +351,34 @@ def _gradient(policy: Policy, obs: dict, action: Action) -> str:
 def _base(policy: Policy, obs: dict, action: Action) -> str:
     from robot_forgetting.conformance.method_checks import perturb
 
+    what = "logits" if policy.can("logits") else "decisions"
     before = {name: p.detach().clone() for name, p in trainable(policy).items()}
-    original = policy.logits(obs, action)
+    original = _computed(policy, obs, action)
     with policy.base():
-        inside = policy.logits(obs, action)
+        inside = _computed(policy, obs, action)
     expect(_largest(inside - original) <= 1e-5, "base() of a policy that was not trained yet differs from the policy")
     try:
         perturb(policy)
         perturbed = {name: p.detach().clone() for name, p in trainable(policy).items()}
-        moved = policy.logits(obs, action)
-        expect(_largest(moved - original) > 1e-4, "changed weights do not change the logits; are they in use?")
+        moved = _computed(policy, obs, action)
+        expect(_largest(moved - original) > 1e-4, f"changed weights do not change the {what}; are they in use?")
         with policy.base():
-            inside = policy.logits(obs, action)
+            inside = _computed(policy, obs, action)
             with policy.base():
-                nested = policy.logits(obs, action)
+                nested = _computed(policy, obs, action)
         expect(
             _largest(inside - original) <= 1e-5,
-            f"after training, base() is not the base policy (logits differ by {_largest(inside - original):.2g}); keep "
+            f"after training, base() is not the base policy ({what} differ by {_largest(inside - original):.2g}); keep "
             "a frozen copy, or switch the adapters off",
         )
         expect(torch.equal(nested, inside), "base() inside base() is not the base policy")
         changed = [name for name, p in trainable(policy).items() if not torch.equal(p, perturbed[name])]
         expect(not changed, f"base() leaves {len(changed)} weights changed ({changed[:1]}); restore them on exit")
-        expect(_largest(policy.logits(obs, action) - moved) <= 1e-5, "after base(), the policy answers differently")
+        expect(_largest(_computed(policy, obs, action) - moved) <= 1e-5, "after base(), the policy answers differently")
     finally:
         for name, parameter in trainable(policy).items():
             parameter.copy_(before[name])
-    return "the base's logits before and after a change of weights"
+    return f"the base's {what} before and after a change of weights"
 
 
 def _largest(difference: Tensor) -> float:

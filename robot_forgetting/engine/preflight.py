@@ -2,13 +2,13 @@
 evaluation of the base policy first.
 
 Kinds and descriptions of all parts; one reset and one step of the new task's environment, which the evaluation then
-uses; of a method, penalty or policy of the user's own, one loss on a batch of made-up pictures or of two questions.
-``collect`` is not tried: on a robot it takes minutes.
+uses; of a method, penalty or policy of the user's own, one loss at the observation after that reset, or at two
+questions. ``collect`` is not tried: on a robot it takes minutes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -31,7 +31,8 @@ from robot_forgetting.errors import UserError, is_plugin
 from robot_forgetting.method import Batch, Method, Optimiser, Penalty
 from robot_forgetting.one_step import OneStepTask
 from robot_forgetting.policy import Policy
-from robot_forgetting.task import Task, VectorEnv
+from robot_forgetting.rollout import columns
+from robot_forgetting.task import Task, Transition, VectorEnv
 
 ROWS = 2
 TRIED_SEED = 300_000  # and the next ones, of the training split: neither trained on by default nor tested
@@ -56,12 +57,12 @@ def try_parts(policy: Policy, task: Task, method: Method, penalty: Penalty | Non
     if task.one_step:
         if is_plugin(type(task)):
             try_questions(task)
-        if is_own(method, penalty) and policy.runs == 1 and type(policy).encode is not Policy.encode:
+        if is_own(method, penalty) and policy.runs == 1 and policy.can("encode"):
             try_hooks(policy, answered_questions(policy, task), method, penalty)
     else:
-        try_environment(task, num_envs)
-        if is_own(policy, method, penalty) and policy.runs == 1 and task.convention().image_size:
-            try_hooks(policy, decided_pictures(policy, task), method, penalty)
+        row = try_environment(task, num_envs)
+        if is_own(policy, method, penalty) and policy.runs == 1:
+            try_hooks(policy, decided(policy, task, row), method, penalty)
 
 
 def is_own(*things: object) -> bool:
@@ -84,16 +85,18 @@ def check_method(method: Method) -> None:
 # ---- tasks
 
 
-def try_environment(task: Task, num_envs: int) -> None:
-    """One reset and one step; a crash of ``TRIES`` initial states in a row is the task's fault."""
+def try_environment(task: Task, num_envs: int) -> dict:
+    """One reset, whose observation it returns, and one step; a crash of ``TRIES`` initial states in a row is the task's
+    fault."""
     seeds, crashes = task.seeds("train"), []
     with task.make_env(num_envs) as env:
         group, slot = next((group, members[0]) for group, members in enumerate(env.groups) if len(members))
         for attempt in range(TRIES):
             seed = seeds[(TRIED_SEED + attempt) % len(seeds)]
-            error = _ask(env, task, group, {slot: seed}, {}) or _ask(env, task, group, {}, {slot: still(task)})
+            begun = _ask(env, task, group, {slot: seed}, {})
+            error = begun.error or _ask(env, task, group, {}, {slot: still(task)}).error
             if error is None:
-                return
+                return begun.observation
             crashes.append(f"seed {seed}: {error}")
     raise UserError(f"task '{task.name}': the environment crashes at every start ({crashes[0]}); correct it first")
 
@@ -105,14 +108,14 @@ def still(task: Task) -> np.ndarray:
     return command
 
 
-def _ask(env: VectorEnv, task: Task, group: int, resets: dict, commands: dict) -> str | None:
-    """One request and its answer; how the environment crashed, or None."""
+def _ask(env: VectorEnv, task: Task, group: int, resets: dict, commands: dict) -> Transition:
+    """One request and its answer."""
     env.request(group, resets, commands)
     _, (transition,) = env.wait()
     checked_transition(env, transition)
     if transition.error is None and task.convention().image_size:
         checked_pictures(task, env, transition.observation)
-    return transition.error
+    return transition
 
 
 def try_questions(task: OneStepTask) -> None:
@@ -127,15 +130,6 @@ def try_questions(task: OneStepTask) -> None:
 # ---- policies, methods, penalties
 
 
-def made_up_pictures(size: int, instructions: Sequence[str], count: int) -> dict:
-    """Pictures of random blocks, instructions in turn."""
-    blocks = np.random.default_rng(0).integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
-    repeats = -(-size // 8)
-    images = blocks.repeat(repeats, axis=1).repeat(repeats, axis=2)[:, :size, :size]
-    told = [instructions[index % len(instructions)] for index in range(count)]
-    return {"image": np.ascontiguousarray(images), "instruction": told}
-
-
 def answered_questions(policy: Policy, task: OneStepTask) -> Batch:
     """``ROWS`` training items with an answer that is not sampled, which takes a large language model minutes."""
     seeds = task.seeds("train").start + np.arange(min(ROWS, task.size("train")))
@@ -143,10 +137,10 @@ def answered_questions(policy: Policy, task: OneStepTask) -> Batch:
     return Batch(task.observations(seeds), action, torch.ones(len(seeds)), extra={})
 
 
-def decided_pictures(policy: Policy, task: Task) -> Batch:
-    """One decision for each of ``ROWS`` pictures."""
-    obs = made_up_pictures(task.convention().image_size, task.sentences, ROWS)
-    noise = torch.rand(ROWS, 16, generator=torch.Generator().manual_seed(0))
+def decided(policy: Policy, task: Task, row: dict) -> Batch:
+    """``ROWS`` decisions at one observation."""
+    obs = columns([row] * ROWS)
+    noise = torch.rand(ROWS, policy.noise_width, generator=torch.Generator().manual_seed(0))
     with torch.random.fork_rng(devices=[policy.device] if policy.device.type == "cuda" else []):
         policy.eval()
         action = checked_action(policy, policy.act(obs, temperature=1.0, noise=noise), ROWS).to("cpu")
@@ -181,6 +175,8 @@ def _attempted(source: object, compute: Callable[[], object]) -> object:
     """
     try:
         return compute()
+    except UserError:  # the policy lacks what the loss calls
+        raise
     except (NameError, ImportError, AttributeError) as error:
         missing = isinstance(error, AttributeError) and (error.obj is None or error.obj is source)
         if missing:
