@@ -41,6 +41,8 @@ class SFT(Method):
     label_sigma: see ``smoothed_nll``; above 0 it speeds early training up and breaks sampling (docs/action_tokens.md)
     """
 
+    calls = ("encode", "log_prob")
+
     def __init__(
         self,
         *,
@@ -56,7 +58,8 @@ class SFT(Method):
         self.iterations, self.steps, self.batch_size = iterations, steps_per_iteration, batch_size
         self.demonstrations, self.optimiser = demonstrations, optimiser
         self.label_sigma, self.labels, self.seed = label_sigma, labels, seed
-        self.calls = ("encode", "logits" if label_sigma else "log_prob")
+        if label_sigma:
+            self.calls = ("encode", "logits")
         self._data: Batch | LabelledItems | None = None
 
     def begin(self, policy: Policy, task, past: Sequence) -> None:
