@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -29,6 +29,14 @@ def check_finite(tensors: Mapping[str, Tensor], what: str, fix: str) -> None:
     if not are_finite(tensors.values()):
         name = next(name for name, tensor in tensors.items() if not are_finite([tensor]))
         raise Diverged(f"{what} holds numbers that are none (nan or inf in {name}); {fix}")
+
+
+def misfits(expected: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[int]]) -> list[str]:
+    """What is missing, unexpected or misshapen among tensors that were read, a line each; name -> shape."""
+    problems = [f"missing {name}" for name in expected if name not in found]
+    problems += [f"unexpected {name}" for name in found if name not in expected]
+    both = [(name, list(found[name]), list(shape)) for name, shape in expected.items() if name in found]
+    return problems + [f"{name} has shape {one} instead of {other}" for name, one, other in both if one != other]
 
 
 def check_weights(policy: Policy) -> None:

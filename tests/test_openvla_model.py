@@ -21,7 +21,7 @@ PAD = 300 + 256
 
 def small_config(**changes) -> OpenVLAConfig:
     fields = dict(
-        dino=dinov2_tower(24, 3, 2, 8, 16, layer_scale=0.5),
+        dino=dinov2_tower(24, 3, 2, 8, 16, 96, layer_scale=0.5),
         siglip=siglip_tower(16, 2, 2, 8, 16, 40),
         hidden_size=32,
         num_layers=2,

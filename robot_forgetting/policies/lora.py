@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from robot_forgetting.errors import UserError
-from robot_forgetting.finite import check_finite
+from robot_forgetting.finite import check_finite, misfits
 from robot_forgetting.machine.files import disk, follow_umask, read_json
 from robot_forgetting.ranges import Range
 
@@ -157,14 +157,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
         for name, parameter in model.named_parameters()
         if f".{ADAPTER}." in name
     }
-    problems = [f"missing {name}" for name in expected if name not in tensors]
-    problems += [f"unexpected {name}" for name in tensors if name not in expected]
-    problems += [
-        f"{name} has shape {list(tensors[name].shape)} instead of {list(parameter.shape)}"
-        for name, parameter in expected.items()
-        if name in tensors and tensors[name].shape != parameter.shape
-    ]
-    if problems:
+    if problems := misfits(*({name: one.shape for name, one in some.items()} for some in (expected, tensors))):
         raise UserError(f"the adapter in {folder} does not fit this policy: {'; '.join(problems)}")
     check_finite(tensors, f"the adapter in {folder}", "save the adapter again")
     with torch.no_grad():

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from robot_forgetting.errors import UserError
+from robot_forgetting.finite import misfits
 from robot_forgetting.machine.files import disk
 from robot_forgetting.machine.progress import say
 
@@ -118,12 +119,10 @@ def _check_complete(read: dict, checkpoint: str) -> None:
 
     read: its loading info; weights that are tied to others, and buffers that old versions saved, are not in it
     """
-    problems = [f"missing {name}" for name in sorted(read["missing_keys"])]
-    problems += [f"unexpected {name}" for name in sorted(read["unexpected_keys"])]
-    problems += [
-        f"{name} has shape {list(found)} instead of {list(expected)}"
-        for name, found, expected in sorted(read["mismatched_keys"])
-    ]
+    wrong = sorted(read["mismatched_keys"])  # name, shape found, shape expected
+    expected = dict.fromkeys(sorted(read["missing_keys"]), ()) | {name: shape for name, _, shape in wrong}
+    found = dict.fromkeys(sorted(read["unexpected_keys"]), ()) | {name: shape for name, shape, _ in wrong}
+    problems = misfits(expected, found)
     problems += [" ".join(str(text).split()) for text in read.get("error_msgs") or ()]
     if problems:
         shown = "; ".join(problems[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")

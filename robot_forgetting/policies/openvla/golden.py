@@ -67,7 +67,7 @@ def golden_config(values: dict) -> OpenVLAConfig:
         return OpenVLAConfig(
             dino=dinov2_tower(
                 dino["embed_dim"], dino["depth"], dino["num_heads"], dino["patch"], dino["img"],
-                registers=dino["reg"], mlp_hidden=int(dino["embed_dim"] * dino["mlp"]),
+                int(dino["embed_dim"] * dino["mlp"]), registers=dino["reg"],
             ),
             siglip=siglip_tower(
                 siglip["embed_dim"], siglip["depth"], siglip["num_heads"], siglip["patch"], siglip["img"],

@@ -17,34 +17,14 @@ SPACE_ID = 29871  # Llama's lone "▁", which OpenVLA was trained to see between
 SPECIAL_TOKENS = ["<unk>", "<s>", "</s>"]
 
 _VERBS = (
-    "pick up",
-    "push",
-    "pull",
-    "lift",
-    "grasp",
-    "move",
-    "place",
-    "put",
-    "stack",
-    "turn",
-    "open",
-    "close",
-    "pour",
-    "insert",
-)
+    "pick up", "push", "pull", "lift", "grasp", "move", "place",
+    "put", "stack", "turn", "open", "close", "pour", "insert",
+)  # fmt: skip
 _COLOURS = ("red", "green", "blue", "yellow", "orange", "purple", "white", "black")
 _OBJECTS = ("cube", "block", "sphere", "ball", "bin", "bowl", "plate", "cup", "spoon", "carrot", "drawer", "can", "peg")
 _PLACES = (
-    "on top of",
-    "into",
-    "onto",
-    "next to",
-    "in front of",
-    "to the left of",
-    "to the right of",
-    "towards",
-    "from",
-)
+    "on top of", "into", "onto", "next to", "in front of", "to the left of", "to the right of", "towards", "from",
+)  # fmt: skip
 
 # The prompt's fixed words; a noun phrase; the words up to the next noun phrase.
 _PHRASES = (

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -47,23 +48,11 @@ class TowerConfig:
         return int(self.class_token) + self.registers
 
 
-def dinov2_tower(
-    embed_dim: int, depth: int, num_heads: int, patch_size: int, image_size: int, **changes
-) -> TowerConfig:
-    """DINOv2 with class token, four registers and LayerScale; the MLP is four times as wide."""
-    fields = dict(mlp_hidden=4 * embed_dim, class_token=True, registers=4, layer_scale=1e-5)
-    return TowerConfig(embed_dim, depth, num_heads, patch_size, image_size, **(fields | changes))
+# DINOv2 with class token, four registers and LayerScale; SigLIP with an attention-pooling head in the checkpoint.
+dinov2_tower = partial(TowerConfig, class_token=True, registers=4, layer_scale=1e-5)
+siglip_tower = partial(TowerConfig, attention_pool=True)
 
-
-def siglip_tower(
-    embed_dim: int, depth: int, num_heads: int, patch_size: int, image_size: int, mlp_hidden: int, **changes
-) -> TowerConfig:
-    """SigLIP: patches only, with an attention-pooling head in the checkpoint."""
-    fields = dict(mlp_hidden=mlp_hidden, attention_pool=True)
-    return TowerConfig(embed_dim, depth, num_heads, patch_size, image_size, **(fields | changes))
-
-
-DINOV2_LARGE = dinov2_tower(1024, 24, 16, 14, 224)
+DINOV2_LARGE = dinov2_tower(1024, 24, 16, 14, 224, 4096)
 SIGLIP_SO400M = siglip_tower(1152, 27, 16, 14, 224, 4304)
 
 
@@ -200,9 +189,7 @@ class VisionTower(nn.Module):
         nn.init.zeros_(patch.bias)
         for token in self._prefix():
             nn.init.trunc_normal_(token, std=0.02)
-        with torch.no_grad():
-            grid = self.config.image_size // self.config.patch_size
-            self.pos_embed[0] = 0.5 * grid_waves(grid, self.config.embed_dim)
+        start_places(self)
 
 
 class ConvolutionTower(nn.Module):
@@ -237,9 +224,7 @@ class ConvolutionTower(nn.Module):
 
     def initialise(self) -> None:
         """PyTorch's own initialisation of the layers; places as in the transformer."""
-        with torch.no_grad():
-            grid = self.config.image_size // self.config.patch_size
-            self.pos_embed[0] = 0.5 * grid_waves(grid, self.config.embed_dim)
+        start_places(self)
 
 
 def tower(config: TowerConfig) -> nn.Module:
@@ -247,14 +232,15 @@ def tower(config: TowerConfig) -> nn.Module:
     return ConvolutionTower(config) if config.channels else VisionTower(config)
 
 
-def grid_waves(grid: int, dim: int) -> Tensor:
-    """Sines and cosines of row and column, [grid * grid, dim]: a start from which places are told apart at once."""
+@torch.no_grad()
+def start_places(tower: nn.Module) -> None:
+    """Position embeddings of sines and cosines of row and column: a start from which places are told apart at once."""
+    grid, dim = tower.config.image_size // tower.config.patch_size, tower.config.embed_dim
     rows_and_columns = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
     y, x = (place.flatten().float().unsqueeze(1) for place in rows_and_columns)
-    quarter = -(-dim // 4)
-    frequency = torch.pi / 2 / grid * torch.arange(1, quarter + 1)
+    frequency = torch.pi / 2 / grid * torch.arange(1, -(-dim // 4) + 1)
     waves = torch.cat([f(c * frequency) for c in (x, y) for f in (torch.sin, torch.cos)], dim=1)
-    return waves[:, :dim]
+    tower.pos_embed[0] = 0.5 * waves[:, :dim]
 
 
 class VisionBackbone(nn.Module):

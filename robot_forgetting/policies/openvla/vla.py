@@ -252,9 +252,8 @@ def new_nano(
     vocabulary = text_tokens + bins
     dino_mlp, siglip_mlp = int(dino_dim * mlp_ratio), int(siglip_dim * mlp_ratio)
     config = OpenVLAConfig(
-        dino=dinov2_tower(dino_dim, dino_depth, vision_heads, patch_size, image_size,
-                          registers=registers, mlp_hidden=dino_mlp, layer_scale=1.0,
-                          channels=tuple(dino_channels or ())),
+        dino=dinov2_tower(dino_dim, dino_depth, vision_heads, patch_size, image_size, dino_mlp,
+                          registers=registers, layer_scale=1.0, channels=tuple(dino_channels or ())),
         siglip=siglip_tower(siglip_dim, siglip_depth, vision_heads, patch_size, image_size, siglip_mlp,
                             attention_pool=False),
         hidden_size=hidden_size,

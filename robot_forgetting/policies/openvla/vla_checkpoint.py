@@ -14,18 +14,20 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import nn
 
 from robot_forgetting.errors import UserError
+from robot_forgetting.finite import misfits
 from robot_forgetting.machine.files import disk, follow_umask, read_json, write_atomic, write_json
 from robot_forgetting.policies.memory import free_bytes
 from robot_forgetting.policies.openvla.processor import RESIZE_STRATEGIES
 from robot_forgetting.policies.openvla.prompt_tokenizer import load_tokenizer
 from robot_forgetting.policies.openvla.vision import DINOV2_LARGE, SIGLIP_SO400M, TowerConfig
-from robot_forgetting.policies.openvla.vla_model import OpenVLAConfig, OpenVLAModel
+from robot_forgetting.policies.openvla.vla_model import LLAMA, OpenVLAConfig, OpenVLAModel
 
 TIMM_TOWERS = {
     "vit_large_patch14_reg4_dinov2.lvd142m": DINOV2_LARGE,
@@ -162,20 +164,14 @@ def read_config(folder: Path) -> OpenVLAConfig:
             raise UserError(
                 f"{folder}/config.json: grouped key-value heads are not supported; use a Llama-2 checkpoint"
             )
+        named = {"vocab_size": text["vocab_size"], "pad_token_id": values["pad_token_id"]}  # both must be there
+        sizes = {ours: (text | named).get(name, getattr(standard, ours)) for name, ours in LLAMA.items()}
         config = OpenVLAConfig(
+            **sizes,
             dino=dino,
             siglip=siglip,
-            hidden_size=text.get("hidden_size", standard.hidden_size),
-            num_layers=text.get("num_hidden_layers", standard.num_layers),
-            num_heads=text.get("num_attention_heads", standard.num_heads),
-            intermediate_size=text.get("intermediate_size", standard.intermediate_size),
-            vocab_size=text["vocab_size"],
             pad_to_multiple_of=values["pad_to_multiple_of"],
-            bos_token_id=text.get("bos_token_id", standard.bos_token_id),
-            pad_token_id=values["pad_token_id"],
-            rms_norm_eps=text.get("rms_norm_eps", standard.rms_norm_eps),
             rope_theta=rope,
-            max_positions=text.get("max_position_embeddings", standard.max_positions),
             action_bins=values["n_action_bins"],
             image_resize_strategy=values["image_resize_strategy"],
             means=tuple(map(tuple, pictures["means"])),
@@ -230,14 +226,7 @@ def compare_tensors(folder: Path, expected: dict[str, tuple], shards: list[Path]
     for shard in shards:
         with _opened(shard) as file:
             found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    problems = [f"missing {name}" for name in expected if name not in found]
-    problems += [f"unexpected {name}" for name in found if name not in expected]
-    problems += [
-        f"{name} has shape {list(found[name])} instead of {list(shape)}"
-        for name, shape in expected.items()
-        if name in found and found[name] != shape
-    ]
-    if problems:
+    if problems := misfits(expected, found):
         raise UserError(f"the weights in {folder} do not fit its config.json: {'; '.join(problems)}")
 
 
@@ -295,22 +284,11 @@ def save(
     with disk(folder):
         folder.mkdir(parents=True, exist_ok=True)
     state = model.state_dict()
-    groups: list[list[str]] = [[]]
-    size = 0
-    for name, tensor in state.items():
-        bytes_here = tensor.numel() * (dtype or tensor.dtype).itemsize
-        if groups[-1] and size + bytes_here > max_shard_bytes:
-            groups.append([])
-            size = 0
-        groups[-1].append(name)
-        size += bytes_here
-    names = [SINGLE] if len(groups) == 1 else [
-        f"model-{index:05d}-of-{len(groups):05d}.safetensors" for index in range(1, len(groups) + 1)
-    ]  # fmt: skip
-    stale = {SINGLE, INDEX, *(path.name for path in folder.glob("model-*-of-*.safetensors"))} - set(names)
-    for name, group in zip(names, groups, strict=True):
+    sizes = {name: torch.empty_like(tensor, dtype=dtype, device="meta") for name, tensor in state.items()}
+    shards = split_torch_state_dict_into_shards(sizes, max_shard_size=max_shard_bytes)
+    for name, keys in shards.filename_to_tensors.items():
         part = folder / f".{name}.part"
-        tensors = {key: state[key].detach().to("cpu", dtype).contiguous() for key in group}
+        tensors = {key: state[key].detach().to("cpu", dtype).contiguous() for key in keys}
         try:
             with disk(folder / name):
                 save_file(tensors, part, metadata={"format": "pt"})
@@ -320,12 +298,11 @@ def save(
             raise UserError(f"{folder / name} cannot be written ({error}); is the disk full?") from error
         finally:
             part.unlink(missing_ok=True)
-    for name in stale - ({INDEX} if len(groups) > 1 else set()):
-        (folder / name).unlink(missing_ok=True)
-    if len(groups) > 1:
-        total = sum(state[name].numel() * (dtype or state[name].dtype).itemsize for name in state)
-        weight_map = {key: name for name, group in zip(names, groups, strict=True) for key in group}
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    for path in [folder / SINGLE, folder / INDEX, *folder.glob("model-*-of-*.safetensors")]:  # of another save
+        if path.name not in shards.filename_to_tensors:
+            path.unlink(missing_ok=True)
+    if shards.is_sharded:
+        write_json(folder / INDEX, {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename})
     config = model.config
     write_json(folder / "config.json", _config_values(config, dtype or next(model.parameters()).dtype))
     pictures = {
@@ -369,16 +346,8 @@ def _config_values(config: OpenVLAConfig, dtype: torch.dtype) -> dict:
         "norm_stats": config.norm_stats,
         "text_config": {
             "model_type": "llama",
-            "hidden_size": config.hidden_size,
-            "num_hidden_layers": config.num_layers,
-            "num_attention_heads": config.num_heads,
-            "intermediate_size": config.intermediate_size,
-            "vocab_size": config.vocab_size,
-            "bos_token_id": config.bos_token_id,
-            "pad_token_id": config.pad_token_id,
-            "rms_norm_eps": config.rms_norm_eps,
+            **{theirs: getattr(config, ours) for theirs, ours in LLAMA.items()},
             "rope_theta": config.rope_theta,
-            "max_position_embeddings": config.max_positions,
             "torch_dtype": name,
         },
     }

@@ -22,6 +22,20 @@ from robot_forgetting.policies.openvla.vision import DINOV2_LARGE, SIGLIP_SO400M
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
+# What transformers calls the language model's dimensions, and what they are called here.
+LLAMA = {
+    "hidden_size": "hidden_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "intermediate_size": "intermediate_size",
+    "vocab_size": "vocab_size",
+    "bos_token_id": "bos_token_id",
+    "pad_token_id": "pad_token_id",
+    "rms_norm_eps": "rms_norm_eps",
+    "max_position_embeddings": "max_positions",
+}
+
+
 @dataclass(frozen=True)
 class OpenVLAConfig:
     """Dimensions and conventions of an OpenVLA; the defaults are those of OpenVLA-7B.
@@ -70,18 +84,8 @@ class OpenVLAConfig:
         return self.hidden_size // self.num_heads
 
     def llama(self) -> LlamaConfig:
-        return LlamaConfig(
-            hidden_size=self.hidden_size,
-            num_hidden_layers=self.num_layers,
-            num_attention_heads=self.num_heads,
-            intermediate_size=self.intermediate_size,
-            vocab_size=self.vocab_size,
-            rms_norm_eps=self.rms_norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": self.rope_theta},
-            max_position_embeddings=self.max_positions,
-            bos_token_id=self.bos_token_id,
-            pad_token_id=self.pad_token_id,
-        )
+        rope = {"rope_type": "default", "rope_theta": self.rope_theta}
+        return LlamaConfig(**{name: getattr(self, ours) for name, ours in LLAMA.items()}, rope_parameters=rope)
 
 
 def smooth_rows(count: int, width: int, scale: float) -> Tensor:
@@ -204,11 +208,8 @@ class OpenVLAModel(nn.Module):
         mask = self._mask(attention_mask, prompt_length)
         shape = (self.config.num_layers, 2, count, self.config.num_heads, length, self.config.head_dim)
         cache = hidden.new_empty(shape, dtype=self.products)
-        if mask is None:
-            position = torch.arange(length, device=hidden.device)
-        else:
-            mask = F.pad(mask, (0, count_tokens - 1), value=True)
-            position = self._positions(mask)
+        mask = None if mask is None else F.pad(mask, (0, count_tokens - 1), value=True)
+        position = torch.arange(length, device=hidden.device) if mask is None else self._positions(mask)
         rotary = self._rotary(position, self.products or hidden.dtype)
         # Half-precision weights that a norm's scale is folded into would round otherwise than ``action_logits``.
         fused = width <= WIDEST_FUSED and (self.products or hidden.dtype) == torch.float32
@@ -248,15 +249,17 @@ class OpenVLAModel(nn.Module):
 
     def _plain_decode(self, hidden: Tensor, mask: Tensor | None, rotary: tuple, cache: Tensor):
         """The same as ``_fused_decode`` through the submodules themselves, without a copy of any weight."""
-        cos, sin = rotary
+
+        def places(start: int, end: int) -> tuple:
+            return tuple(part[..., start:end, :] for part in rotary)
+
         length = hidden.shape[1]
         prefill_mask = None if mask is None else self._causal(mask[:, :length])
-        state = self._layers(hidden, cos[..., :length, :], sin[..., :length, :], prefill_mask, cache, 0, last_only=True)
+        state = self._layers(hidden, places(0, length), prefill_mask, cache, 0, last_only=True)
 
         def step(embedding: Tensor, at: int) -> Tensor:
-            here = slice(at, at + 1)
             seen = None if mask is None else mask[:, None, None, : at + 1]
-            return self._layers(embedding.unsqueeze(1), cos[..., here, :], sin[..., here, :], seen, cache, at)[:, -1]
+            return self._layers(embedding.unsqueeze(1), places(at, at + 1), seen, cache, at)[:, -1]
 
         return state[:, -1], step
 
@@ -264,52 +267,34 @@ class OpenVLAModel(nn.Module):
 
     def _run(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
         """The whole sequence at once, causal."""
-        if mask is None:
-            position = torch.arange(hidden.shape[1], device=hidden.device)
-        else:
-            position = self._positions(mask)
-        cos, sin = self._rotary(position, self.products or hidden.dtype)
-        return self._layers(hidden, cos, sin, None if mask is None else self._causal(mask), None, 0)
+        position = torch.arange(hidden.shape[1], device=hidden.device) if mask is None else self._positions(mask)
+        rotary = self._rotary(position, self.products or hidden.dtype)
+        return self._layers(hidden, rotary, None if mask is None else self._causal(mask), None, 0)
 
     def _layers(
-        self,
-        hidden: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        mask: Tensor | None,
-        cache: Tensor | None,
-        start: int,
-        last_only: bool = False,
+        self, hidden: Tensor, rotary: tuple, mask: Tensor | None, cache: Tensor | None, start: int, last_only=False
     ) -> Tensor:
         """Decoder layers and final norm. ``last_only`` skips what only earlier positions of the last layer need."""
         model = self.language_model.model
         final = len(model.layers) - 1
         for index, layer in enumerate(model.layers):
-            arguments = (layer, hidden, cos, sin, mask, None if cache is None else cache[index], start)
+            arguments = (layer, hidden, rotary, mask, None if cache is None else cache[index], start)
             if self._recompute:
                 hidden = checkpoint(self._layer, *arguments, use_reentrant=False)
             else:
-                hidden = self._layer(*arguments, last_only=last_only and index == final)
+                hidden = self._layer(*arguments, last=last_only and index == final)
         return self._norm(model.norm, hidden)
 
     def _layer(
-        self,
-        layer: nn.Module,
-        hidden: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        mask: Tensor | None,
-        cache: Tensor | None,
-        start: int,
-        last_only: bool = False,
+        self, layer, hidden: Tensor, rotary: tuple, mask: Tensor | None, cache: Tensor | None, start: int, last=False
     ) -> Tensor:
         attention, mlp = layer.self_attn, layer.mlp
         count, length, _ = hidden.shape
         heads, head_dim = self.config.num_heads, self.config.head_dim
         shape = (count, length, heads, head_dim)
         x = self._norm(layer.input_layernorm, hidden)
-        query = _rotate(attention.q_proj(x).view(shape).transpose(1, 2), cos, sin)
-        key = _rotate(attention.k_proj(x).view(shape).transpose(1, 2), cos, sin)
+        query = _rotate(attention.q_proj(x).view(shape).transpose(1, 2), *rotary)
+        key = _rotate(attention.k_proj(x).view(shape).transpose(1, 2), *rotary)
         value = attention.v_proj(x).view(shape).transpose(1, 2)
         if cache is not None:
             end = start + length
@@ -318,7 +303,7 @@ class OpenVLAModel(nn.Module):
             if start:
                 key, value = cache[0, :, :, :end], cache[1, :, :, :end]
         causal = mask is None and length > 1
-        if last_only:
+        if last:
             query, hidden, causal, length = query[:, :, -1:], hidden[:, -1:], False, 1
             mask = None if mask is None else mask[:, :, -1:]
         x = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
