@@ -70,7 +70,8 @@ class SimulationSpec:
     rotation: str | None = None
     gripper: str | None = None
 
-    def __post_init__(self):
+    def check(self) -> None:
+        """``UserError`` for a value outside its range, and unless the camera is wholly described."""
         check_fields(self)
         given = self.camera.keys() - {"sensor"}
         if given not in ({"eye", "target", "fov"}, {"size", "intrinsic"}, set()):

@@ -64,8 +64,9 @@ class ManiSkillTask(Task):
         self.robot = find_robot(robot)
         options |= {"robot": robot, "camera": dict(camera or self.robot.camera), "env_arguments": arguments}
         options["modules"] = tuple(dict.fromkeys([*modules, *expert_module]))
+        self.spec = SimulationSpec(env_id, instruction, **options)
         try:
-            self.spec = SimulationSpec(env_id, instruction, **options)
+            self.spec.check()
         except UserError as error:
             raise UserError(f"task '{name}': {error}") from None
         self.name, self.instruction, self.max_steps, self.spawn = name, instruction, self.spec.max_steps, spawn
