@@ -8,7 +8,7 @@ import pytest
 # As the command line sets it: some tests fork, and a forked child hangs where its parent's OpenMP has threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from robot_forgetting.cli.command_line import register_resolvers  # noqa: E402
+from robot_forgetting.api.composing import register_resolvers  # noqa: E402
 
 register_resolvers()  # for tests that compose a configuration without the command line
 
@@ -29,7 +29,7 @@ def nothing_built(monkeypatch):
     def build(*_):
         raise AssertionError("something was built")
 
-    monkeypatch.setattr("robot_forgetting.cli.arguments.Arguments._build", build)
+    monkeypatch.setattr("robot_forgetting.api.arguments.Arguments._build", build)
 
 
 @pytest.fixture

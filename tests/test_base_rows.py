@@ -14,11 +14,11 @@ import torch
 from toy import ToyPolicy, ToyTask
 from toy_runs import BUDGET, run, sources, summary
 
-from robot_forgetting.cli.commands import evaluate_command
 from robot_forgetting.conformance import toy_task as toy
 from robot_forgetting.engine import code_digest, episode_rows
 from robot_forgetting.engine.code_digest import code_of
 from robot_forgetting.engine.episode_rows import evaluate_into, fingerprint
+from robot_forgetting.engine.one_task import evaluate_command
 from robot_forgetting.errors import UserError
 from robot_forgetting.policies.mlp import MLPPolicy
 from robot_forgetting.policies.openvla.vla import OpenVLAPolicy

@@ -15,9 +15,9 @@ import yaml
 from command_line import complaint
 from omegaconf import OmegaConf
 
+from robot_forgetting.api.arguments import OWN
+from robot_forgetting.api.config_checks import check_node
 from robot_forgetting.cli import command_line as cli
-from robot_forgetting.cli.arguments import OWN
-from robot_forgetting.cli.config_checks import check_node
 from robot_forgetting.ranges import problem
 from robot_forgetting.records.run_folder import RunFolder
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from command_line import complaint
 
+from robot_forgetting.api.arguments import Arguments, _declared
 from robot_forgetting.cli import command_line as cli
-from robot_forgetting.cli.arguments import Arguments, _declared
 from robot_forgetting.policies.mlp import MLPPolicy
 from robot_forgetting.policy import ConventionSpec
 
@@ -43,7 +43,7 @@ pytestmark = pytest.mark.usefixtures("nothing_built")
         (["--multirun", "seed=range(3,3)"], "'seed=range(3,3)' lists nothing to sweep over"),
         (["--config-dir", ".", SEARCH], "'hydra.searchpath' is given twice"),
         (["~nosuch"], "'nosuch' does not exist"),
-        (["seed=${foo}"], "there is no ${foo}"),
+        (["seed=${foo}"], "seed refers to ${foo}, which there is not"),
         (["prior=[1]"], "prior[0]=1 is not a text"),
         (["sweep=7"], """sweep=7 is not a text; as a text it is written '"7"'"""),
         (["prior=[[a]]"], "prior[0]=['a'] is not a text"),

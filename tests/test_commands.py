@@ -8,7 +8,7 @@ import pytest
 from toy import ToyPolicy, ToyTask
 from toy_runs import BUDGET, run, summary
 
-from robot_forgetting.cli.commands import evaluate_command, record_command
+from robot_forgetting.engine.one_task import evaluate_command, record_command
 from robot_forgetting.errors import UserError
 from robot_forgetting.records.run_folder import RunFolder
 

@@ -14,7 +14,7 @@ from toy import ToyPolicy
 from toy_runs import run
 
 from robot_forgetting import configs
-from robot_forgetting.cli.config_checks import check_root
+from robot_forgetting.api.config_checks import check_root
 from robot_forgetting.errors import UserError
 from robot_forgetting.measure import TEXT, WEIGHTS
 from robot_forgetting.measures.drift_by_layer import held_out_texts, measure_layers

@@ -13,8 +13,8 @@ from toy import ToyPolicy, ToyTask
 from toy_runs import BUDGET, run, same, summary
 
 from robot_forgetting.cli import command_line as cli
-from robot_forgetting.cli.commands import evaluate_command
 from robot_forgetting.engine import experiment
+from robot_forgetting.engine.one_task import evaluate_command
 from robot_forgetting.engine.run_policy import check_settings
 from robot_forgetting.errors import UserError
 from robot_forgetting.machine.files import read_json, write_json

@@ -15,10 +15,10 @@ import pytest
 from command_line import complaint
 from omegaconf import OmegaConf
 
+from robot_forgetting.api.config_checks import check_node, check_root, signature
+from robot_forgetting.api.settings import Settings
 from robot_forgetting.cli import command_line as cli
-from robot_forgetting.cli.config_checks import check_node, check_root, signature
 from robot_forgetting.cli.keys import keys_of
-from robot_forgetting.cli.settings import Settings
 from robot_forgetting.errors import UserError
 from robot_forgetting.machine.user_modules import load_object
 from robot_forgetting.method import Optimiser

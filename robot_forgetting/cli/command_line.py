@@ -1,28 +1,26 @@
 """The command line: `robot-forgetting VERB [key=value ...] [--multirun]`.
 
-Reads the arguments and lets hydra compose the configuration; `cli_arguments` builds policy, task, method and penalty
-from their `_target_` and hands plain objects to plain functions; `cli_errors` makes one line on stderr of whatever goes
-wrong (exit code 2 for bad input, 1 for a bug; `debug=true` adds the traceback). Nothing else knows hydra. torch is
-imported only when a verb needs it.
+Reads the arguments; ``api.arguments`` composes the configuration and hands plain objects to plain functions, as the
+Python API does; ``complaints`` makes one line on stderr of whatever goes wrong (exit code 2 for bad input, 1 for a bug;
+`debug=true` adds the traceback). torch is imported only when a verb needs it.
 """
 
 from __future__ import annotations
 
 import importlib
 import itertools
-import multiprocessing
 import os
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from robot_forgetting import __version__
-from robot_forgetting.cli.arguments import CHECKPOINT_VERBS, Arguments
+from robot_forgetting.api.arguments import Arguments
+from robot_forgetting.api.composing import CONFIGS, GROUPS, entries, key_of, readable, register_resolvers, replacing
+from robot_forgetting.api.scripts import check_script
+from robot_forgetting.api.settings import Settings
 from robot_forgetting.cli.complaints import complain
-from robot_forgetting.cli.config_checks import GROUPS, by_kind, entries, key_of, replacing
 from robot_forgetting.cli.help import HELP, help_text, verb_help
-from robot_forgetting.cli.settings import Settings
 from robot_forgetting.errors import UserError, unknown
 from robot_forgetting.machine import children
 from robot_forgetting.machine.user_modules import search
@@ -30,8 +28,8 @@ from robot_forgetting.machine.user_modules import search
 # Verb: (function, what it does). The function's parameter names say what it is given (see ``Arguments``).
 VERBS = {
     "run": ("robot_forgetting.engine.experiment:run", "fine-tune the policy on a new task, measure before and after"),
-    "evaluate": ("robot_forgetting.cli.commands:evaluate_command", "success of a policy on a task"),
-    "record": ("robot_forgetting.cli.commands:record_command", "one video per episode, into videos/"),
+    "evaluate": ("robot_forgetting.engine.one_task:evaluate_command", "success of a policy on a task"),
+    "record": ("robot_forgetting.engine.one_task:record_command", "one video per episode, into videos/"),
     "pretrain": ("robot_forgetting.engine.pretrain:pretrain", "train a base policy from scripted demonstrations"),
     "reproduce": (
         "robot_forgetting.studies:reproduce",
@@ -74,7 +72,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "debug=true" in (argument.lower() for argument in arguments)
-    rest: list[str] = []
     try:
         if not arguments or arguments[0] in HELP:
             print(help_text(VERBS))
@@ -83,36 +80,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"robot-forgetting {__version__}")
             return 0
         verb, *rest = arguments
-        _check_script(verb)
+        if verb in BUILDING:
+            check_script("main()")
         if verb not in VERBS:
             raise unknown("verb", verb, VERBS)
         asks = bool(HELP & set(rest))
         if verb in PLAIN:
-            if asks:
-                print(f"{PLAIN[verb]}\n\n{VERBS[verb][1]}")
-                return 0
-            if verb == "doctor" and rest:
-                raise UserError(f"doctor takes no arguments, not '{rest[0]}'")
-            return load(VERBS[verb][0])(*[rest] * (verb != "doctor"))
-        return _hydra_main(verb, *_split(verb, [text for text in rest if text not in HELP]), debug, asks)
+            return _plain(verb, rest, asks)
+        return _configured(verb, *_split(verb, [text for text in rest if text not in HELP]), debug, asks)
     except SystemExit as end:  # hydra's own parser, for example --cfg with an unknown value
         return end.code if isinstance(end.code, int) else 2
     except Exception as error:
-        return complain(error, rest, debug)
+        return complain(error, debug)
 
 
-def _check_script(verb: str) -> None:
-    """Worker processes read the script again that calls ``main``: it must be a file, and must not call it there."""
-    if getattr(multiprocessing.current_process(), "_inheriting", False):
-        raise UserError(
-            "this script calls main() again in each worker process; put the call below `if __name__ == '__main__':`"
-        )
-    script = getattr(sys.modules["__main__"], "__file__", None)
-    if verb in BUILDING and script is not None and not Path(script).exists():
-        raise UserError(
-            f"worker processes read the script again that calls main(), and {Path(script).name} cannot be read twice; "
-            "write it into a file, and the call below `if __name__ == '__main__':`"
-        )
+def _plain(verb: str, rest: list[str], asks: bool) -> int:
+    if asks:
+        print(f"{PLAIN[verb]}\n\n{VERBS[verb][1]}")
+        return 0
+    if verb == "doctor" and rest:
+        raise UserError(f"doctor takes no arguments, not '{rest[0]}'")
+    return load(VERBS[verb][0])(*[rest] * (verb != "doctor"))
 
 
 def _split(verb: str, arguments: list[str]) -> tuple[list[str], list[str], list[str]]:
@@ -141,7 +129,7 @@ def _split(verb: str, arguments: list[str]) -> tuple[list[str], list[str], list[
             raise UserError(_without_value(argument))
         else:
             _check_override(argument, given)
-            overrides += replacing(argument)
+            overrides.append(argument)
     return flags, overrides, positional
 
 
@@ -176,92 +164,74 @@ def _without_value(argument: str) -> str:
     return f"{text} (for example {example})"
 
 
-def _hydra_main(
+def _configured(
     verb: str, flags: list[str], overrides: list[str], positional: list[str], debug: bool, asks: bool
 ) -> int:
-    import hydra
-    from hydra.core.hydra_config import HydraConfig
-
-    register_resolvers()
-    configs = str(Path(importlib.import_module("robot_forgetting.configs").__file__).parent)
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us instead of being printed
+    """A verb that reads the configuration, at every point of a sweep."""
     sweep = bool(SWEEP & set(flags))
     flags = [flag for flag in flags if flag not in SWEEP]
+    if flags:
+        return _shown(verb, flags, overrides)
+    points = _points(overrides) if sweep else [overrides]
+    folders: set[Path] = set()
     codes = []
 
-    def compose(point: list[str], job: Callable[[Arguments], object]) -> None:
-        failed: list[Exception] = []
-
-        def given(config) -> None:
-            try:
-                arguments = Arguments(verb, config, positional, HydraConfig.get())
-                if verb in BUILDING or (verb, *positional) == LIST_KEYS:
-                    search([os.getcwd(), *arguments.sources[1:]])
-                job(arguments)
-            except Exception as error:  # past hydra, which would print lines of its own
-                failed.append(error)
-
-        chosen = [*point, *_policy_of_checkpoint(verb, point)]
-        before, sys.argv = sys.argv, [f"robot-forgetting {verb}", *flags, *chosen]
-        try:
-            hydra.main(version_base="1.3", config_path=configs, config_name="config")(given)()
-        finally:
-            sys.argv = before
-        if failed:
-            raise failed[0]
-
-    def attempt(point: list[str], job: Callable[[Arguments], object], before: str = "") -> int:
-        try:
-            compose(point, job)
-        except Exception as error:
-            named = f"[{' '.join(text for text in point if not text.startswith('hydra.'))}] "
-            return complain(error, point, debug, before + named if sweep else "")
-        return 0
-
-    def function() -> Callable:
-        return load(VERBS[verb][0])
+    def check(arguments: Arguments) -> None:
+        arguments.check(function())
+        folder = arguments.run_folder(function())
+        if folder in folders:
+            raise UserError(f"an earlier point has this one's folder, {folder}; leave run_dir out, give sweep=NAME")
+        if folder is not None:
+            folders.add(folder)
 
     def run(arguments: Arguments) -> None:
         code = arguments.call(function())
         codes.append(code if type(code) is int else 0)
 
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="provider=.*is not available")
-        if asks:
-            return attempt(overrides, lambda given: print(verb_help(verb, VERBS[verb][1], given.keys_read(function()))))
-        points = _points(overrides, configs) if sweep else [overrides]
-        folders: set[Path] = set()
+    def explain(arguments: Arguments) -> None:
+        print(verb_help(verb, VERBS[verb][1], arguments, function()))
 
-        def check(arguments: Arguments) -> None:
-            arguments.check(function())
-            folder = arguments.run_folder(function())
-            if folder in folders:
-                raise UserError(f"an earlier point has this one's folder, {folder}; leave run_dir out, give sweep=NAME")
-            if folder is not None:
-                folders.add(folder)
+    def function() -> Callable:
+        return load(VERBS[verb][0])
 
-        # Every point is checked before the first one runs; after that, one that fails does not end the others.
-        if sweep and not flags:
-            for point in points:
-                if code := attempt(point, check, "nothing was run: "):
-                    return code
-        codes += [attempt(point, run) for point in points]
+    def attempt(point: list[str], job: Callable[[Arguments], None], before: str = "") -> int:
+        try:
+            arguments = Arguments(verb, point, positional)
+            if verb in BUILDING or (verb, *positional) == LIST_KEYS:
+                search([os.getcwd(), *arguments.sources[1:]])
+            job(arguments)
+        except Exception as error:
+            named = f"[{' '.join(text for text in point if not text.startswith('hydra.'))}] "
+            return complain(error, debug, before + named if sweep else "")
+        return 0
+
+    if asks:
+        return attempt(overrides, explain)
+    # Every point is checked before the first one runs; after that, one that fails does not end the others.
+    for point in points if sweep else ():
+        if code := attempt(point, check, "nothing was run: "):
+            return code
+    codes += [attempt(point, run) for point in points]
     return max(codes, default=0)
 
 
-def _policy_of_checkpoint(verb: str, overrides: Sequence[str]) -> list[str]:
-    """`policy=NAME` of checkpoint=RUN where keys of it follow, which hydra must know; else `Arguments` finds it."""
-    given = {key_of(text): text.partition("=")[2] for text in overrides}
-    run = given.get("checkpoint", "null").strip("'\"")
-    keys = any(key.startswith("policy.") for key in given)
-    if verb not in CHECKPOINT_VERBS or not keys or "policy" in given or run == "null" or "," in run:
-        return []
-    from robot_forgetting.engine.run_policy import policy_chosen
+def _shown(verb: str, flags: list[str], overrides: list[str]) -> int:
+    """What hydra itself shows of a configuration: --cfg, --info."""
+    import hydra
 
-    return policy_chosen(run)
+    register_resolvers()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us instead of being printed
+    texts = [text for override in overrides for text in replacing(override)]
+    before, sys.argv = sys.argv, [f"robot-forgetting {verb}", *flags, *texts]
+    try:
+        with readable(overrides):
+            hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")(lambda config: None)()
+    finally:
+        sys.argv = before
+    return 0
 
 
-def _points(overrides: list[str], configs: str) -> list[list[str]]:
+def _points(overrides: list[str]) -> list[list[str]]:
     """A sweep's points: every combination of the values that the overrides list, the last one changing fastest.
 
     Not hydra's own sweep, which applies plain overrides before it chooses the groups that are swept over, and would
@@ -269,7 +239,7 @@ def _points(overrides: list[str], configs: str) -> list[list[str]]:
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    folders = [Path(configs)]
+    folders = [CONFIGS]
 
     class Choices:
         """What `method=glob(s*)` chooses from, as far as hydra asks for it."""
@@ -278,7 +248,8 @@ def _points(overrides: list[str], configs: str) -> list[list[str]]:
             return sorted(entries(folders, group_name))
 
     values = []
-    parsed = OverridesParser.create(Choices()).parse_overrides(overrides)
+    with readable(overrides):
+        parsed = OverridesParser.create(Choices()).parse_overrides(overrides)
     for one in parsed:
         if one.key_or_group == "hydra.searchpath":
             folders += [Path(str(folder).removeprefix("file://")) for folder in one.value()]
@@ -288,13 +259,6 @@ def _points(overrides: list[str], configs: str) -> list[list[str]]:
         if one.is_sweep_override() and values[-1] == [text]:
             raise UserError(f"'{text}' lists nothing to sweep over")
     return [list(point) for point in itertools.product(*values)]
-
-
-def register_resolvers() -> None:
-    """What the yaml files may write besides plain interpolations: ``${by_kind:ROBOT,TEXT}``."""
-    from omegaconf import OmegaConf
-
-    OmegaConf.register_new_resolver("by_kind", by_kind, replace=True)
 
 
 def load(dotted: str) -> Callable:

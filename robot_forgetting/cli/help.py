@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from robot_forgetting.cli.config_checks import GROUPS, entries
-from robot_forgetting.cli.keys import Key, shown
+from robot_forgetting.api.arguments import Arguments
+from robot_forgetting.api.composing import GROUPS, entries
+from robot_forgetting.cli.keys import Key, keys_of, shown
 
 HELP = {"-h", "--help", "help"}
 
@@ -35,11 +36,14 @@ def help_text(verbs: dict[str, tuple[str, str]]) -> str:
     )
 
 
-def verb_help(verb: str, what: str, keys: Iterable[Key]) -> str:
+def verb_help(verb: str, what: str, arguments: Arguments, function: Callable) -> str:
     """A verb's own page: what it does, and the keys that it reads, with their values and ranges."""
+    read = arguments.keys_read(function)
+    keys = keys_of(arguments.plain, arguments.names, arguments.sources)
     return (
         f"usage: robot-forgetting {verb} [key=value ...]\n\n{what}\n\n"
-        f"keys (with other choices, for example method=grpo, their keys):\n{table(keys)}"
+        f"keys (with other choices, for example method=grpo, their keys):\n"
+        f"{table(key for key in keys if key.name.split('.')[0] in read)}"
     )
 
 
@@ -48,13 +52,13 @@ def table(keys: Iterable[Key]) -> str:
     return "\n".join(f"  {name}\n      {kind}{f' # {meaning}' if meaning else ''}" for name, kind, meaning in rows)
 
 
-def list_choices(sources: list[Path], run_folders: list[Path], keys: Callable) -> None:
+def list_choices(sources: list[Path], run_folders: list[Path], names: dict, config: dict) -> None:
     """Prints what each group offers, with the first comment line of its yaml; the user's search path included.
 
     `list keys` prints every key of the configuration instead, with its value, range and meaning.
     """
     if run_folders:
-        print(table(keys()))
+        print(table(keys_of(config, names, sources)))
         return
     for group in GROUPS:
         files = entries(sources, group)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from robot_forgetting.cli.config_checks import GROUPS, entries, signature
-from robot_forgetting.cli.settings import Root
+from robot_forgetting.api.composing import CONFIGS, GROUPS, entries, files
+from robot_forgetting.api.config_checks import signature
+from robot_forgetting.api.settings import Root
 from robot_forgetting.machine.user_modules import load_object
 from robot_forgetting.ranges import known_keys, options, unmarked, words
 
@@ -123,7 +124,7 @@ def _node_keys(path: str, node: Any) -> Iterator[Key]:
 
 def comments(folders: Sequence[Path], group: str | None, name: str | None) -> dict[str, str]:
     """Dotted key -> the comment behind it in a group's yaml, and in those that this one builds upon."""
-    file = next((f for folder in folders if (f := folder / (group or "") / f"{name}.yaml").is_file()), None)
+    file = files(folders, group or "").get(name)
     if file is None:
         return {}
     found: dict[str, str] = {}
@@ -222,6 +223,4 @@ def _table(keys) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    from robot_forgetting import configs
-
-    print(page(Path(configs.__file__).parent), end="")
+    print(page(CONFIGS), end="")

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import shlex
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from robot_forgetting.cli.config_checks import typed
 from robot_forgetting.contracts import checked_hooks, checked_policy, checked_task
 from robot_forgetting.engine.episode_rows import evaluate_into
 from robot_forgetting.engine.experiment import open_run
@@ -141,11 +139,13 @@ def pretrain(
     temperature: float,
     num_envs: int,
     processes: int,
+    overrides: Sequence[str] = (),
 ) -> int:
     """Clones the experts of ``prior`` (and, a little, of ``task``) into a new policy; saves it to ``output``.
 
     pretrain: demonstrations (task -> count), optimiser, iterations, steps_per_iteration, batch_size, label_sigma,
         episodes (evaluated per task)
+    overrides: of the command, for the card
     """
     from robot_forgetting.method import Optimiser
     from robot_forgetting.methods.sft import SFT
@@ -213,7 +213,8 @@ def pretrain(
                 evaluate_into(folder, policy, one, seeds, temperature=degree, num_envs=num_envs, **fields)
         folder.add_seconds("evaluate", time.perf_counter() - started)
         summary = summarise(folder)
-        write_atomic(output / "README.md", card(policy, summary, folder.run, pretrain, parent_facts(config), text))
+        facts = card(policy, summary, folder.run, pretrain, parent_facts(config), text, overrides)
+        write_atomic(output / "README.md", facts)
         folder.finish(summary)
     say(f"card: {output / 'README.md'}")
     return 0
@@ -254,7 +255,7 @@ WORDS = {
 }
 
 
-def card(policy: Policy, summary: dict, run: dict, settings: dict, parent: list[str], text: bool) -> str:
+def card(policy: Policy, summary: dict, run: dict, settings: dict, parent: list[str], text: bool, overrides) -> str:
     """What was trained, how, and how well it does: every number from the run folder."""
     parameters_m = sum(parameter.numel() for parameter in policy.parameters()) / 1e6
     parameters = ", ".join(f"{count} of {task}" for task, count in settings["demonstrations"].items())
@@ -272,7 +273,7 @@ def card(policy: Policy, summary: dict, run: dict, settings: dict, parent: list[
             "",
             words["made"].format(size=parameters_m),
             "",
-            f"- command: `{shlex.join(['robot-forgetting', 'pretrain', *typed(sys.argv[1:])])}`",
+            f"- command: `{shlex.join(['robot-forgetting', 'pretrain', *overrides])}`",
             *parent,
             f"- seed: {run['seed']}; {words['data']}: {parameters}",
             f"- optimiser steps: {settings['iterations'] * settings['steps_per_iteration']} of "

@@ -51,27 +51,26 @@ class RecordedPolicy:
     def configuration(self, overrides: Sequence[str], compose: Callable):
         """The configuration of a command whose policy is the run's; ``UserError`` where the command contradicts it.
 
-        overrides: the command's; ``compose`` makes a configuration of such a list
+        overrides: the command's; ``compose`` makes of such a list something with a ``config``
         """
-        from hydra.errors import MissingConfigException
-
         typed = [text for text in overrides if re.match(r"[+~]*policy[.=]", text)]
         others = [text for text in overrides if text not in typed]
         choice = [f"policy={self.name}"]
         try:
-            config = compose([*others, *choice])
-        except MissingConfigException as error:
-            if not (error.missing_cfg_file or "").startswith("policy/"):
+            composed = compose([*others, *choice])
+        except UserError as error:
+            if not (getattr(error.__cause__, "missing_cfg_file", None) or "").startswith("policy/"):
                 raise
             raise UserError(
                 f"{self.run} was made with policy={self.name}, for which there is no yaml here; add its folder: "
                 "'hydra.searchpath=[file://FOLDER]'"
             ) from error
-        self._restore(config)
+        self._restore(composed.config)
         if typed:
             chosen = [text for text in typed if text.startswith("policy=")]
-            self._settle(config, compose([*others, *([] if chosen else choice), *typed]), typed)
-        return config
+            asked = compose([*others, *([] if chosen else choice), *typed])
+            self._settle(composed.config, asked.config, typed)
+        return composed
 
     def _restore(self, config) -> None:
         """Gives the configuration's policy every value of the record that its yaml would not have given there.
@@ -120,12 +119,6 @@ class RecordedPolicy:
                 f"the policy out, it is taken from the run's records, or write ++policy.{key}={_said(here)} to measure "
                 "its weights otherwise on purpose"
             )
-
-
-def policy_chosen(run: str) -> list[str]:
-    """The override that names a run's policy, so that the command's other keys are read beside it."""
-    recorded = RecordedPolicy.of(run)
-    return [] if recorded is None else [f"policy={recorded.name}"]
 
 
 def check_settings(run: RunFolder, config: Mapping, key: str) -> None:

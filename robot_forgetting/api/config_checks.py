@@ -3,49 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from pathlib import Path
 
-from robot_forgetting.cli.settings import Root
+from robot_forgetting.api.settings import Root
 from robot_forgetting.errors import UserError
 from robot_forgetting.machine.user_modules import load_object
 from robot_forgetting.ranges import arguments, problem
-
-GROUPS = ("task", "method", "policy", "penalty", "budget", "reproduce")
-
-OWN_KEYS = "pretrain.demonstrations"  # a mapping whose keys the user chooses
-
-
-def replacing(argument: str) -> list[str]:
-    """A given mapping of ``OWN_KEYS`` takes the place of ours; hydra would merge the two."""
-    return [f"~{OWN_KEYS}", f"+{argument}"] if argument.startswith(f"{OWN_KEYS}={{") else [argument]
-
-
-def typed(arguments: Sequence[str]) -> list[str]:
-    """Arguments as the user gave them: what ``replacing`` took apart is one again."""
-    kept = [argument for argument in arguments if argument != f"~{OWN_KEYS}"]
-    return [argument[1:] if argument.startswith(f"+{OWN_KEYS}=") else argument for argument in kept]
-
-
-def key_of(argument: str) -> str:
-    """The key that an override sets, adds or removes."""
-    return argument.lstrip("+~").partition("=")[0]
-
-
-def entries(folders: Sequence[Path], group: str) -> dict[str, Path]:
-    """Name -> yaml file of what a group offers; of two files of one name, that of the folder named first. One whose
-    name begins with "_" is no choice of its own: others name it in their ``defaults``."""
-    return {
-        path.relative_to(folder / group).with_suffix("").as_posix(): path
-        for folder in reversed(folders)
-        for path in (folder / group).rglob("*.yaml")
-        if not path.name.startswith("_")
-    }
-
-
-def by_kind(robot, text, *, _root_):
-    """The resolver ``${by_kind:ROBOT,TEXT}``: the value for the kind of task that the configuration is about."""
-    return text if _root_.get("kind") == "text" else robot
 
 
 def check_root(plain: dict) -> None:

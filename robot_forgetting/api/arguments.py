@@ -1,0 +1,298 @@
+"""What a verb's function is given: objects, built from the composed configuration by the names of its parameters."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import is_dataclass, replace
+from pathlib import Path
+
+from robot_forgetting.api.composing import GROUPS, Composed, compose, entries, key_of, readable
+from robot_forgetting.api.config_checks import check_node, check_root
+from robot_forgetting.api.run_id import BUDGET, LIST, POLICY, SETTING, WHAT, run_folder
+from robot_forgetting.api.settings import Settings
+from robot_forgetting.built_with import described
+from robot_forgetting.errors import UserError
+from robot_forgetting.machine.user_modules import load_object
+from robot_forgetting.ranges import problem
+
+# Keys that a run's id says in a word of its own, or that change nothing in its results.
+NOT_IN_ID = {*GROUPS, "seed", "sweep", "debug", "run_dir", "output", "device", "processes"}
+CHECKPOINT_VERBS = ("run", "evaluate", "record")  # that go on with a run's policy: checkpoint=RUN
+BUILT = ("policy", "task", "method", "penalty", "reproduce")
+# What is not in an id either, and how readily a group's name is left out of one.
+USUAL = (("policy", "openvla-nano", POLICY), ("penalty", "none", WHAT), ("budget", "demo", BUDGET))
+OTHERS = ("prior", "held_out")  # lists of tasks
+OWN = ("names", "overrides", "run_folders", "sources", "point")
+
+
+class Arguments:
+    """Everything a verb's function may ask for by parameter name.
+
+    policy, task, method, penalty: objects (penalty None for `none`); prior, held_out: lists of tasks
+    run_dir: where the run folder goes; config: the resolved configuration as plain values; names: group -> chosen name
+    run_folders: positional arguments of `report`; temperature: decode.temperature; any other key of config.yaml
+    """
+
+    def __init__(
+        self,
+        verb: str,
+        overrides: Sequence[str] = (),
+        run_folders: Sequence[str | Path] = (),
+        *,
+        objects: Mapping[str, object] | None = None,
+        composed: Composed | None = None,
+    ):
+        """overrides: `key=value` texts; objects: what stands in the place of a group's or of a list's names; composed:
+        the configuration, where it is not to be made of the overrides"""
+        self._verb, self.overrides, self._objects = verb, list(overrides), dict(objects or {})
+        self.run_folders = [Path(folder) for folder in run_folders]
+        self._recorded = None  # the policy of checkpoint=RUN
+        self._named: dict[tuple[str, str], object] = {}
+        composed = composed or self._chosen()
+        self._config, self.names, self.sources = composed.config, composed.names, composed.sources
+        self.plain = composed.plain()
+        for name, given in self._objects.items():
+            if name in OTHERS:
+                self.plain[name] = [_named(one) for one in given]
+            else:
+                self.plain[name], self.names[name] = described(given), _named(given)
+        check_root(self.plain)
+        self._check_added()
+
+    def _chosen(self) -> Composed:
+        """The command's configuration. Its policy is that of checkpoint=RUN where there is one, which has to be known
+        before what the command says of the policy can be read."""
+        others = [text for text in self.overrides if not re.match(r"[+~]*policy[.=]", text)]
+        composed = compose(others)
+        checkpoint = composed.config.checkpoint
+        if said := problem("checkpoint", checkpoint, str | None):
+            raise UserError(said)
+        if checkpoint is not None and self._verb not in CHECKPOINT_VERBS:
+            raise UserError(f"{self._verb} does not use checkpoint=; {', '.join(CHECKPOINT_VERBS)} do")
+        if checkpoint is not None and "policy" not in self._objects:
+            from robot_forgetting.engine.run_policy import RecordedPolicy
+
+            self._recorded = RecordedPolicy.of(checkpoint)
+        return composed if others == self.overrides and not self._recorded else self._composed(self.overrides)
+
+    def _composed(self, overrides: Sequence[str]) -> Composed:
+        """The configuration that overrides make, with the policy of checkpoint=RUN where there is one."""
+        return self._recorded.configuration(overrides, compose) if self._recorded else compose(overrides)
+
+    def _check_added(self) -> None:
+        """`+key=value` at the top, which nothing reads: neither we nor any `${key}` in the configuration."""
+        known = {*GROUPS, *Settings.__annotations__}
+        for text in self.overrides:
+            key = re.split(r"[.@/]", key_of(text))[0]
+            if not text.startswith("+") or key in known or key not in self._config:  # a group's may lie elsewhere
+                continue
+            tasks = [self._entry("task", name) for name in (*self.plain["prior"], *self.plain["held_out"])]
+            if not any(key in _read_by(node) for node in (self._config, *tasks)):
+                raise UserError(
+                    f"nothing reads '{key}' ({text}); a setting of a method, task or policy is +method.{key}=..., "
+                    "a value for your own yaml files is read there as ${" + key + "}"
+                )
+
+    # ---- what a function asks for
+
+    def call(self, function: Callable):
+        """Checks everything that a verb's function asks for, builds it, and calls the function.
+
+        A parameter that is a dataclass is built from its fields, found the same way.
+        """
+        self.check(function)
+        asked = dict(_asked(function))
+        # The tasks say whether the policy can suit them.
+        built = {name: self.value(name) for name in ("task", *OTHERS) if name in asked}
+        if self._verb != "check" and "policy" in asked:
+            self._check_conventions([task for tasks in built.values() for task in _listed(tasks)])
+        built |= {name: self.value(name) for name in asked if name not in built}
+
+        def filled(wanted: Callable):
+            own = inspect.signature(wanted, eval_str=True).parameters.items()
+            return wanted(**{n: filled(p.annotation) if is_dataclass(p.annotation) else built[n] for n, p in own})
+
+        return filled(function)
+
+    def check(self, function: Callable) -> None:
+        """``UserError`` for what is wrong with anything that a function asks for, before any of it is built."""
+        for name, kind in _asked(function):
+            if name in self._objects and name in BUILT:
+                continue
+            if name in BUILT and self._chooses(name):
+                self._checked(name, self._config.get(name), self.names[name])
+            elif name in BUILT and self._verb != "check" and kind is not inspect.Parameter.empty:
+                if type(None) not in typing.get_args(kind):
+                    raise UserError(f"{self._verb} needs a {name}: give {name}=NAME, see robot-forgetting list")
+            elif name in OTHERS:
+                for task in self._tasks(name):
+                    if isinstance(task, str):
+                        self._checked("task", self._entry("task", task), task)
+            elif name == "pretrain":
+                optimiser = {"_target_": "robot_forgetting.method.Optimiser", **self.plain[name]["optimiser"]}
+                check_node(optimiser, "pretrain.optimiser", "pretrain.optimiser")
+
+    def value(self, name: str):
+        if name in BUILT:
+            if name in self._objects or not self._chooses(name):
+                return self._objects.get(name)
+            return self._build(name, self._config.get(name), self.names[name])
+        if name in OTHERS:
+            return [
+                self._build("task", self._entry("task", one), one) if isinstance(one, str) else one
+                for one in self._tasks(name)
+            ]
+        if name == "config":
+            return self.plain
+        if name == "temperature":
+            return self.plain["decode"]["temperature"]
+        if name == "run_dir":
+            return Path(self.plain["run_dir"]) if self.plain["run_dir"] else self._run_folder()
+        if name in ("output", "golden"):
+            return None if self.plain[name] is None else Path(self.plain[name])
+        return getattr(self, name) if name in OWN else self.plain[name]
+
+    def run_folder(self, function: Callable) -> Path | None:
+        """Where a function's records go; None where it makes none."""
+        return self.value("run_dir") if "run_dir" in {name for name, _ in _asked(function)} else None
+
+    def keys_read(self, function: Callable) -> set[str]:
+        """Keys at the top that a verb's function is given, or that are read to build what it is given."""
+        asked = {"decode" if name == "temperature" else name for name, _ in _asked(function)} | {"debug"}
+        if "run_dir" in asked:
+            asked.add("sweep")
+        for group in asked & set(GROUPS):
+            asked |= _read_by(self._config.get(group)) - {"budget"}
+        return asked
+
+    def point(self, common: Sequence[str], fixed: Sequence[str]) -> Arguments:
+        """What `run` would be given: ``common`` overrides, then this command's own, then ``fixed`` ones."""
+        own = [text for text in self.overrides if key_of(text).split(".")[0] not in ("reproduce", "quick", "run_dir")]
+        overrides: dict[str, str] = {}
+        for text in (*common, *own, *fixed):
+            overrides.pop(key_of(text), None)
+            overrides[key_of(text)] = text
+        return Arguments("run", list(overrides.values()))
+
+    # ---- parts
+
+    def _chooses(self, group: str) -> bool:
+        """Whether anything is chosen in a group."""
+        if self._verb == "check" and not any(text.split("=")[0] == group for text in self.overrides):
+            return False  # `check` looks at what was named and nothing else
+        if self._verb == "check" and group == "policy" and self.plain["golden"]:
+            return False  # golden= brings its own weights; the policy's need not be there
+        return self.names[group] is not None and (group, self.names[group]) != ("penalty", "none")
+
+    def _tasks(self, name: str) -> Sequence:
+        """The tasks of a list, objects or names."""
+        return self._objects.get(name, self.plain[name])
+
+    def _entry(self, group: str, name: str):
+        """Another entry of a group, as this command's other keys would have it (`prior: [pick_cube, ...]`)."""
+        if (group, name) not in self._named:
+            # Not the overrides meant for the chosen entry (task.spawn=near): the named one may not know them.
+            own = (group + ".", group + "=")
+            shared = [text for text in self.overrides if not text.lstrip("+~").startswith(own)]
+            self._named[group, name] = self._composed([*shared, f"{group}={name}"]).config[group]
+        return self._named[group, name]
+
+    def _checked(self, group: str, node, name: str) -> None:
+        from omegaconf import OmegaConf
+
+        values = Composed(node, {}, []).plain() if OmegaConf.is_config(node) else node
+        if not isinstance(values, dict) or "_target_" not in values:
+            file = entries(self.sources, group).get(name, name)
+            raise UserError(
+                f"{group}={name}: {file} has no `_target_`; it names the class to build: _target_: module.Class"
+            )
+        check_node(values, group, f"{group}={name}")
+        if group == "task" and self.plain["simulation"] != "cpu" and "simulation" not in values:
+            from robot_forgetting.tasks.simulator.maniskill_task import check_simulation
+
+            check_simulation(self.plain["simulation"])
+            raise UserError(
+                f"task={name} cannot be simulated on the GPU; use simulation=cpu "
+                "(a task of your own says `simulation: ${simulation}` in its yaml)"
+            )
+
+    def _check_conventions(self, tasks: Sequence) -> None:
+        """Compares what the chosen policy is known to mean before it is built, which may load or fetch gigabytes."""
+        if "policy" in self._objects:
+            return
+        node = self.plain["policy"]
+        declared = _declared(load_object(node["_target_"], "policy"))
+        if declared:
+            from robot_forgetting.engine.evaluate import compare_conventions
+
+            given = {key: node[key] for key in ("action_mode", "rotation", "gripper", "control_hz") if key in node}
+            compare_conventions(replace(declared, **given), node.get("name") or self.names["policy"], tasks)
+
+    def _build(self, group: str, node, name: str):
+        from hydra.utils import instantiate
+
+        self._checked(group, node, name)
+        if group == "policy":
+            import torch
+
+            torch.manual_seed(self.plain["seed"])  # new weights (adapters, heads) belong to the seed
+        with readable():
+            return instantiate(node, _convert_="all")
+
+    # ---- the run's folder
+
+    def _run_folder(self) -> Path:
+        """runs/SWEEP/stack_cube-sft-seed0, plus whatever else in the command changes the result."""
+        names, run = self.names, self._verb == "run"
+        words = [(WHAT, name) for name in ([] if run else [self._verb]) + [names["task"]] + [names["method"]] * run]
+        words += [(rank, names[group]) for group, usual, rank in USUAL if names[group] != usual]
+        words = [(rank, word) for rank, word in words if word is not None]
+        whole = [self._verb, *(f"{group}={names[group]}" for group in GROUPS)]
+        for text in self.overrides:
+            key, _, value = text.lstrip("+~").partition("=")
+            if key not in NOT_IN_ID and not key.startswith("hydra."):
+                word = key.rpartition(".")[2] + Path(value.strip("[]")).name
+                words.append((LIST if key in OTHERS else SETTING, word))
+                whole.append(text)
+        whole += [f"{name}={self.plain[name]}" for name in self._objects]
+        return run_folder(Path("runs", self.plain["sweep"]), words, self.plain["seed"], whole, bool(self._objects))
+
+
+def _asked(function: Callable) -> Iterator[tuple[str, object]]:
+    """Names and annotations of what a function is given, those of its data classes in their place."""
+    for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
+        if is_dataclass(parameter.annotation):
+            yield from _asked(parameter.annotation)
+        else:
+            yield name, parameter.annotation
+
+
+def _read_by(node) -> set[str]:
+    """The keys at the top that a part of a configuration refers to."""
+    from omegaconf import OmegaConf
+
+    text = str(OmegaConf.to_container(node, resolve=False)) if OmegaConf.is_config(node) else ""
+    return set(re.findall(r"\$\{(?:[\w.]+:)?(\w+)", text))
+
+
+def _declared(target):
+    """``Policy.declares`` of what builds a policy; None for a subclass that has a ``convention`` of its own without."""
+    if isinstance(target, type) and hasattr(target, "convention") and hasattr(target, "declares"):
+        said, meant = (next(c for c in target.__mro__ if name in vars(c)) for name in ("declares", "convention"))
+        return target.declares if issubclass(said, meant) else None
+    return getattr(target, "declares", None)
+
+
+def _named(thing) -> str | None:
+    """What records call an object: its name, or its class's; a name stays one."""
+    if thing is None or isinstance(thing, str):
+        return thing
+    name = getattr(thing, "name", None) or type(thing).__name__
+    return re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", "_", name).lower() if name == type(thing).__name__ else name
+
+
+def _listed(tasks) -> list:
+    return tasks if isinstance(tasks, list) else [tasks]
