@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import numpy as np
 import pytest
 
@@ -25,7 +23,8 @@ HALF = {"action": {"q01": [-0.5] * 7, "q99": [0.5] * 7, "mask": [True] * 7}}
 def trained(policy, path) -> None:
     tasks = {"task": ToyTask(), "prior": [ToyTask("other")], "held_out": []}
     options = {"names": {"policy": "tiny"}, "config": {"policy": {}}, "seed": 0, "temperature": 1.0, "num_envs": 2}
-    options |= {"run_dir": path / "run", "output": path / "saved", "processes": 1}
+    options |= {"run_dir": path / "run", "output": path / "saved", "processes": 1,
+                "overrides": ["pretrain.demonstrations={a: 1}"]}  # fmt: skip
     assert pretrain(policy, pretrain=SETTINGS, **tasks, **options) == 0
 
 
@@ -36,10 +35,7 @@ def bins(policy) -> np.ndarray:
     return policy.decode(action, statistics="toy")
 
 
-def test_a_whole_policy_is_saved_with_the_measured_ranges(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        sys, "argv", ["robot-forgetting", "~pretrain.demonstrations", "+pretrain.demonstrations={a: 1}"]
-    )
+def test_a_whole_policy_is_saved_with_the_measured_ranges(tmp_path):
     policy = tiny_policy(ToyTask())
     trained(policy, tmp_path)
     again = OpenVLAPolicy(str(tmp_path / "saved"), check_images=False, device="cpu")
