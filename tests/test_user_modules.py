@@ -149,7 +149,7 @@ def test_a_downloaded_run_names_nothing_that_is_built(downloaded, arguments):
     folder = downloaded / "run"
     (folder / "planted.py").write_text(TRAP)
     text = (folder / "config.yaml").read_text()
-    assert "_target_: robot_forgetting.tasks.simulator.maniskill_task.ManiSkillTask" in text
+    assert "_target_: robot_forgetting." in text
     bait = text.replace("_target_: robot_forgetting.", "_target_: planted.") + "hydra:\n  searchpath: [file://model]\n"
     (folder / "config.yaml").write_text(bait + "again: {_target_: os.system, command: touch planted.py.was-run}\n")
     (folder / "task").mkdir()
