@@ -190,8 +190,9 @@ def _not_there(missing: str, options: Sequence[str] | None) -> str:
     if not group or not options:
         return f"there is no config '{missing}'"
     root, _, folder = group.partition("/")  # of reproduce/llm
-    nested = [entry for entry in entries([CONFIGS], root) if "/" in entry]
-    return str(unknown(root, f"{folder}/{name}" if folder else name, {*options, *nested}))
+    choices = {option for option in options if not option.startswith("_")}
+    choices |= {entry for entry in entries([CONFIGS], root) if "/" in entry}
+    return str(unknown(root, f"{folder}/{name}" if folder else name, choices))
 
 
 def _file_being_read(error: Exception) -> str | None:
