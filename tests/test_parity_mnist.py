@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
-import struct
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from toy_pictures import TEST, TRAIN, write_idx, write_pictures
 
 from robot_forgetting.cli import main
 from robot_forgetting.errors import UserError
@@ -24,29 +24,11 @@ from robot_forgetting.studies.digits.sweep import Study
 from robot_forgetting.tasks.digits.idx import VARIABLE, load_images
 from robot_forgetting.tasks.digits.parity_mnist import FashionMNIST, ParityMNIST, parity_labels
 
-TRAIN, TEST = 160, 60
-
-
-def write_idx(file: Path, values: np.ndarray) -> None:
-    kind = 0x0803 if values.ndim == 3 else 0x0801
-    file.write_bytes(gzip.compress(struct.pack(f">{values.ndim + 1}I", kind, *values.shape) + values.tobytes()))
-
 
 @pytest.fixture
 def data(tmp_path, monkeypatch) -> Path:
-    """Pictures whose class is the row of a bright bar."""
-    folder = tmp_path / "data"
-    for number, name in enumerate(("mnist", "fashion_mnist")):
-        (folder / name).mkdir(parents=True)
-        for stem, count in (("train", TRAIN), ("t10k", TEST)):
-            rng = np.random.default_rng([number, count])
-            labels = rng.integers(10, size=count).astype(np.uint8)
-            pixels = rng.integers(60, size=(count, 28, 28)).astype(np.uint8)
-            pixels[np.arange(count), 2 * labels.astype(int) + number] = 255
-            write_idx(folder / name / f"{stem}-images-idx3-ubyte.gz", pixels)
-            write_idx(folder / name / f"{stem}-labels-idx1-ubyte.gz", labels)
-    monkeypatch.setenv(VARIABLE, str(folder))
-    return folder
+    monkeypatch.setenv(VARIABLE, str(write_pictures(tmp_path / "data")))
+    return tmp_path / "data"
 
 
 def test_features_are_pixels_and_the_task_bit(data):
