@@ -17,6 +17,7 @@ from torch import Tensor
 from robot_forgetting.errors import UserError, fault, place
 from robot_forgetting.method import Batch, Method, Penalty
 from robot_forgetting.policy import Action, ConventionSpec, Policy
+from robot_forgetting.ranges import problem
 from robot_forgetting.task import Demonstration, Task, Transition
 
 
@@ -55,6 +56,19 @@ def checked_kind(group: str, built: object, kind: type) -> None:
         except TypeError:
             shown = f"{name}({', '.join(wanted.parameters)})"
             raise fault(built, name, f"takes {inspect.signature(given)}; it is called as {shown}") from None
+
+
+def checked_settings(plugin: object) -> None:
+    """``UserError`` where a number that a constructor took, and keeps under its name, is outside its declared range: an
+    object made in Python has met no other check."""
+    try:
+        taken = inspect.signature(type(plugin).__init__, eval_str=True).parameters
+    except (TypeError, ValueError, NameError):  # annotations that cannot be evaluated
+        return
+    for name, parameter in taken.items():
+        value = getattr(plugin, name, None)
+        if isinstance(value, int | float) and (said := problem(name, value, parameter.annotation)):
+            raise UserError(f"{type(plugin).__name__}: {said}")
 
 
 def checked_task(task: Task) -> None:

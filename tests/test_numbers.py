@@ -71,8 +71,11 @@ def command(verb: str, *changes: str) -> int:
 
 def test_check(folder, capsys, no_renderer):
     assert command("check", "policy=gaussian", "image_size=32") == 0, capsys.readouterr().out
-    assert command("check", "policy=flow", "task=toy", "image_size=32") == 0, capsys.readouterr().out
-    assert "12 recorded, 2 of them for divergences alone" in capsys.readouterr().out
+    capsys.readouterr()
+    parts = ["policy=flow", "task=toy", "method=clone_by_flow", "budget=tiny", "image_size=32"]
+    assert command("check", *parts) == 0, capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "12 recorded, 2 of them for divergences alone" in out and "a copy of policy 'flow'" in out
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,8 @@ def check(
         nothing else of it is checked
     output: a png file for the initial states of a task
     episodes: initial states of the evaluation on which a task's expert is run too
-    A method or penalty is tried on a tiny policy and on the given task, or on a toy task that needs no simulator.
+    A method or penalty is tried on the given task, or on a toy task that needs no simulator; and on a tiny policy of
+    tokens, or on the given one where that has none.
     """
     if not any((policy, task, method, penalty, golden, recordings)):
         raise UserError("name what to check: task=NAME, method=NAME, penalty=NAME, policy=NAME, or golden=FOLDER")
@@ -50,8 +51,9 @@ def check(
     if task is not None and check_task(table, task, output, episodes) and (method or penalty):
         table.note("the method is not tried on a task that has failed; correct the task first")
         return table.finish()
+    tried_on = None if policy is None or policy.can("logits") else policy
     if method is not None:
-        check_method(table, method, task)
+        check_method(table, method, task, tried_on)
     if penalty is not None:
-        check_penalty(table, penalty, task)
+        check_penalty(table, penalty, task, tried_on)
     return table.finish()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from robot_forgetting.conformance.check_table import Table, Wrong, expect
 from robot_forgetting.conformance.toy_task import ToyTask, tiny_policy
-from robot_forgetting.contracts import checked_batches, checked_kind, checked_loss
+from robot_forgetting.contracts import checked_batches, checked_hooks, checked_kind, checked_loss
 from robot_forgetting.engine.preflight import check_method as checked_method
 from robot_forgetting.method import Batch, Method, Penalty
 from robot_forgetting.policy import Policy
@@ -27,11 +27,9 @@ ROWS = 48  # of a batch, for the loss; a multiple of 3
 TAKEN = {"iteration", "step", "loss", "penalty", "grad_norm", "learning_rate", "seconds", "collect_seconds"}
 
 
-def check_method(table: Table, method: Method, task: Task | None = None) -> None:
+def check_method(table: Table, method: Method, task: Task | None = None, policy: Policy | None = None) -> None:
     table.section(f"method {type(method).__name__}")
-    task = task or ToyTask()
-    table.note(f"on the task {task.name}, with an untrained policy of a few thousand weights")
-    policy = tiny_policy(task).eval()
+    task, policy = _tried_on(table, task, policy)
     fresh = copy.deepcopy(method)  # as a restarted program would construct it
     if not table.check("constructor", lambda: _constructor(method)):
         return
@@ -54,12 +52,20 @@ def check_method(table: Table, method: Method, task: Task | None = None) -> None
     table.check("end", lambda: method.end(policy, task))
 
 
-def check_penalty(table: Table, penalty: Penalty, task: Task | None = None) -> None:
+def _tried_on(table: Table, task: Task | None, policy: Policy | None) -> tuple[Task, Policy]:
+    """The toy task and the tiny policy where none is given; a given policy keeps its weights."""
+    size = None if policy is None else policy.convention().image_size
+    task = task or ToyTask(image_size=size or 32)
+    whom = "an untrained policy of a few thousand weights" if policy is None else f"a copy of policy '{policy.name}'"
+    table.note(f"on the task {task.name}, with {whom}")
+    return task, (tiny_policy(task) if policy is None else policy.copied()).eval()
+
+
+def check_penalty(table: Table, penalty: Penalty, task: Task | None = None, policy: Policy | None = None) -> None:
     table.section(f"penalty {type(penalty).__name__}")
     if not table.check("description", lambda: checked_kind("penalty", penalty, Penalty)):
         return
-    task = task or ToyTask()
-    policy = tiny_policy(task).eval()
+    task, policy = _tried_on(table, task, policy)
     batch = _toy_batch(policy, task)
     with policy.base():
         pass  # the frozen copy is taken before the weights move
@@ -87,6 +93,7 @@ def _constructor(method: Method) -> str:
 
 
 def _begin(method: Method, policy: Policy, task: Task) -> None:
+    checked_hooks(policy, method.calls, type(method).__name__)
     method.check(policy, task)
     method.begin(policy, task, [])
 
@@ -213,7 +220,8 @@ def _difference(first: Sequence[Batch], second: Sequence[Batch]) -> str | None:
     if [len(batch) for batch in first] != [len(batch) for batch in second]:
         return f"{[len(b) for b in first]} rows against {[len(b) for b in second]}"
     for a, b in zip(first, second, strict=True):
-        pairs = {"tokens": (a.action.tokens, b.action.tokens), "advantage": (a.advantage, b.advantage)}
+        pairs = {"tokens": (a.action.tokens, b.action.tokens), "values": (a.action.values, b.action.values)}
+        pairs |= {"advantage": (a.advantage, b.advantage)}
         pairs |= {"log_prob": (a.action.log_prob, b.action.log_prob)}
         pairs |= {f"extra '{key}'": (value, (b.extra or {}).get(key)) for key, value in (a.extra or {}).items()}
         for name, (x, y) in pairs.items():
@@ -248,7 +256,8 @@ def _toy_batch(policy: Policy, task: Task) -> Batch:
     from robot_forgetting.conformance.policy_checks import observations
 
     obs = observations(task.convention().image_size, list(task.sentences))
-    action = policy.act(obs, temperature=1.0, noise=torch.rand(len(obs["image"]), 16, generator=_generator()))
+    noise = torch.rand(len(obs["image"]), policy.noise_width, generator=_generator())
+    action = policy.act(obs, temperature=1.0, noise=noise)
     return Batch(obs, action, torch.ones(len(action)))
 
 

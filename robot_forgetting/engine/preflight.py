@@ -23,6 +23,7 @@ from robot_forgetting.contracts import (
     checked_pictures,
     checked_policy,
     checked_rewards,
+    checked_settings,
     checked_task,
     checked_transition,
     wrong_attribute,
@@ -47,7 +48,10 @@ def check_parts(policy: Policy, task: Task, method: Method, penalty: Penalty | N
     if penalty is not None:
         checked_kind("penalty", penalty, Penalty)
     for part in (method, *([] if penalty is None else [penalty])):
+        checked_settings(part)
         checked_hooks(policy, part.calls, type(part).__name__)
+    if not any(parameter.requires_grad for parameter in policy.parameters()):
+        raise UserError(f"policy '{policy.name}' has no trainable parameters; give it lora or unfreeze some")
     if getattr(method, "demonstrations", 0) and not task.one_step:
         checked_hooks(policy, ["encode"], f"{type(method).__name__} (it clones demonstrations)")
 
