@@ -18,8 +18,9 @@ from robot_forgetting.cli import main
 from robot_forgetting.engine.episode_rows import reuse
 from robot_forgetting.errors import UserError
 from robot_forgetting.records.run_folder import RunFolder
-from robot_forgetting.report import figures, write_report
+from robot_forgetting.report import write_report
 from robot_forgetting.report.media import recorded
+from robot_forgetting.report.page import SECTIONS
 from robot_forgetting.report.runs import load
 
 STRANGE = [None, True, -1, 0, 1.5, 10**30, 1e300, "", "x", "9", "\ud800", "$\\frac{", "../..", [], [None], [[]], {}]
@@ -73,8 +74,8 @@ def _change(value, chance: random.Random) -> str:
 
 @pytest.fixture
 def no_drawing(monkeypatch):
-    for name in ("scatter", "kl_against_forgetting", "learning_curves", "strip"):
-        monkeypatch.setattr(figures, name, lambda *arguments: "")
+    for section in SECTIONS:
+        monkeypatch.setattr(section, "figure", lambda *arguments: None)
 
 
 def one_line(error: object) -> bool:

@@ -94,14 +94,14 @@ def test_the_page_shows_them(page):
     tags = Tags()
     tags.feed(html)
     assert tags.open == [] and len(tags.ids) == len(set(tags.ids))
-    assert html.count("Drift by layer</h4>") == 1 and 'aria-label="CKNNA and change of weights by layer"' in html
+    assert html.count("Drift by layer</h3>") == 1 and 'aria-label="CKNNA and change of weights by layer"' in html
     table = html[html.index("Drift of the model as a whole") :].split("</table>")[0]
     sft = table[table.index("sft") :].split("</tr>")[0]
     assert "0.675" in sft and "[0.575, 0.750]" in sft and "0.0118" in sft  # 1 - 0.13 x 2.5; 0.13 / 11
     assert "200 texts of hellaswag" in table
     predictors = html[html.index("How much of the variation") :].split("</table>")[0]
-    assert "CKNNA (mask as published)</td><td>held-out text</td>" in predictors
-    assert "change of weights</td><td></td><td>weights</td>" in predictors
+    assert "CKNNA (mask as published)</th><td>held-out text</td>" in predictors
+    assert "change of weights</th><td></td><td>weights</td>" in predictors
     assert html.count("Too few for a law: 8 checkpoints of 4 runs at most, where 10 of 3 are the least") == 1
     assert "a CKNNA of 0.94 for grpo, 0.56 for sft" in html
 
@@ -118,7 +118,7 @@ def test_a_line_of_several_settings_covers_all_runs(tmp_path):
                    and row["layer"] is not None])  # fmt: skip
     assert lines[0] == list(range(BLOCKS + 1))
     assert np.array(lines[1:])[:, 2].tolist() == pytest.approx([1 - 0.26, 0.66, 0.8])
-    assert html.count("Drift by layer</h4>") == 1
+    assert html.count("Drift by layer</h3>") == 1
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ from robot_forgetting.errors import UserError
 from robot_forgetting.metrics.statistics import crossed_mean, paired_difference, wilson
 from robot_forgetting.records.run_folder import RunFolder
 from robot_forgetting.report import write_report
+from robot_forgetting.report.reading import reading
 from robot_forgetting.report.runs import BASE
 from robot_forgetting.report.tables import PRIOR_MEAN
-from robot_forgetting.report.words import reading
 
 FEW = 20  # episodes per task
 

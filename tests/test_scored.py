@@ -15,8 +15,7 @@ from robot_forgetting.errors import UserError
 from robot_forgetting.policy import ConventionSpec
 from robot_forgetting.records.run_folder import RunFolder
 from robot_forgetting.records.summary import no_signal
-from robot_forgetting.report.page import build, write_report
-from robot_forgetting.report.runs import group, load
+from robot_forgetting.report.page import read_tables, write_report
 from robot_forgetting.rollout import Episode, EpisodeKey
 from robot_forgetting.scored import ScoredTask, spread
 
@@ -158,8 +157,7 @@ def test_the_report_greys_out_benchmarks_whose_prompts_were_cut(tmp_path, no_ren
 
 def test_all_silent_leaves_no_mean(tmp_path, no_renderer):
     quizzes = [Quiz("guess", known=5), Quiz("luck", known=4)]
-    runs = [load(run(tmp_path / "run", prior=quizzes))]
-    tables = build(runs, group(runs))
+    tables = read_tables([run(tmp_path / "run", prior=quizzes).path])
     assert {row["task"] for row in tables["success"]} == {"reach", "guess", "luck"}
     assert tables["checkpoints"] == []
 

@@ -12,11 +12,11 @@ from fake_runs import make_run as make_robot_run
 from fake_study import METHODS, fail_run, forgetting, make_run, make_study
 from test_report import Tags
 
+from robot_forgetting import studies
 from robot_forgetting.errors import UserError
 from robot_forgetting.records.run_folder import find_runs
-from robot_forgetting.report import figures, write_report
-from robot_forgetting.report.page import build as build_robot_page
-from robot_forgetting.report.runs import group, load
+from robot_forgetting.report import figures
+from robot_forgetting.report.page import read_tables
 from robot_forgetting.studies.digits import study_figures, study_words
 from robot_forgetting.studies.digits.study_page import build, on_paper, save
 from robot_forgetting.studies.digits.study_runs import Study, load_study
@@ -44,7 +44,7 @@ def page(tmp_path_factory):
         noise=0.02,
     )
     fail_run(folder, "grpo", 0.01)
-    path = write_report([folder], tmp_path_factory.mktemp("out"))
+    path = studies.report([folder], tmp_path_factory.mktemp("out"))
     return path, path.read_text(encoding="utf-8"), json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
 
 
@@ -215,7 +215,7 @@ def test_what_cannot_be_used_is_named(tmp_path):
 )
 def test_too_few_runs_leave_a_line_in_place_of_a_number(tmp_path, make, line):
     make(tmp_path / "study")
-    html = write_report([tmp_path], tmp_path / "r.html").read_text(encoding="utf-8")
+    html = studies.report([tmp_path], tmp_path / "r.html").read_text(encoding="utf-8")
     assert line in html
     assert "Needs runs of" in html and "The theorem was not checked" in html
 
@@ -248,7 +248,7 @@ def test_measured_at_the_end_only_is_no_failure(tmp_path):
 
 def test_bad_folders(tmp_path):
     with pytest.raises(UserError, match="holds no run folder"):
-        write_report([tmp_path], tmp_path / "r.html")
+        studies.report([tmp_path], tmp_path / "r.html")
     make_robot_run(tmp_path / "robot", n=4)
     with pytest.raises(UserError, match="run of a study; run `robot-forgetting reproduce"):
         load_study(find_runs([tmp_path]))
@@ -290,8 +290,7 @@ def test_robot_runs_get_the_law_too(tmp_path):
     for method in ("sft", "reinforce"):
         for seed in range(3):
             make_robot_run(tmp_path / f"{method}{seed}", method=method, seed=seed, n=20, evaluate_every=2)
-    runs = [load(folder) for folder in find_runs([tmp_path])]
-    rows = build_robot_page(runs, group(runs))["predictors"]
+    rows = read_tables([tmp_path])["predictors"]
     of = {r["states"]: r for r in rows if (r["predictor"], r["inputs"]) == ("forward_kl", "new")}
     every, last = of["base"], of["demonstrations"]  # measured at every checkpoint, and at the last one only
     assert (every["unit"], every["n"], every["runs"], every["over"]) == ("nats/token", 30, 6, "seeds and runs")
@@ -302,7 +301,7 @@ def test_robot_runs_get_the_law_too(tmp_path):
 
 def test_robot_page_says_why_there_is_no_law(tmp_path):
     make_robot_run(tmp_path / "a", n=6, iterations=2, evaluate_every=2)
-    html = write_report([tmp_path], tmp_path / "r.html").read_text(encoding="utf-8")
+    html = studies.report([tmp_path], tmp_path / "r.html").read_text(encoding="utf-8")
     assert re.search(r"No law of forgetting over distance: too few points for a fit: \d, needs 4", html)
 
 

@@ -35,7 +35,7 @@ VERBS = {
         "robot_forgetting.studies:reproduce",
         "a published study, with all its runs: parity_mnist, llm/science",
     ),
-    "report": ("robot_forgetting.report:write_report", "one HTML page from run folders"),
+    "report": ("robot_forgetting.studies:report", "one HTML page from run folders"),
     "check": ("robot_forgetting.conformance:check", "what is wrong with a task, method or policy of your own"),
     "assets": (
         "robot_forgetting.machine.assets:command",

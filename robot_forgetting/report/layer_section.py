@@ -1,29 +1,81 @@
-"""Drift by layer: rows of report.json, the table's lines, and the figure of it against depth."""
+"""Drift by layer: of the states that texts make, and of the weights."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.figure import Figure
+from markupsafe import Markup
 
 from robot_forgetting.measure import TEXT, WEIGHTS
-from robot_forgetting.report.figures import FAINT, Colours, drawing, svg
+from robot_forgetting.metrics import published
+from robot_forgetting.report import words
+from robot_forgetting.report.figures import FAINT, Colours, canvas
+from robot_forgetting.report.markup import Content, join, note, of, pictured, table
 from robot_forgetting.report.runs import Group
+from robot_forgetting.report.section import Part, Runs, Section
 from robot_forgetting.report.tables import final_divergence
 
-# In the order of the table's columns.
-MEASURES = {
-    "cknna_intersection": "CKNNA (mask as published)",
-    "cknna_union": "CKNNA (mask as replicated)",
-    "cka_debiased": "CKA (linear, debiased)",
-    "activation_l2_relative": "change of states",
-    "weight_l2_relative": "change of weights",
-}
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 PANELS = {
     "cknna_intersection": "CKNNA to the base model (1: the same)",
     "weight_l2_relative": "change of the block's weights, relative L2",
 }
+
+
+class Layers(Section):
+    name, title, trained = "layers", "Drift by layer", True
+    alt = "CKNNA and change of weights by layer"
+
+    def rows(self, runs: Runs) -> dict[str, list[dict]]:
+        return {"layers": layer_rows(runs.groups)}
+
+    def figure(self, part: Part) -> Figure | None:
+        rows = part.rows(self.name)
+        return by_layer(rows, part.colours) if rows else None
+
+    def html(self, part: Part, figure: Markup) -> Content:
+        whole = [row for row in part.rows(self.name) if row["layer"] is None]
+        if not whole:
+            return ""
+        texts = " or ".join(dict.fromkeys(f"{row['n']} texts of {row['texts']}" for row in whole if row["n"]))
+        k = " or ".join(dict.fromkeys(str(row["k"]) for row in whole if row["k"]))
+        shown = pictured(
+            figure,
+            f"Left: similarity of what base and final policy make of {texts} (mean state of a text's tokens but the "
+            "first; the last layer is after the final norm). Right: length of the change of a layer's weights over "
+            "their own, adapters merged. Lines: mean of all runs of a method; shaded: their range. The methods are not "
+            "at equal new-task success here.",
+            wide=True,
+        )
+        caption = (
+            f"Drift of the model as a whole: of states the mean over blocks, on {texts}; of weights all of them. 1 is "
+            f"no drift for CKNNA (k = {k}; few texts can carry it a little above 1) and CKA, 0 for the changes, which "
+            "are relative. In brackets the least and the largest run."
+        )
+        measures = [name for name in words.MEASURES if any(row["measure"] == name for row in whole)]
+        titles = [words.measure_name(name).rstrip(")").partition(" (")[::2] for name in measures]
+        lines = []
+        for variant in dict.fromkeys(row["variant"] for row in whole):
+            cells = {row["measure"]: row for row in whole if row["variant"] == variant}
+            first = next(iter(cells.values()))
+            lines.append([part.who(first), *(_value(cells.get(name)) for name in measures), first["runs"]])
+        reported = ", ".join(f"{row['value']} for {row['method']}" for row in published.CKNNA)
+        more = (
+            f"RL's Razor reports a CKNNA of {reported} for Qwen2.5-3B on Wikipedia paragraphs at equal new-task "
+            "success, without naming layer, pooling, number of texts or k. Only the order can be compared."
+        )
+        return shown + table(caption, ["policy", *titles, "runs"], lines) + note(more)
+
+
+def _value(row: dict | None) -> Content:
+    if row is None:
+        return ""
+    spread = f"[{words.small(row['least'])}, {words.small(row['largest'])}]" if row["runs"] > 1 else ""
+    return join([words.small(row["value"]), of(spread)], " ")
 
 
 def layer_rows(groups: Sequence[Group]) -> list[dict]:
@@ -59,47 +111,24 @@ def _of_run(rows: Sequence[dict]) -> dict[tuple, dict]:
     return found
 
 
-def layer_section(rows: Sequence[dict], colours: Colours, name: str) -> dict | None:
-    """What the page shows of one setting: {"figure", "measures", "lines", "texts"}; None without rows."""
-    if not rows:
-        return None
-    measures = [measure for measure in MEASURES if any(row["measure"] == measure for row in rows)]
-    whole = [row for row in rows if row["layer"] is None]
-    lines = []
-    for variant in dict.fromkeys(row["variant"] for row in whole):
-        cells = {row["measure"]: row for row in whole if row["variant"] == variant}
-        first = next(iter(cells.values()))
-        line = {"method": first["method"], "variant": variant, "runs": first["runs"]}
-        lines.append(line | {"cells": [cells.get(measure) for measure in measures]})
-    sources = dict.fromkeys(f"{row['n']} texts of {row['texts']}" for row in whole if row["n"])
-    return {
-        "figure": by_layer(rows, colours, name),
-        "measures": [MEASURES[measure].rstrip(")").partition(" (")[::2] for measure in measures],  # name, remark
-        "lines": lines,
-        "texts": " or ".join(sources),
-        "neighbours": " or ".join(dict.fromkeys(str(row["k"]) for row in whole if row["k"])),
-    }
-
-
-def by_layer(rows: Sequence[dict], colours: Colours, name: str) -> str:
+def by_layer(rows: Sequence[dict], colours: Colours) -> Figure:
     """CKNNA and change of weights against the layer: a line per method, the mean of its runs, and their range."""
-    with drawing():
-        figure = Figure(figsize=(9.4, 3.6), layout="constrained")
-        for axes, (measure, title) in zip(figure.subplots(1, 2, sharex=True), PANELS.items(), strict=True):
-            mine = [row for row in rows if row["measure"] == measure and row["layer"] is not None]
-            for method in dict.fromkeys(row["method"] for row in mine):
-                line = _line([row for row in mine if row["method"] == method])
-                colour, marker = colours.colour(method), colours.marker(method)
-                axes.plot(line[0], line[1], color=colour, marker=marker, markersize=4, label=method)
-                axes.fill_between(line[0], line[2], line[3], color=colour, alpha=0.15, linewidth=0)
-            if measure.startswith("cknna"):
-                axes.axhline(1, color=FAINT, linewidth=0.8, alpha=0.5, zorder=0)
-            else:
-                axes.set_ylim(0, None)
-            axes.set(title=title, xlabel="layer (0: embedding)")
-            axes.xaxis.get_major_locator().set_params(integer=True)
-        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper")
-        return svg(figure, name, "CKNNA and change of weights by layer")
+    figure, both = canvas((9.4, 3.6), 2, sharex=True)
+    for axes, (measure, title) in zip(both, PANELS.items(), strict=True):
+        mine = [row for row in rows if row["measure"] == measure and row["layer"] is not None]
+        for method in dict.fromkeys(row["method"] for row in mine):
+            line = _line([row for row in mine if row["method"] == method])
+            colour, marker = colours.colour(method), colours.marker(method)
+            axes.plot(line[0], line[1], color=colour, marker=marker, markersize=4, label=method)
+            axes.fill_between(line[0], line[2], line[3], color=colour, alpha=0.15, linewidth=0)
+        if measure.startswith("cknna"):
+            axes.axhline(1, color=FAINT, linewidth=0.8, alpha=0.5, zorder=0)
+        else:
+            axes.set_ylim(0, None)
+        axes.set(title=title, xlabel="layer (0: embedding)")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper")
+    return figure
 
 
 def _line(rows: Sequence[dict]) -> tuple[list, list, list, list]:

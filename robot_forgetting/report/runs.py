@@ -138,6 +138,10 @@ class Group:
     runs: tuple[Run, ...]
 
     @property
+    def setting(self) -> tuple[str, str, str | None]:
+        return self.policy, self.new_task, self.shipped
+
+    @property
     def keys(self) -> dict:
         names = ("policy", "new_task", "method", "variant", "shipped")
         return {name: getattr(self, name) for name in names}

@@ -1,20 +1,13 @@
-"""Success, forgetting and divergence per method: rows of report.json."""
+"""What the tables of success, forgetting and divergence have in common: their columns, their means over runs."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from robot_forgetting.measure import TEXT, WEIGHTS
-from robot_forgetting.metrics.statistics import (
-    crossed_mean,
-    mean_of_intervals,
-    paired_difference,
-    ratio_interval,
-    wilson,
-)
+from robot_forgetting.metrics.statistics import crossed_mean, mean_of_intervals, paired_difference, wilson
 from robot_forgetting.records.summary import DECODES, latest
 from robot_forgetting.report.runs import BASE, Group, Run
 
@@ -23,8 +16,9 @@ PRIOR_MEAN = "prior mean"
 Single = tuple[float, float, float, Mapping[int, float]]
 
 
-def columns(runs: Sequence[Run]) -> list[tuple[str, str]]:
+def columns(runs: Iterable[Run]) -> list[tuple[str, str]]:
     """(task, role) in the order of the tables: new, prior tasks, their mean, held-out."""
+    runs = list(runs)
     found: dict[str, list[str]] = {"new": [], "prior": [], "held_out": []}
     for run in runs:
         for role, tasks in run.tasks.items():
@@ -62,65 +56,57 @@ def aggregate(per_run: Sequence[Sequence[Single]]) -> tuple[float, float, float]
     return crossed_mean(matrices, singles)
 
 
-def success_rows(groups: Sequence[Group]) -> list[dict]:
-    """Success of the base policy and of each method's final policy, per task and decode."""
-    rows = []
-    for group in with_base(groups):
-        cols, at_chance = columns(group.runs), silent(group.runs)
-        for decode in _decodes(group.runs):
-            for task, role in cols:
-                tasks, used, per_run = members(task, cols, at_chance), [], []
-                for run in group.runs:
-                    tried = [_outcomes(group, run, name, decode) for name in tasks]
-                    if all(tried):
-                        used.append(run)
-                        per_run.append([_rate(seeds) for seeds in tried])
-                    if group.method == BASE and used:
-                        break  # the base policy's episodes are pooled, see _outcomes
-                if not used:
-                    continue
-                value, low, high = aggregate(per_run)
-                rows.append(
-                    {
-                        **group.keys,
-                        "task": task,
-                        "role": role,
-                        "decode": decode,
-                        "at_chance": task in at_chance,
-                        "runs": len(used),
-                        "n": sum(len(single[3]) for tasks in per_run for single in tasks),
-                        "rate": value,
-                        "low": max(low, 0.0),
-                        "high": min(high, 1.0),
-                        "interval": _interval_name(len(used), len(tasks)),
-                        "per_run": [
-                            {
-                                "run": run.id,
-                                "seed": run.state.get("seed"),
-                                "rate": float(np.mean([single[0] for single in tasks])),
-                                "n": sum(len(single[3]) for single in tasks),
-                            }
-                            for run, tasks in zip(used, per_run, strict=True)
-                        ],
-                    }
-                )
-    return rows
+@dataclass(frozen=True)
+class Collected:
+    """The numbers of a group's runs for one column of a table at one decode; ``per_run[run][task]``."""
+
+    decode: str
+    tasks: Sequence[str]
+    runs: Sequence[Run]
+    per_run: Sequence[Sequence[Single]]
+    head: dict  # of the row: {**group.keys, "task", "role", "decode", "at_chance", "runs", "n"}
+
+    def mean(self) -> tuple[float, float, float]:
+        """Value, low, high over the runs."""
+        return aggregate(self.per_run)
+
+    def per_run_rows(self, name: str) -> list[dict]:
+        """A dict per run: its id and seed, and under ``name`` its mean over the tasks."""
+        return [
+            {"run": run.id, "seed": run.state.get("seed"), name: float(np.mean([one[0] for one in tasks]))}
+            for run, tasks in zip(self.runs, self.per_run, strict=True)
+        ]
 
 
-def _decodes(runs: Sequence[Run]) -> list[str]:
-    """Those that some episode has; benchmarks alone stand in the first."""
-    met = {decode for run in runs for *_, decode in run.outcomes}
-    return [decode for decode in DECODES if decode in met] or list(DECODES[:1])
+def collected(
+    group: Group, single: Callable[[Run, str, str], Single | None], roles: Sequence[str] = ("new", "prior", "held_out")
+) -> Iterator[Collected]:
+    """A ``Collected`` for each decode and column that some run has numbers for; single: of (run, task, decode)."""
+    cols, at_chance = columns(group.runs), silent(group.runs)
+    met = {decode for run in group.runs for *_, decode in run.outcomes}
+    for decode in [decode for decode in DECODES if decode in met] or DECODES[:1]:  # benchmarks alone: the first
+        for task, role in (column for column in cols if column[1] in roles):
+            tasks, used, per_run = members(task, cols, at_chance), [], []
+            for run in group.runs:
+                found = [single(run, name, decode) for name in tasks]
+                if None not in found:
+                    used.append(run)
+                    per_run.append(found)
+                if group.method == BASE and used:
+                    break  # the base policy's episodes are pooled
+            if used:
+                head = {**group.keys, "task": task, "role": role, "decode": decode, "at_chance": task in at_chance}
+                head |= {"runs": len(used), "n": sum(len(one[3]) for found in per_run for one in found)}
+                yield Collected(decode, tasks, used, per_run, head)
 
 
-def with_base(groups: Sequence[Group]) -> list[Group]:
+def with_base(groups: Iterable[Group]) -> list[Group]:
     """A base row for each policy, new task and origin (measured, shipped) with base episodes, before its methods.
 
     Weights or tasks that differ under the same names (another fingerprint, as with another render option) get rows of
     their own.
     """
-    result: list[Group] = []
-    seen = set()
+    groups, result, seen = list(groups), [], set()
     for group in groups:
         key = (group.policy, group.new_task, group.shipped)
         if key not in seen:
@@ -140,22 +126,8 @@ def with_base(groups: Sequence[Group]) -> list[Group]:
     return result
 
 
-def _interval_name(runs: int, tasks: int) -> str:
-    if runs > 1:
-        return "t over runs and initial states"
-    return "Wilson" if tasks == 1 else "Wilson limits of each task, squared and added (MOVER)"
-
-
-def _outcomes(group: Group, run: Run, task: str, decode: str) -> dict[int, bool]:
-    if group.method != BASE:
-        return run.tried(run.final, task, decode) if run.final else {}
-    pooled: dict[int, bool] = {}
-    for other in group.runs:  # every run holds a copy of the base policy's episodes, or a part of them
-        pooled = {**other.tried((0, 0), task, decode), **pooled}
-    return pooled
-
-
-def _rate(seeds: Mapping[int, bool]) -> Single:
+def rate(seeds: Mapping[int, bool]) -> Single:
+    """Share of successes with Wilson's interval."""
     successes, n = sum(seeds.values()), len(seeds)
     return successes / n, *wilson(successes, n), {seed: float(success) for seed, success in seeds.items()}
 
@@ -168,111 +140,6 @@ def paired(run: Run, checkpoint: tuple[int, int], task: str, decode: str = "samp
         return None
     pair = paired_difference([base[seed] for seed in common], [tuned[seed] for seed in common])
     return pair.difference, pair.low, pair.high, {seed: float(base[seed]) - float(tuned[seed]) for seed in common}
-
-
-def forgetting_rows(groups: Sequence[Group]) -> list[dict]:
-    """Forgetting and retention of each method's final policy per prior and held-out task, on paired initial states."""
-    rows = []
-    for group in groups:
-        cols, at_chance = columns(group.runs), silent(group.runs)
-        for decode in _decodes(group.runs):
-            for task, role in cols:
-                if role == "new":
-                    continue
-                tasks, used, per_run = members(task, cols, at_chance), [], []
-                for run in group.runs:
-                    found = [paired(run, run.final, name, decode) if run.final else None for name in tasks]
-                    if None not in found:
-                        used.append(run)
-                        per_run.append(found)
-                if not used:
-                    continue
-                value, low, high = aggregate(per_run)
-                base, tuned = (_paired_rates(used, per_run, tasks, decode, which) for which in ("base", "final"))
-                retention = ratio_interval(tuned, base)
-                rows.append(
-                    {
-                        **group.keys,
-                        "task": task,
-                        "role": role,
-                        "decode": decode,
-                        "scored": all(run.scored.issuperset(tasks) for run in used),
-                        "at_chance": task in at_chance,
-                        "runs": len(used),
-                        "n": sum(len(single[3]) for tasks in per_run for single in tasks),
-                        "base": base[0],
-                        "fine_tuned": tuned[0],
-                        "forgetting": value,
-                        "low": max(low, -1.0),
-                        "high": min(high, 1.0),
-                        "retention": tuned[0] / base[0] if base[0] else None,
-                        "retention_low": retention[0],
-                        "retention_high": retention[1],
-                        "per_run": [
-                            {
-                                "run": run.id,
-                                "seed": run.state.get("seed"),
-                                "forgetting": float(np.mean([single[0] for single in tasks])),
-                            }
-                            for run, tasks in zip(used, per_run, strict=True)
-                        ],
-                    }
-                )
-    return rows
-
-
-def _paired_rates(runs, per_run, tasks, decode, which) -> tuple[float, float, float]:
-    """Success with its interval on exactly the paired initial states."""
-    found = []
-    for run, singles in zip(runs, per_run, strict=True):
-        checkpoint = (0, 0) if which == "base" else run.final
-        rates = []
-        for task, single in zip(tasks, singles, strict=True):
-            tried = run.tried(checkpoint, task, decode)
-            rates.append(_rate({seed: tried[seed] for seed in single[3]}))
-        found.append(rates)
-    value, low, high = aggregate(found)
-    return value, max(low, 0.0), min(high, 1.0)
-
-
-def divergence_rows(groups: Sequence[Group]) -> list[dict]:
-    """Distances between base and fine-tuned policy, of each method's final policy, on named states.
-
-    One run: its own standard error. Several: that of their mean, sqrt(s^2 / k), and at least what their own errors say.
-    """
-    rows = []
-    for group in groups:
-        found: dict[tuple, list[dict]] = {}
-        for run in group.runs:
-            for row in final_divergence(run):
-                if row.get("states") in (TEXT, WEIGHTS, None):
-                    continue  # by layer, see ``report.layers``; None: of weights, in a study
-                key = tuple(row.get(name) for name in ("task", "role", "states", "measure", "unit"))
-                found.setdefault(key, []).append(row)
-        for (task, role, states, measure, unit), members in found.items():
-            values = np.array([row["value"] for row in members if row.get("value") is not None], dtype=float)
-            if not len(values):
-                continue
-            own = [row["standard_error"] for row in members if row.get("standard_error") is not None]
-            floor = math.sqrt(float(np.mean(np.square(own))) / len(values)) if own else None
-            spread = math.sqrt(float(values.var(ddof=1)) / len(values)) if len(values) > 1 else None
-            errors = [error for error in (floor, spread) if error is not None]
-            rows.append(
-                {
-                    **group.keys,
-                    "task": task,
-                    "role": role,
-                    "states": states,
-                    "measure": measure,
-                    "unit": unit,
-                    "value": float(values.mean()),
-                    "standard_error": max(errors) if errors else None,
-                    "n": sum(row.get("n") or 0 for row in members),
-                    "episodes": sum(row.get("episodes") or 0 for row in members),
-                    "runs": len(values),
-                }
-            )
-    return rows
 
 
 def final_divergence(run: Run) -> list[dict]:

@@ -1,8 +1,8 @@
-"""Studies that one command regenerates: `robot-forgetting reproduce NAME`."""
+"""Studies that one command regenerates, `robot-forgetting reproduce NAME`, and the page of any run folders."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from robot_forgetting.errors import UserError
@@ -13,12 +13,20 @@ def reproduce(reproduce, config: dict, quick: bool, processes: int, seed: int, p
 
     Continues what is there.
     """
-    from robot_forgetting.report import write_report  # matplotlib, only where it is needed
-
     if reproduce is None:
         raise UserError("which study? for example: robot-forgetting reproduce parity_mnist")
     folder = Path(config["run_dir"] or f"runs/{reproduce.name}{'-quick' if quick else ''}")
     more = {"point": point} if getattr(reproduce, "composes", False) else {}
     code = reproduce.run(folder, quick=quick, processes=processes, first_seed=seed, **more)
-    write_report([folder], folder / "report.html")
+    report([folder], folder / "report.html")
     return code
+
+
+def report(run_folders: Sequence[Path], output: Path | None = None) -> Path:
+    """``report.write_report``, or the page of the controlled study where some folder holds a run of it."""
+    from robot_forgetting.report.page import places, write_report  # jinja2, and matplotlib: only where it is needed
+    from robot_forgetting.studies.digits.study_page import write_study
+    from robot_forgetting.studies.digits.study_runs import is_study
+
+    folders, page = places(run_folders, output)
+    return write_study(folders, page) if any(map(is_study, folders)) else write_report(run_folders, output)

@@ -98,7 +98,7 @@ def draw(study: Study, found: dict[str, rows.Law], tables: dict) -> dict[str, di
     scope += words.plural(len(study.seeds), "seed")
 
     def add(name: str, title: str, caption: str, make, *arguments) -> None:
-        with figures.drawing(**{"pdf.fonttype": 42}):
+        with figures.drawing():
             drawn[name] = save(make(*arguments), name, title) | {"caption": caption}
 
     if study.points:
