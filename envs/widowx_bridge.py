@@ -54,26 +54,20 @@ EGGPLANT = Grid(
 @register_env("RobotForgetting-WidowXCarrotOnPlate-v1", max_episode_steps=60)
 class CarrotOnPlate(BridgeScene):
     objects_excluded_from_greenscreening = ["bridge_carrot_generated_modified", "bridge_plate_objaverse_larger"]
-
-    def __init__(self, **kwargs):
-        super().__init__(self.objects_excluded_from_greenscreening, CARROT, height=0.02, nothing_else=True, **kwargs)
+    grid = CARROT
 
 
 @register_env("RobotForgetting-WidowXSpoonOnTowel-v1", max_episode_steps=60)
 class SpoonOnTowel(BridgeScene):
     objects_excluded_from_greenscreening = ["bridge_spoon_generated_modified", "table_cloth_generated_shorter"]
-
-    def __init__(self, **kwargs):  # the spoon may lie half beside the towel
-        super().__init__(self.objects_excluded_from_greenscreening, SPOON, height=0.02, nothing_else=False, **kwargs)
+    grid, nothing_else = SPOON, False  # the spoon may lie half beside the towel
 
 
 @register_env("RobotForgetting-WidowXStackCube-v1", max_episode_steps=60)
 class StackCube(BridgeScene):
     MODEL_JSON = "info_bridge_custom_baked_tex_v0.json"
     objects_excluded_from_greenscreening = ["baked_green_cube_3cm", "baked_yellow_cube_3cm"]
-
-    def __init__(self, **kwargs):
-        super().__init__(self.objects_excluded_from_greenscreening, CUBES, height=0.02, nothing_else=True, **kwargs)
+    grid = CUBES
 
 
 @register_env("RobotForgetting-WidowXPutEggplantInBasket-v1", max_episode_steps=120)
@@ -81,29 +75,18 @@ class EggplantInBasket(BridgeScene):
     """The sink and the target plane are part of the photo; only the robot and the eggplant are drawn."""
 
     scene_setting, bundle, photo = "sink", "bridge_sink", "bridge_sink.png"
-    objects_excluded_from_greenscreening = ["eggplant"]
+    objects, objects_excluded_from_greenscreening = ("eggplant", "dummy_sink_target_plane"), ["eggplant"]
+    grid, height, nothing_else = EGGPLANT, 0.06, False
     _load_lighting = stock.PutEggplantInBasketScene._load_lighting
 
-    def __init__(self, **kwargs):
-        super().__init__(("eggplant", "dummy_sink_target_plane"), EGGPLANT, height=0.06, nothing_else=False, **kwargs)
 
-
-@register_env("RobotForgetting-WidowXCarrotOnPlate-maniskill3-v1", max_episode_steps=60)
-class StockCarrotOnPlate(StockScene, stock.PutCarrotOnPlateInScene):
-    def __init__(self, **kwargs):
-        super().__init__(grid=CARROT, **kwargs)
-
-
-@register_env("RobotForgetting-WidowXSpoonOnTowel-maniskill3-v1", max_episode_steps=60)
-class StockSpoonOnTowel(StockScene, stock.PutSpoonOnTableClothInScene):
-    def __init__(self, **kwargs):
-        super().__init__(grid=SPOON, **kwargs)
-
-
-@register_env("RobotForgetting-WidowXStackCube-maniskill3-v1", max_episode_steps=60)
-class StockStackCube(StockScene, stock.StackGreenCubeOnYellowCubeBakedTexInScene):
-    def __init__(self, **kwargs):
-        super().__init__(grid=CUBES, **kwargs)
+for name, base, grid in (
+    ("CarrotOnPlate", stock.PutCarrotOnPlateInScene, CARROT),
+    ("SpoonOnTowel", stock.PutSpoonOnTableClothInScene, SPOON),
+    ("StackCube", stock.StackGreenCubeOnYellowCubeBakedTexInScene, CUBES),
+):
+    made = type(f"Stock{name}", (StockScene, base), {"grid": grid})
+    register_env(f"RobotForgetting-WidowX{name}-maniskill3-v1", max_episode_steps=60)(made)
 
 
 def carrot_expert(env):

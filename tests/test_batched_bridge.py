@@ -184,12 +184,12 @@ class Things:
 
         from robot_forgetting.tasks.widowx.bridge import BridgeScene
 
-        self.flags = types.MethodType(BridgeScene.flags, self)
+        self.evaluate = types.MethodType(BridgeScene.evaluate, self)
         self.places = torch.zeros(4, 2, 3)
         self.places[:, 0] = torch.tensor([0.2, 0, 0.01])
         self.impulses = {name: torch.zeros(4, 3) for name in ("left", "right", "arena")}
         self.impulses["arena"][:, 2] = 0.01  # it lies there
-        self.obj_names, self._height, self._nothing_else = ["source", "target"], 0.02, True
+        self.obj_names, self.height, self.nothing_else = ["source", "target"], 0.02, True
         self.at_rest, self._counted = self.places.clone(), -1
         self.extents = torch.tensor([[0.04, 0.02, 0.02], [0.1, 0.1, 0.01]]).repeat(4, 1, 1)
         self.consecutive_grasp, self.configuration = torch.zeros(4, dtype=torch.int64), torch.arange(4)
@@ -216,7 +216,7 @@ class Things:
 
     def step(self, *stepped: int) -> dict:
         self._elapsed_steps[list(stepped)] += 1
-        return {key: value.tolist() for key, value in self.flags().items()}
+        return {key: value.tolist() for key, value in self.evaluate().items()}
 
 
 def test_each_slot_has_its_own_box_and_place():
@@ -248,7 +248,7 @@ def test_flags_of_each_slot():
         "success": [False, True, False, False],
         "configuration": [0, 1, 2, 3],
     }
-    things._nothing_else = False
+    things.nothing_else = False
     assert things.step()["success"] == [False, True, True, False]
     things.places[:, 0, 2] = torch.tensor([0.01, 0.0351, 0.0349, -0.001])  # 2 cm, and half of both boxes
     assert things.step()["success"] == [False, False, True, False]

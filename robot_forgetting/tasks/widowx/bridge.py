@@ -4,9 +4,8 @@ The original is ManiSkill2_real2sim on SAPIEN 2.2.2 (Li et al. 2024, arXiv:2405.
 differently is set back here: contact offset, solver, default friction, damping, the spoon's shape, how objects come to
 rest, where positions are measured (centre of mass), and what counts as grasped and as success.
 
-On a GPU (``batched.py``) the same scene stands there many times. Its initial states come from CPU simulations, and
-``BridgeScene.flags`` tells of all what ``evaluate`` tells of one; what PhysX does otherwise there is said in
-docs/gpu_simulation.md.
+On a GPU (``batched.py``) the same scene stands there many times. Its initial states come from CPU simulations; what
+PhysX does otherwise there is said in docs/gpu_simulation.md.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from mani_skill.utils import io_utils
 from mani_skill.utils.structs.types import DefaultMaterialsConfig, GPUMemoryConfig, SceneConfig, SimConfig
 
 from robot_forgetting.machine import assets
-from robot_forgetting.tasks.simulator.grasp import TOUCH, pressing_fingers, pressing_fingers_batched
+from robot_forgetting.tasks.simulator.grasp import TOUCH, pressing_fingers_batched
 from robot_forgetting.tasks.simulator.grid import Grid
 from robot_forgetting.tasks.simulator.settling import drop
 from robot_forgetting.tasks.widowx.widowx import WidowXFlatTable, WidowXSink
@@ -37,32 +36,34 @@ MOVED, ASIDE, LONG = 0.03, 0.003, 5
 
 
 class BridgeScene(BaseBridgeEnv):
-    """Robot, table (or sink), source and target object.
+    """Robot, table (or sink), source and target object. Subclasses say which.
 
-    objects: names of the source and the target object; grid: their initial states
+    objects: names of the source and the target object; None: those that are drawn over the photo
+    grid: their initial states
     height: of the source over the target, metres more than their boxes, that still is success
     nothing_else: whether the source may touch only the robot and the target then
     bundle: the assets it needs, see ``assets.BUNDLES``; photo: its background
     """
 
+    objects: tuple[str, str] | None = None
+    grid: Grid
+    height, nothing_else = 0.02, True
     bundle, photo = "bridge", "bridge_real_eval_1.png"
     SUPPORTED_OBS_MODES = ("rgb+segmentation", "none")
 
-    def __init__(
-        self, objects: tuple[str, str], grid: Grid, *, height: float, nothing_else: bool, robot_uids=None, **kwargs
-    ):
+    def __init__(self, robot_uids=None, **kwargs):
+        objects = self.objects or self.objects_excluded_from_greenscreening
         assets.require(self.bundle, tuple(f"{assets.MODELS}/{name}/collision.obj" for name in objects))
         folder = assets.bridge_folder()
         self.objs, self.obj_names = {}, list(objects)
         self.source_obj_name, self.target_obj_name = objects
-        self.grid, self._height, self._nothing_else = grid, height, nothing_else
         self.xyz_configs, self.quat_configs = np.zeros(0), np.zeros(0)  # ManiSkill's own; we place the objects
         sink = self.scene_setting == "sink"
         self.rgb_overlay_paths = {CAMERA: str(folder / "real_inpainting" / self.photo)}
         # ManiSkill's are the class's, and so every environment's
         self._rgb_overlay_images, self._objects_to_remove_from_greenscreen = {}, []
         self.model_db = io_utils.load_json(folder / "custom" / self.MODEL_JSON)
-        self._counted = -1  # ``_elapsed_steps`` when ``flags`` was last asked
+        self._counted = -1  # ``_elapsed_steps`` when ``evaluate`` was last asked
         BaseDigitalTwinEnv.__init__(self, robot_uids=WidowXSink if sink else WidowXFlatTable, **kwargs)
 
     @property
@@ -155,58 +156,10 @@ class BridgeScene(BaseBridgeEnv):
     # ---- success
 
     def evaluate(self) -> dict:
-        """The original's flags, of this instant; ``configuration`` is that of the evaluation grid, -1 in training."""
-        if self.gpu_sim_enabled:
-            return self.flags()
-        source, target = self.obj_names
-        now = {source: self.centre(source), target: self._body(target).entity_pose.p}  # as the original has it
-        rest = dict(zip(self.obj_names, self.at_rest[0].numpy(), strict=True))
-        moved = {name: float(np.linalg.norm((now[name] - rest[name])[:2])) for name in now}
-        grasped = pressing_fingers(self.agent, self.objs[source])
-        self.consecutive_grasp[0] = self.consecutive_grasp[0] + 1 if grasped else 0
-        on_target = self._is_above() and not (self._nothing_else and self._touches_others())
-        flags = {
-            "is_src_obj_grasped": grasped,
-            "consecutive_grasp": self.consecutive_grasp >= LONG,
-            "src_on_target": on_target,
-            "moved_correct_obj": moved[source] > MOVED and moved[target] < moved[source],
-            "moved_wrong_obj": moved[target] > MOVED and moved[target] > moved[source],
-            "success": on_target,
-        }
-        flags = {name: torch.tensor([bool(value)]) for name, value in flags.items()}
-        return {**flags, "configuration": self.configuration}
+        """The original's flags, of this instant; ``configuration`` is that of the evaluation grid, -1 in training.
 
-    def centre(self, name: str) -> np.ndarray:
-        """World position [3] of an object's centre of mass."""
-        body = self._body(name)
-        return np.asarray((body.entity_pose * body.cmass_local_pose).p, dtype=np.float64)
-
-    def _is_above(self) -> bool:
-        """By centres of mass and by the boxes that both had when they came to rest."""
-        source, target = self.obj_names
-        offset = self.centre(source) - self.centre(target)
-        halves = self.extents[0].numpy() / 2
-        sideways = np.linalg.norm(offset[:2]) <= np.linalg.norm(halves[1][:2]) + ASIDE
-        return bool(sideways and 0 < offset[2] <= self._height + halves[0][2] + halves[1][2])
-
-    def _touches_others(self) -> bool:
-        """Contact with an impulse above ``TOUCH``; the hand may still hold the object over the target."""
-        source = self.objs[self.source_obj_name]._objs[0]
-        allowed = {link.entity for link in self.agent.robot._objs[0].links}
-        allowed.add(self.objs[self.target_obj_name]._objs[0])
-        for contact in self.scene.px.get_contacts():
-            pair = [body.entity for body in contact.bodies]
-            if source in pair and pair[pair[0] == source] not in allowed:
-                if np.linalg.norm(np.sum([point.impulse for point in contact.points], axis=0)) > TOUCH:
-                    return True
-        return False
-
-    # ---- success of N environments
-
-    def flags(self) -> dict:
-        """What ``evaluate`` says, of N environments at once.
-
-        Their contacts are known by pairs only: what the source may touch besides robot and target is the arena.
+        Centres are of mass, but of the target's movement, as the original has it; boxes those that both had when they
+        came to rest. Contacts are known by pairs: what the source may touch besides robot and target is the arena.
         """
         source, target = (self.objs[name] for name in self.obj_names)
         centres = [(thing.pose * own).p for thing, own in zip((source, target), self._mass_centres, strict=True)]
@@ -219,8 +172,8 @@ class BridgeScene(BaseBridgeEnv):
         self._counted = self._elapsed_steps.clone()
         offset, halves = centres[0] - centres[1], self.extents / 2
         on_target = offset[:, :2].norm(dim=1) <= halves[:, 1, :2].norm(dim=1) + ASIDE
-        on_target &= (0 < offset[:, 2]) & (offset[:, 2] <= self._height + halves[:, 0, 2] + halves[:, 1, 2])
-        if self._nothing_else:
+        on_target &= (0 < offset[:, 2]) & (offset[:, 2] <= self.height + halves[:, 0, 2] + halves[:, 1, 2])
+        if self.nothing_else:
             arena = self.scene.get_pairwise_contact_impulses(self.scene.actors["arena"], source)
             on_target &= arena.norm(dim=1) <= TOUCH
         return {
@@ -237,9 +190,11 @@ class BridgeScene(BaseBridgeEnv):
 class StockScene:
     """Before a stock Bridge environment in the list of bases: its own photo, and our seeds for its initial states."""
 
-    def __init__(self, *, grid: Grid, **kwargs):
+    grid: Grid
+
+    def __init__(self, **kwargs):
         assets.require("bridge")
-        self.grid, self.configuration = grid, -1
+        self.configuration = -1
         self._rgb_overlay_images, self._objects_to_remove_from_greenscreen = {}, []
         super().__init__(**kwargs)
 
