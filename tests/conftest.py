@@ -40,13 +40,10 @@ def no_renderer(monkeypatch):
 
 @pytest.fixture(scope="session")
 def renderer():
-    from robot_forgetting.errors import UserError
     from robot_forgetting.machine import doctor
 
-    try:
-        doctor.require_vulkan()
-    except UserError as error:
-        pytest.skip(str(error))
+    if (check := doctor.vulkan_device()).state == "FAIL":
+        pytest.skip(str(check))
 
 
 @pytest.fixture(scope="module")

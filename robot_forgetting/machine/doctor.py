@@ -14,23 +14,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from robot_forgetting.errors import UserError
 from robot_forgetting.machine import nvidia, vulkan
 
 # Installed versions of these go into run.json: what a result may depend on.
 PACKAGES = (
-    "torch",
-    "transformers",
-    "mani-skill",
-    "sapien",
-    "peft",
-    "gymnasium",
-    "numpy",
-    "hydra-core",
-    "imageio",
-    "imageio-ffmpeg",
-    "safetensors",
-)
+    "torch", "transformers", "mani-skill", "sapien", "peft", "gymnasium", "numpy", "hydra-core", "imageio",
+    "imageio-ffmpeg", "safetensors",
+)  # fmt: skip
 SHIPPED = Path(__file__).parents[1] / "weights"
 GIGABYTE = 10**9
 NEEDED = ".".join(map(str, vulkan.LAVAPIPE_NEEDED))
@@ -255,13 +245,6 @@ def weights() -> Check:
 
 
 # --- for other modules ---
-
-
-def require_vulkan() -> None:
-    """Raises ``UserError`` where no picture can be rendered."""
-    check = vulkan_device()
-    if check.state == "FAIL":
-        raise UserError(f"robot tasks need a Vulkan driver: {check.found}; {check.cure}, then robot-forgetting doctor")
 
 
 def render_backend() -> dict:

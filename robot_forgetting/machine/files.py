@@ -44,11 +44,16 @@ def write_atomic(path: Path, content: str | bytes) -> None:
             os.close(directory)
 
 
+def cache_folder() -> Path:
+    """The user's, for what can be made again; ``RuntimeError`` where there is no home."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "robot_forgetting"
+
+
 def cached(name: str, text: str) -> Path:
     """A file of this text in the user's cache, the same for every process: for what a library reads from files only."""
     file = f"{hashlib.sha256(text.encode()).hexdigest()[:12]}-{name}"
     try:
-        path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "robot_forgetting" / file
+        path = cache_folder() / file
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(path, text)

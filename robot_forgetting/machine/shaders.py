@@ -8,10 +8,11 @@ and in SimplerEnv's carrot).
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from pathlib import Path
+
+from robot_forgetting.machine.files import cache_folder
 
 DECLARATION = "uniform sampler2D samplerBRDFLUT"
 LOOKUP = "texture(samplerBRDFLUT, vec2(roughness, dotNV)).xy"
@@ -37,7 +38,7 @@ def install() -> None:
 
 def without_table(shaders: Path, version: str, name: str = "minimal") -> Path | None:
     """A cached copy of a shader that needs no table; None where its text is not the expected one."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "robot_forgetting"
+    cache = cache_folder()
     target = cache / (f"shaders-{version}" if name == "minimal" else f"shaders-{version}-{name}")
     if (target / name).is_dir():
         return target / name

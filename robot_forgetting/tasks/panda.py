@@ -9,10 +9,11 @@ from __future__ import annotations
 import functools
 
 import numpy as np
+import sapien
 import torch
 
 from robot_forgetting.errors import UserError
-from robot_forgetting.tasks.simulator.batched_kinematics import BatchedKinematics
+from robot_forgetting.tasks.simulator.arms import Arm, BatchedKinematics
 from robot_forgetting.tasks.simulator.grasp import pressing_fingers
 from robot_forgetting.tasks.simulator.robots import BatchedController, Controller
 
@@ -21,47 +22,21 @@ class EndEffectorController(Controller):
     """ManiSkill's ``pd_ee_delta_pose`` (root-frame translation, root-aligned body rotation) for one CPU environment."""
 
     def __init__(self, env):
-        import sapien
-
-        self._pose = sapien.Pose
         arm, gripper = _arm_and_gripper(env)
         config = arm.config
         self._position_scale = float(config.pos_upper)
         self._rotation_scale = float(config.rot_lower)  # ManiSkill scales rotations by the *lower* limit: a sign flip
-        self._gripper_low, self._gripper_high = float(gripper.config.lower), float(gripper.config.upper)
-        self._robot = env.agent.robot._objs[0]
-        self._link = arm.ee_link._objs[0]
-        self._kinematics = arm.kinematics
-        joints = self._robot.active_joints
-        self._arm_joints = [joints[int(i)] for i in arm.active_joint_indices]
-        self._gripper_joints = [joints[int(i)] for i in gripper.active_joint_indices]
-        self._model_joints = np.asarray(arm.kinematics.pmodel_active_joint_indices)
-        self._controlled = np.asarray(arm.kinematics.pmodel_controlled_joint_indices)
+        self._arm = Arm(env, arm, gripper)
         if env.agent.uid.startswith("panda"):
             env.agent.is_grasping = functools.partial(is_grasping, env.agent)
 
     def apply(self, command: np.ndarray) -> None:
         position = np.clip(command[:3], -1, 1) * self._position_scale
         rotation = command[3:6] / max(1.0, np.linalg.norm(command[3:6])) * self._rotation_scale
-        current = self._robot.root_pose.inv() * self._link.entity_pose
-        turn = self._pose(q=_quaternion_xyz(rotation)) * self._pose(q=current.q)
-        qpos = self._robot.qpos
-        target, solved, _ = self._kinematics.pmodel.compute_inverse_kinematics(
-            self._kinematics.end_link_idx,
-            self._pose(p=current.p + position, q=turn.q),
-            initial_qpos=qpos[self._model_joints],
-            active_qmask=self._kinematics.qmask,
-            max_iterations=100,
-        )
-        if solved:
-            for joint, value in zip(self._arm_joints, target[self._controlled], strict=True):
-                joint.set_drive_target(value)
-        else:  # ManiSkill holds the arm where it is
-            for joint, value in zip(self._arm_joints, qpos, strict=False):
-                joint.set_drive_target(value)
-        width = self._gripper_low + (np.clip(command[6], -1, 1) + 1) / 2 * (self._gripper_high - self._gripper_low)
-        for joint in self._gripper_joints:
-            joint.set_drive_target(width)
+        current = self._arm.robot.root_pose.inv() * self._arm.link.entity_pose
+        turn = sapien.Pose(q=_quaternion_xyz(rotation)) * sapien.Pose(q=current.q)
+        target = sapien.Pose(p=current.p + position, q=turn.q)
+        self._arm.drive(self._arm.solve(target, self._arm.robot.qpos), command[6])
 
 
 class BatchedEndEffectorController(BatchedController):

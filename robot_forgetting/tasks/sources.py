@@ -20,7 +20,7 @@ from http.client import HTTPException
 from pathlib import Path
 
 from robot_forgetting.errors import UserError
-from robot_forgetting.machine.files import write_atomic
+from robot_forgetting.machine.files import cache_folder, write_atomic
 
 VARIABLE = "ROBOT_FORGETTING_DATA"
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -56,7 +56,7 @@ def download(origin: str, file: str, otherwise: str) -> Path:
             from huggingface_hub import hf_hub_download
 
             return Path(hf_hub_download(origin.removeprefix("hub:"), file, repo_type="dataset"))
-        cached = _cache() / origin.rstrip("/").partition("://")[2] / file
+        cached = cache_folder() / origin.rstrip("/").partition("://")[2] / file
         if not cached.is_file():
             with urllib.request.urlopen(f"{origin.rstrip('/')}/{file}", timeout=SECONDS) as answer:
                 content = answer.read()
@@ -68,10 +68,6 @@ def download(origin: str, file: str, otherwise: str) -> Path:
     except (OSError, ValueError, HTTPException) as error:  # no network, no such file, a cut connection
         text = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{file} cannot be downloaded from {origin} ({text}); {otherwise}") from error
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "robot_forgetting"
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import nn
 
 from robot_forgetting.errors import UserError
 from robot_forgetting.finite import misfits
-from robot_forgetting.machine.files import disk
+from robot_forgetting.machine.files import cache_folder, disk
 from robot_forgetting.machine.progress import say
 
 
@@ -172,8 +172,7 @@ def _converted(file: Path) -> Path:
     """
     with open(file, "rb") as opened:
         mark = hashlib.sha256(opened.read(2**20) + str(file.stat().st_size).encode()).hexdigest()[:16]
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "robot_forgetting"
-    folder = root / f"{file.stem}-{mark}"
+    folder = cache_folder() / f"{file.stem}-{mark}"
     if not folder.is_dir():
         say(f"converting {file.name} once, into {folder} ...")
         part = folder.with_name(f".{folder.name}.{os.getpid()}")

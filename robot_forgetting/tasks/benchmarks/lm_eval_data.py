@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from robot_forgetting.errors import UserError
-from robot_forgetting.tasks.sources import VARIABLE, Row, local_folder, read_rows
+from robot_forgetting.tasks.sources import VARIABLE, local_folder, read_rows
 
 Splits = dict[str, list[dict]]
 MARKS = re.compile(r"\[(header|title|step|substeps)\]")  # of HellaSwag's WikiHow half
@@ -141,12 +141,5 @@ def humaneval(folder: Path) -> dict[str, Splits]:
 
 
 LAYOUTS: dict[str, Callable[[Path], dict[str, Splits]]] = {
-    "hellaswag": hellaswag,
-    "mmlu": mmlu,
-    "truthfulqa": truthfulqa,
-    "ifeval": ifeval,
-    "winogrande": winogrande,
-    "humaneval": humaneval,
+    layout.__name__: layout for layout in (hellaswag, mmlu, truthfulqa, ifeval, winogrande, humaneval)
 }
-
-__all__ = ["LAYOUTS", "Row", "local_splits"]

@@ -23,14 +23,7 @@ from robot_forgetting.machine.device import unusable_gpu
 from robot_forgetting.machine.user_modules import load_object
 from robot_forgetting.task import Transition, VectorEnv
 from robot_forgetting.tasks.simulator.conventions import Boundary
-from robot_forgetting.tasks.simulator.environment import (
-    VIDEO_PIXELS,
-    SimulationSpec,
-    chosen_sensor,
-    make_environment,
-    overlay_of,
-    photo_of,
-)
+from robot_forgetting.tasks.simulator.environment import SimulationSpec, cameras_of, make_environment, photo_of
 from robot_forgetting.tasks.simulator.pictures import BatchedCamera
 from robot_forgetting.tasks.simulator.robots import find_robot
 from robot_forgetting.tasks.simulator.simulation import (
@@ -83,19 +76,13 @@ class BatchedSimulation:
         if self._controller.before_simulation_step is not None:
             self.env._before_simulation_step = self._controller.before_simulation_step
         self._boundaries = [Boundary(robot, spec.rotation, spec.gripper) for _ in range(count)]
-        self._cameras = {"image": self._camera(chosen_sensor(self.env, spec), spec.image_size)}
-        if spec.video:
-            self._cameras["frame"] = self._camera(next(iter(self.env._human_render_cameras.values())), VIDEO_PIXELS)
+        self._cameras = cameras_of(self.env, spec, BatchedCamera)
         self._seeds, self._steps, self._instructions = [0] * count, [0] * count, [spec.instruction] * count
         self._photos = [photo_of(self.env)] * count if spec.overlay else None
         self._still = robot.gripper_still
         self._idle = 1.0 if self._still is None else self._still
         self._grippers = np.full(count, self._idle, np.float32)
         self._stepped: dict[int, dict] = {}
-
-    def _camera(self, sensor, pixels: int) -> BatchedCamera:
-        """One of the environment's cameras, with its photo under it."""
-        return BatchedCamera(sensor, (pixels, pixels), overlay_of(self.env, sensor) if self.spec.overlay else None)
 
     def step(self, commands: dict[int, np.ndarray]) -> None:
         """Executes commands [7] of some slots; ``finish`` tells what came of it."""

@@ -205,6 +205,18 @@ def chosen_sensor(env, spec: SimulationSpec):
     return env._sensors[spec.camera.get("sensor", names[0])]
 
 
+def cameras_of(env, spec: SimulationSpec, kind: type) -> dict:
+    """The policy's camera and, where asked for, the one for videos, each of a ``kind`` of ``pictures``, with the photo
+    that ManiSkill would lay under it."""
+    seen = {"image": (chosen_sensor(env, spec), spec.image_size)}
+    if spec.video:
+        seen["frame"] = next(iter(env._human_render_cameras.values())), VIDEO_PIXELS
+    return {
+        key: kind(sensor, (pixels, pixels), overlay_of(env, sensor) if spec.overlay else None)
+        for key, (sensor, pixels) in seen.items()
+    }
+
+
 def seen_through(env, spec: SimulationSpec) -> str:
     """'base_camera (of base_camera, hand_camera; camera.sensor chooses)'."""
     names = list(env._sensors)

@@ -13,14 +13,7 @@ from robot_forgetting.contracts import kind_of
 from robot_forgetting.errors import UserError, fault
 from robot_forgetting.machine.user_modules import load_object
 from robot_forgetting.tasks.simulator.conventions import Boundary
-from robot_forgetting.tasks.simulator.environment import (
-    VIDEO_PIXELS,
-    SimulationSpec,
-    chosen_sensor,
-    make_environment,
-    overlay_of,
-    photo_of,
-)
+from robot_forgetting.tasks.simulator.environment import SimulationSpec, cameras_of, make_environment, photo_of
 from robot_forgetting.tasks.simulator.pictures import Camera
 from robot_forgetting.tasks.simulator.robots import find_robot
 
@@ -72,16 +65,8 @@ class Simulation:
         """Takes hold of robot and cameras, which an environment that builds itself anew for every episode replaces."""
         self._sensors = self.env._sensors
         self._controller = load_object(find_robot(self.spec.robot).controller)(self.env)
-        self._cameras = {"image": self._camera(chosen_sensor(self.env, self.spec), self.spec.image_size)}
-        if self.spec.video:
-            self._cameras["frame"] = self._camera(next(iter(self.env._human_render_cameras.values())), VIDEO_PIXELS)
-
-    def _camera(self, sensor, pixels: int) -> Camera:
-        """One of the environment's cameras, with the photo that ManiSkill would lay under it."""
-        overlay = None
-        if self.spec.overlay:
-            self._shown, overlay = photo_of(self.env), overlay_of(self.env, sensor)
-        return Camera(sensor, (pixels, pixels), overlay)
+        self._cameras = cameras_of(self.env, self.spec, Camera)
+        self._shown = photo_of(self.env) if self.spec.overlay else None
 
     def reset(self, seed: int, options: dict | None = None) -> dict:
         """Starts the episode that ``seed`` (and ``options``, ManiSkill's) fixes and returns its first observation."""

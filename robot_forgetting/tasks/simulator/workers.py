@@ -12,6 +12,7 @@ import multiprocessing
 import os
 from collections.abc import Sequence
 from multiprocessing.connection import Connection, wait
+from unittest import mock
 
 import numpy as np
 
@@ -23,7 +24,6 @@ from robot_forgetting.tasks.simulator.environment import SimulationSpec, seen_th
 from robot_forgetting.tasks.simulator.simulation import CommandError, Simulation
 
 SPAWN = multiprocessing.get_context("spawn")
-START_SECONDS = 120.0
 SETTLED = 6  # steps of success with nothing left to do, after which a demonstration ends
 
 
@@ -35,7 +35,7 @@ class Worker:
         self.connection, child = SPAWN.Pipe()
         # One thread each: several processes share the cores, and two torch threads on a busy core are slower than one.
         # The safe path: a spawned Python would look for its own modules in the working folder first.
-        with _environment(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", PYTHONSAFEPATH="1"):
+        with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", PYTHONSAFEPATH="1"):
             self.process = children.start(SPAWN, _serve, child, user_modules.folders)
         child.close()
         self.render: str | None = None  # the option this process draws with, once it does
@@ -123,24 +123,6 @@ class WorkerPool:
 
 
 POOL = WorkerPool()
-
-
-class _environment:
-    """Sets environment variables for the child that is started inside."""
-
-    def __init__(self, **values: str):
-        self.values = values
-
-    def __enter__(self) -> None:
-        self.before = {key: os.environ.get(key) for key in self.values}
-        os.environ.update(self.values)
-
-    def __exit__(self, *exception) -> None:
-        for key, value in self.before.items():
-            if value is None:
-                del os.environ[key]
-            else:
-                os.environ[key] = value
 
 
 class ManiSkillVectorEnv(VectorEnv):

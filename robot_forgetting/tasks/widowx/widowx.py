@@ -22,7 +22,7 @@ from mani_skill.utils.geometry.rotation_conversions import (
 )
 from mani_skill.utils.structs import Pose
 
-from robot_forgetting.tasks.simulator.batched_kinematics import BatchedKinematics
+from robot_forgetting.tasks.simulator.arms import Arm, BatchedKinematics
 from robot_forgetting.tasks.simulator.robots import BatchedController, Controller
 
 FINGER = {"material": "gripper", "patch_radius": 0.01, "min_patch_radius": 0.01}
@@ -57,46 +57,22 @@ class EndEffectorController(Controller):
     """
 
     def __init__(self, env):
-        arm, gripper = (env.agent.controller.controllers[key] for key in ("arm", "gripper"))
-        self._robot = env.agent.robot._objs[0]
-        self._kinematics = arm.kinematics
-        joints = self._robot.active_joints
-        self._arm = np.asarray(arm.active_joint_indices)
-        self._arm_joints = [joints[i] for i in self._arm]
-        self._gripper_joints = [joints[int(i)] for i in gripper.active_joint_indices]
-        self._gripper_low, self._gripper_high = float(gripper.config.lower), float(gripper.config.upper)
+        self._arm = Arm(env, *(env.agent.controller.controllers[key] for key in ("arm", "gripper")))
         # SAPIEN 2 (PhysX 4) clips drive targets to the joints' limits, SAPIEN 3 (PhysX 5) does not.
-        limits = self._robot.get_qlimits()
-        self._arm_limits = limits[self._arm].T
-        self._finger_limits = limits[int(gripper.active_joint_indices[0])]
-        self._link = arm.ee_link._objs[0]
-        self._model_joints = np.asarray(arm.kinematics.pmodel_active_joint_indices)
-        self._controlled = np.asarray(arm.kinematics.pmodel_controlled_joint_indices)
+        limits = self._arm.robot.get_qlimits()
+        self._arm_limits, self._finger_limits = limits[self._arm.indices].T, limits[int(self._arm.fingers[0])]
         self.reset()
 
     def reset(self) -> None:
-        self.target = self._robot.root_pose.inv() * self._link.entity_pose
+        self.target = self._arm.robot.root_pose.inv() * self._arm.link.entity_pose
 
     def apply(self, command: np.ndarray) -> None:
-        qpos = self._robot.qpos
-        model = self._kinematics.pmodel
-        model.compute_forward_kinematics(qpos[self._model_joints])
-        measured = sapien.Pose(model.get_link_pose(self._kinematics.end_link_idx).p)
+        arm, qpos = self._arm, self._arm.robot.qpos
+        arm.model.compute_forward_kinematics(qpos[arm.model_joints])
+        measured = sapien.Pose(arm.model.get_link_pose(arm.end).p)
         delta = sapien.Pose(command[:3], quaternion(command[3:6]))
         self.target = measured * delta * measured.inv() * self.target
-        solution, solved, _ = model.compute_inverse_kinematics(
-            self._kinematics.end_link_idx,
-            self.target,
-            initial_qpos=qpos[self._model_joints],
-            active_qmask=self._kinematics.qmask,
-            max_iterations=100,
-        )
-        targets = solution[self._controlled] if solved else qpos[self._arm]
-        for joint, value in zip(self._arm_joints, np.clip(targets, *self._arm_limits), strict=True):
-            joint.set_drive_target(value)
-        width = self._gripper_low + (np.clip(command[6], -1, 1) + 1) / 2 * (self._gripper_high - self._gripper_low)
-        for joint in self._gripper_joints:
-            joint.set_drive_target(np.clip(width, *self._finger_limits))
+        arm.drive(np.clip(arm.solve(self.target, qpos), *self._arm_limits), command[6], self._finger_limits)
 
 
 class BatchedEndEffectorController(BatchedController):
