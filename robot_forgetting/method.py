@@ -109,7 +109,34 @@ def mean_over_tokens(values: Tensor, mask: Tensor, runs: int = 1, per_row: float
     return values.sum(1) / mask.sum(1).clamp_min(1)
 
 
-class Method(ABC):
+class Staged:
+    """What methods and penalties have in common: they live through all stages of a sequence, and may remember.
+
+    ``task`` and ``past`` are those of a ``Stage``, one by one: a plug-in that learns a single task names both.
+    """
+
+    def begin(self, policy: Policy, task, past: Sequence) -> None:
+        """Called before the first iteration of every stage, with the policy as the last stage left it.
+
+        A restart calls it again, for the stage before the present one too, each time followed by ``load_state_dict``: it
+        may depend only on its arguments and on what ``state_dict`` keeps.
+        past: the tasks whose data may be used, those of earlier stages first
+        """
+
+    def end(self, policy: Policy, task) -> None:
+        """Called after the last iteration of every stage, once: what it does to the policy, and what it remembers for
+        ``state_dict``, are in the stage's last checkpoint."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What later iterations and stages need, beyond what ``begin`` makes of its arguments."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        if state:
+            raise ValueError(f"{type(self).__name__} has no state, but the checkpoint holds {sorted(state)}")
+
+
+class Method(Staged, ABC):
     """A way to adapt a policy to a task. One iteration = one ``collect`` and one optimiser step per batch it returns.
 
     The design's ``collect`` returned a single batch; a sequence of them makes an iteration the unit of checkpointing
@@ -124,12 +151,13 @@ class Method(ABC):
     def check(self, policy: Policy, task) -> None:  # noqa: B027
         """``UserError``, before anything is measured, where the method cannot adapt this policy to this task."""
 
-    def begin(self, policy: Policy, task, past: Sequence) -> None:  # noqa: B027
-        """Called once before the first iteration (and again after a restart, before ``load_state_dict``)."""
-
     @abstractmethod
     def collect(self, policy: Policy, task, iteration: int) -> Sequence[Batch]:
-        """The iteration's batches. Must depend on (policy, state, iteration) only, so that a restart repeats it."""
+        """The iteration's batches. Must depend on (policy, state, iteration) only, so that a restart repeats it.
+
+        iteration: counted from 0 through all stages of a sequence, so that no two of them draw the same noise; within
+        its stage it is ``iteration % self.iterations``
+        """
 
     @abstractmethod
     def loss(self, policy: Policy, batch: Batch) -> Tensor:
@@ -139,27 +167,15 @@ class Method(ABC):
         forked process, which does not see what ``collect`` changed since. Carry anything else in ``batch.extra``.
         """
 
-    def end(self, policy: Policy, task) -> None:  # noqa: B027
-        """Called once after the last iteration."""
-
     def metrics(self) -> dict[str, float]:
         """Numbers about the last ``collect`` for train.jsonl (rollout success, reward, ...)."""
         return {}
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return {}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        if state:
-            raise ValueError(f"{type(self).__name__} has no state, but the checkpoint holds {sorted(state)}")
-
-
-class Penalty(ABC):
+class Penalty(Staged, ABC):
     """Rides on any method: a scalar added to its loss."""
 
     calls: Sequence[str] = ()  # see ``Method``
-
-    def begin(self, policy: Policy, task, past: Sequence) -> None: ...  # noqa: B027
 
     @abstractmethod
     def __call__(self, policy: Policy, batch: Batch) -> Tensor:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -35,6 +36,8 @@ def train(
     seed: int,
     penalties: Sequence[Penalty] = (),
     past: Sequence[Task] = (),
+    stage: int = 1,
+    store: Path | None = None,
     processes: int = 1,
     checkpoints: bool = True,
     log_every: int = 1,
@@ -42,11 +45,13 @@ def train(
     progress: Callable[[int, dict], None] = lambda iteration, row: None,
     diverged: Callable[[int, str], None] | None = None,
 ) -> int:
-    """Runs the method's remaining iterations; returns the number of iterations done in all.
+    """Runs the remaining iterations of one stage; returns the number of its iterations done in all.
 
-    Continues from the run folder's checkpoint if it has one. ``after_iteration(i)`` is called once i iterations are
-    done and saved (also after a restart, so that work it left unfinished is completed). On a CPU, ``processes`` share
-    the work of every optimiser step.
+    Continues from the checkpoint in ``store`` (None: the run folder's ``checkpoints``) if it has one. The last checkpoint
+    is made after ``end`` of method and penalties: a restart repeats neither that nor what it did to the policy. Noise is
+    a function of (seed, stage, iteration): the iterations of all stages are counted through.
+    ``after_iteration(i)`` is called once i iterations are done and saved (also after a restart, so that work it left
+    unfinished is completed). On a CPU, ``processes`` share the work of every optimiser step.
 
     A policy that stacks R networks trains R runs at once: ``optimiser`` and ``run`` are then R optimisers (that may
     differ in learning rate and schedule) and R folders; gradients are clipped and losses recorded for each.
@@ -75,13 +80,14 @@ def train(
     micro_batch = optimiser.micro_batch or policy.rows_at_once(gradients=1 + len(penalties))
     # The first iteration after a restart must see the base policy the penalties and the method saw at the beginning.
     method.check(policy, task)
-    method.begin(policy, task, past)
-    for penalty in penalties:
-        penalty.begin(policy, task, past)
-    state = load_checkpoint(folders[0], policy, adams, method) if checkpoints else {"iteration": 0, "step": 0}
+    for one in (method, *penalties):
+        one.begin(policy, task, past)
+    store, before = store or folders[0].checkpoints, (stage - 1) * method.iterations
+    nothing_done = {"iteration": 0, "step": 0}
+    state = load_checkpoint(store, policy, adams, method, penalties) if checkpoints else nothing_done
     done, step = state["iteration"], state["step"]
     for folder in folders:
-        folder.keep("train", lambda row: row["iteration"] <= done)
+        folder.keep("train", lambda row: (row["stage"], row["iteration"]) <= (stage, done))
     after_iteration(done)
 
     def backward(part: Batch, share: float) -> tuple[float, float]:
@@ -93,9 +99,9 @@ def train(
     saved, saving = time.perf_counter(), 0.0
     try:
         while done < method.iterations and not all(stepper.dead):
-            torch.manual_seed(seed * 1_000_003 + done)
+            torch.manual_seed(seed * 1_000_003 + before + done)
             started = time.perf_counter()
-            batches = checked_batches(method, method.collect(policy, task, done))
+            batches = checked_batches(method, method.collect(policy, task, before + done))
             collected = time.perf_counter()
             rows: list[list[dict]] = []  # logged step -> network -> row
             for batch in batches:
@@ -104,27 +110,30 @@ def train(
                 step += 1
                 last = done + 1 == method.iterations and batch is batches[-1]
                 if step % log_every == 0 or last:
-                    where = {"iteration": done + 1, "step": step}
+                    where = {"stage": stage, "iteration": done + 1, "step": step}
                     rows.append([{**where, "learning_rate": rate, **n} for rate, n in zip(rates, numbers, strict=True)])
             done += 1
             seconds = {"seconds": time.perf_counter() - started, "collect_seconds": collected - started}
             if not batches:  # no signal (every group equally successful): an iteration all the same
                 nothing = dict.fromkeys(("loss", "penalty", "grad_norm"))
-                rows = [[{"iteration": done, "step": step, "learning_rate": 0.0, **nothing} for _ in folders]]
+                where = {"stage": stage, "iteration": done, "step": step}
+                rows = [[{**where, "learning_rate": 0.0, **nothing} for _ in folders]]
             if rows:
                 # Rows first: a restart drops those beyond its checkpoint, but could not make up for missing ones.
                 _record(folders, rows, seconds, {**method.metrics(), **policy.metrics()}, stepper.dead)
             last = done == method.iterations or all(stepper.dead)
+            if last:
+                for one in (method, *penalties):
+                    one.end(policy, task)
             if checkpoints and (last or time.perf_counter() - saved >= PATIENCE * saving):
                 saved = time.perf_counter()
-                save_checkpoint(folders[0], policy, adams, method, iteration=done, step=step)
+                save_checkpoint(store, policy, adams, method, penalties, iteration=done, step=step)
                 saving = max(0.0, time.perf_counter() - saved - QUICK)
             if rows:
                 progress(done, rows[-1][0])
             after_iteration(done)
     finally:
         gradient.close()
-    method.end(policy, task)
     return done
 
 

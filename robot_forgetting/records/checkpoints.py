@@ -1,4 +1,5 @@
-"""Checkpoints of a training: weights, AdamW's moments, the method's state; safetensors and json, the latest only."""
+"""Checkpoints of a training: weights, AdamW's moments, what method and penalties remember; safetensors and json, of each
+stage the latest only."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import hashlib
 import os
 import re
 import shutil
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor
 from robot_forgetting.errors import UserError
 from robot_forgetting.finite import check_finite
 from robot_forgetting.machine.files import disk, follow_umask, read_json, write_json
-from robot_forgetting.method import Method
+from robot_forgetting.method import Method, Penalty
 from robot_forgetting.policy import Policy
 from robot_forgetting.records import schema
 from robot_forgetting.records.run_folder import RunFolder
@@ -30,34 +32,50 @@ def trainable(policy: Policy) -> dict[str, Tensor]:
     return {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
 
 
-def save_checkpoint(run: RunFolder, policy: Policy, adams, method: Method, *, iteration: int, step: int) -> None:
-    """Writes checkpoints/iteration_NNNNNN beside the old one, then removes the old one."""
-    folder = run.checkpoints / f"iteration_{iteration:06d}"
+def stage_store(run: RunFolder, stage: int) -> Path:
+    """Where a sequence keeps the checkpoint of a stage, the end of earlier ones beside that of the present one. A run
+    of one stage keeps its own in ``checkpoints`` itself."""
+    return run.checkpoints / f"stage_{stage:02d}"
+
+
+def save_checkpoint(
+    store: Path, policy: Policy, adams, method: Method, penalties: Sequence[Penalty] = (), *, iteration: int, step: int
+) -> None:
+    """Writes STORE/iteration_NNNNNN beside the old one, then removes the old one."""
+    folder = store / f"iteration_{iteration:06d}"
     part = folder.with_name(folder.name + ".part")
-    with disk(run.path):
+    with disk(store):
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        moments, remembered = _adam_tensors(policy, adams), method.state_dict()
         _write({name: p.detach() for name, p in trainable(policy).items()}, part / "policy.safetensors")
-        _write(moments, part / "optimizer.safetensors")
-        _write(remembered, part / "method.safetensors")
-        layout = {"optimizer": _layout(moments), "method": _layout(remembered)}
+        files = {"optimizer": _adam_tensors(policy, adams), "method": method.state_dict()}
+        of_penalties = _numbered(one.state_dict() for one in penalties)
+        files |= {"penalty": of_penalties} if of_penalties else {}
+        for name, tensors in files.items():
+            _write(tensors, part / f"{name}.safetensors")
+        layout = {name: _layout(tensors) for name, tensors in files.items()}
         write_json(part / "state.json", {"iteration": iteration, "step": step, "layout": layout})
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
-    for old in run.checkpoints.iterdir():
+    for old in store.glob("iteration_*"):
         if old != folder:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def load_checkpoint(run: RunFolder, policy: Policy, adams, method: Method) -> dict:
-    """Restores the newest complete checkpoint; {"iteration": 0, "step": 0} where there is none."""
-    folder = latest_checkpoint(run)
+def load_checkpoint(
+    store: Path, policy: Policy, adams, method: Method, penalties: Sequence[Penalty] = ()
+) -> dict:
+    """Restores the newest complete checkpoint; {"iteration": 0, "step": 0} where there is none.
+
+    adams: none where the training is over and only what it left behind counts
+    """
+    folder = newest(store)
     if folder is None:
         return {"iteration": 0, "step": 0}
     state = read_state(folder)
     load_weights(policy, folder)
-    moments, by_name = _moments(folder / "optimizer.safetensors", policy, state), _names(policy)
+    moments = _moments(folder / "optimizer.safetensors", policy, state) if adams else {}
+    by_name = _names(policy)
     for adam in adams:
         for parameter in (p for group in adam.param_groups for p in group["params"]):
             name = by_name[id(parameter)]
@@ -67,14 +85,31 @@ def load_checkpoint(run: RunFolder, policy: Policy, adams, method: Method) -> di
                     key: moments[f"{name}.{key}"].to(parameter.device, None if key == "step" else parameter.dtype)
                     for key in MOMENTS
                 }
-    file = folder / "method.safetensors"
+    _remember(folder / "method.safetensors", state, lambda tensors: method.load_state_dict(tensors))
+    if (folder / "penalty.safetensors").exists() or "penalty" in (state.get("layout") or {}):
+        _remember(folder / "penalty.safetensors", state, lambda tensors: _distribute(tensors, penalties))
+    return state
+
+
+def _remember(file: Path, state: dict, load: Callable[[dict[str, Tensor]], None]) -> None:
+    """Gives a method or the penalties the state that a checkpoint holds."""
     remembered = _read(file)
     _check_layout(file, remembered, state)
     try:
-        method.load_state_dict(remembered)
+        load(remembered)
     except (ValueError, KeyError, IndexError, TypeError, RuntimeError) as error:  # as a method of the user's may raise
         raise _damaged(file, error) from error
-    return state
+
+
+def _numbered(states: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The states of several penalties in one: "0.fisher" is the first one's "fisher"."""
+    return {f"{number}.{name}": tensor for number, state in enumerate(states) for name, tensor in state.items()}
+
+
+def _distribute(tensors: dict[str, Tensor], penalties: Sequence[Penalty]) -> None:
+    for number, penalty in enumerate(penalties):
+        mine = {name: tensor for name, tensor in tensors.items() if name.startswith(f"{number}.")}
+        penalty.load_state_dict({name.partition(".")[2]: tensor for name, tensor in mine.items()})
 
 
 def read_state(checkpoint: Path) -> dict:
@@ -144,7 +179,14 @@ def trained_checkpoint(run: RunFolder) -> Path:
 
 
 def latest_checkpoint(run: RunFolder) -> Path | None:
-    complete = sorted(path for path in run.checkpoints.glob("iteration_*") if not path.name.endswith(".part"))
+    """The newest checkpoint of a run, in a sequence that of the last stage that has one."""
+    stores = [run.checkpoints, *sorted(run.checkpoints.glob("stage_*"))]
+    return next((found for found in map(newest, reversed(stores)) if found is not None), None)
+
+
+def newest(store: Path) -> Path | None:
+    """The newest complete checkpoint of a stage."""
+    complete = sorted(path for path in store.glob("iteration_*") if not path.name.endswith(".part"))
     return complete[-1] if complete else None
 
 

@@ -91,6 +91,7 @@ TABLES: dict[str, dict] = {
         "seconds": NUMBER | None,
     },
     "train": {
+        "stage": (WHOLE, 1),
         "iteration": WHOLE,
         "step": WHOLE | None,
         "loss": NUMBER | None,
@@ -104,6 +105,7 @@ TABLES: dict[str, dict] = {
     },
     "divergence": {
         **CHECKPOINT,
+        "stage": (WHOLE, 1),
         "measure": TEXT,
         "unit": TEXT,
         "states": TEXT | None,
