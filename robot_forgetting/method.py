@@ -118,8 +118,8 @@ class Staged:
     def begin(self, policy: Policy, task, past: Sequence) -> None:
         """Called before the first iteration of every stage, with the policy as the last stage left it.
 
-        A restart calls it again, for the stage before the present one too, each time followed by ``load_state_dict``: it
-        may depend only on its arguments and on what ``state_dict`` keeps.
+        A restart calls it again, for the stage before the present one too, and then ``load_state_dict``: it may depend
+        only on its arguments and on what ``state_dict`` keeps.
         past: the tasks whose data may be used, those of earlier stages first
         """
 

@@ -203,7 +203,7 @@ def small_run(folder: Path, policy, task, method, penalty, **options) -> dict:
     budget = {"episodes": 2, "greedy_episodes": 1, "interim_points": 1, "interim_episodes": 1, "videos": 0}
     budget |= {"divergence_episodes": 1, "divergence_states": 3}
     arguments = {
-        "policy": policy, "task": task, "method": method, "penalty": penalty, "prior": [], "held_out": [],
+        "policy": policy, "sequence": [task], "method": method, "penalty": penalty, "prior": [], "held_out": [],
         "budget": budget, "names": {"policy": policy.name, "method": type(method).__name__, "penalty": "none"},
         "config": {}, "run_dir": folder, "seed": 0, "temperature": 1.0, "episodes": None, "seed_start": None,
         "num_envs": 8, "processes": 1,

@@ -14,7 +14,7 @@ from rich.console import Console
 from toy import ToyPolicy, ToyTask
 from toy_runs import BUDGET, rows, run, same, summary
 
-from robot_forgetting.engine import episode_rows, experiment
+from robot_forgetting.engine import episode_rows, experiment, films
 from robot_forgetting.engine.evaluate import evaluate
 from robot_forgetting.errors import UserError
 from robot_forgetting.machine import doctor, progress
@@ -251,9 +251,9 @@ def test_videos_before_and_after(tmp_path):
 def test_a_video_says_what_the_policy_was_told_at_each_step(tmp_path, monkeypatch):
     told, captions = ["open the drawer", "open the drawer", "put the apple in"], []
     episode = Episode(EpisodeKey(3), observations=[{"instruction": said} for said in told], commands=[np.zeros(7)] * 2)
-    monkeypatch.setattr(experiment, "evaluate", lambda *rest, **named: [episode])
-    monkeypatch.setattr(experiment, "write_episode", lambda path, frames, said, *rest: captions.append(said))
-    assert experiment.record(None, ToyTask(), [3], tmp_path, "base", 1.0, 1) == [episode]
+    monkeypatch.setattr(films, "evaluate", lambda *rest, **named: [episode])
+    monkeypatch.setattr(films, "write_episode", lambda path, frames, said, *rest: captions.append(said))
+    assert films.record(None, ToyTask(), [3], tmp_path, "base", 1.0, 1) == [episode]
     assert captions == [told]
 
 

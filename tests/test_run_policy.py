@@ -67,8 +67,8 @@ def test_settings_come_from_the_record(tmp_path, tuned, capsys, more):
     after = outcomes(tuned, task="skill_sort", stage=1, iteration=2)
     assert outcomes(folder.path, decode="sampled") == {k: v for k, v in after.items() if k[1] == "sampled"}
     assert after != outcomes(tuned, task="skill_sort", stage=0)  # else this would show nothing
-    state = folder.run["checkpoint_state"]
-    assert state == {"iteration": 2, "iterations": 2, "status": "finished", "trained_on": ["skill_over"]}
+    state = {"stage": 1, "stages": 1, "iteration": 2, "iterations": 2, "status": "finished"}
+    assert folder.run["checkpoint_state"] == state | {"trained_on": ["skill_over"]}
     assert "policy: qwen-nano with lora {'rank': 2, 'alpha': 16" in capsys.readouterr().err
 
 
@@ -139,7 +139,7 @@ def test_a_teacher_of_other_settings(tmp_path, tuned, capsys):
 def stopped(tmp_path) -> Path:
     """A toy run that was interrupted after three of four iterations."""
 
-    def interrupting(self, iteration):
+    def interrupting(self, stage, iteration):
         if iteration == 3:
             raise KeyboardInterrupt
 
@@ -196,7 +196,7 @@ def test_a_second_stage_is_continued(tmp_path):
     first = run(tmp_path / "first", "sft")
     whole = run(tmp_path / "whole", checkpoint=str(first.path))
 
-    def interrupting(self, iteration):
+    def interrupting(self, stage, iteration):
         if iteration == 2:
             raise KeyboardInterrupt
 

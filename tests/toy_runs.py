@@ -27,7 +27,7 @@ def run(path: Path, method: str = "grpo", *, policy=None, task=None, budget=(), 
     else:
         made = SFT(iterations=4, steps_per_iteration=2, batch_size=8, demonstrations=5, optimiser=optimiser)
     arguments = {
-        "policy": policy or ToyPolicy(seed=1), "task": task or ToyTask(), "method": made, "penalty": penalty,
+        "policy": policy or ToyPolicy(seed=1), "sequence": [task or ToyTask()], "method": made, "penalty": penalty,
         "prior": [ToyTask("mirror")], "held_out": [], "budget": BUDGET | dict(budget),
         "names": {"policy": "toy", "method": method, "penalty": "none"}, "config": {"method": method},
         "run_dir": path, "seed": 0, "temperature": 1.0, "episodes": None, "seed_start": None, "num_envs": 4,

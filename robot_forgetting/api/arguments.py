@@ -19,19 +19,20 @@ from robot_forgetting.machine.user_modules import load_object
 from robot_forgetting.ranges import problem
 
 # Keys that a run's id says in a word of its own, or that change nothing in its results.
-NOT_IN_ID = {*GROUPS, "seed", "sweep", "debug", "run_dir", "output", "device", "processes"}
+NOT_IN_ID = {*GROUPS, "sequence", "seed", "sweep", "debug", "run_dir", "output", "device", "processes"}
 CHECKPOINT_VERBS = ("run", "evaluate", "record")  # that go on with a run's policy: checkpoint=RUN
 BUILT = ("policy", "task", "method", "penalty", "reproduce")
 # What is not in an id either, and how readily a group's name is left out of one.
 USUAL = (("policy", "openvla-nano", POLICY), ("penalty", "none", WHAT), ("budget", "demo", BUDGET))
-OTHERS = ("prior", "held_out")  # lists of tasks
+OTHERS = ("sequence", "prior", "held_out")  # lists of tasks
 OWN = ("names", "overrides", "run_folders", "sources", "point")
 
 
 class Arguments:
     """Everything a verb's function may ask for by parameter name.
 
-    policy, task, method, penalty: objects (penalty None for `none`); prior, held_out: lists of tasks
+    policy, task, method, penalty: objects (penalty None for `none`); prior, held_out: lists of tasks; sequence: the new
+        tasks in their order, the one that ``task`` names where none is given
     run_dir: where the run folder goes; config: the resolved configuration as plain values; names: group -> chosen name
     run_folders: positional arguments of `report`; temperature: decode.temperature; any other key of config.yaml
     """
@@ -51,6 +52,9 @@ class Arguments:
         self.run_folders = [Path(folder) for folder in run_folders]
         self._recorded = None  # the policy of checkpoint=RUN
         self._named: dict[tuple[str, str], object] = {}
+        if self._objects.get("sequence"):
+            first = self._objects["sequence"][0]
+            self._objects |= {} if isinstance(first, str) else {"task": first}
         composed = composed or self._chosen()
         self._config, self.names, self.sources = composed.config, composed.names, composed.sources
         self.plain = composed.plain()
@@ -67,6 +71,10 @@ class Arguments:
         before what the command says of the policy can be read."""
         others = [text for text in self.overrides if not re.match(r"[+~]*policy[.=]", text)]
         composed = compose(others)
+        if first := self._first_of_sequence(composed):
+            self.overrides.append(f"task={first}")
+            others.append(self.overrides[-1])
+            composed = compose(others)
         checkpoint = composed.config.checkpoint
         if said := problem("checkpoint", checkpoint, str | None):
             raise UserError(said)
@@ -78,6 +86,24 @@ class Arguments:
             self._recorded = RecordedPolicy.of(checkpoint)
         return composed if others == self.overrides and not self._recorded else self._composed(self.overrides)
 
+    def _first_of_sequence(self, composed: Composed) -> str | None:
+        """The task whose yaml the whole configuration goes by: the first one of sequence=[a,b]."""
+        from omegaconf import OmegaConf
+
+        sequence = composed.config.sequence
+        sequence = OmegaConf.to_container(sequence) if OmegaConf.is_config(sequence) else sequence
+        sequence = self._objects.get("sequence", sequence)
+        if sequence is None:
+            return None
+        if self._verb != "run":
+            raise UserError(f"{self._verb} does not use sequence=; run does")
+        if not isinstance(sequence, list) or not sequence or not all(sequence):
+            raise UserError(f"sequence={sequence} is no list of tasks; write sequence=[stack_cube,place_sphere]")
+        for text in self.overrides:
+            if key_of(text).split(".")[0] == "task":
+                raise UserError(f"'{text}' beside a sequence, which names the tasks itself; leave one of the two out")
+        return sequence[0] if isinstance(sequence[0], str) else None
+
     def _composed(self, overrides: Sequence[str]) -> Composed:
         """The configuration that overrides make, with the policy of checkpoint=RUN where there is one."""
         return self._recorded.configuration(overrides, compose) if self._recorded else compose(overrides)
@@ -85,11 +111,12 @@ class Arguments:
     def _check_added(self) -> None:
         """`+key=value` at the top, which nothing reads: neither we nor any `${key}` in the configuration."""
         known = {*GROUPS, *Settings.__annotations__}
+        later = (self.plain["sequence"] or [])[1:]
         for text in self.overrides:
             key = re.split(r"[.@/]", key_of(text))[0]
             if not text.startswith("+") or key in known or key not in self._config:  # a group's may lie elsewhere
                 continue
-            tasks = [self._entry("task", name) for name in (*self.plain["prior"], *self.plain["held_out"])]
+            tasks = [self._entry("task", name) for name in (*self.plain["prior"], *self.plain["held_out"], *later)]
             if not any(key in _read_by(node) for node in (self._config, *tasks)):
                 raise UserError(
                     f"nothing reads '{key}' ({text}); a setting of a method, task or policy is +method.{key}=..., "
@@ -128,6 +155,8 @@ class Arguments:
                 if type(None) not in typing.get_args(kind):
                     raise UserError(f"{self._verb} needs a {name}: give {name}=NAME, see robot-forgetting list")
             elif name in OTHERS:
+                if name == "sequence" and "task" not in self._objects:
+                    self._checked("task", self._config.get("task"), self.names["task"])
                 for task in self._tasks(name):
                     if isinstance(task, str):
                         self._checked("task", self._entry("task", task), task)
@@ -141,10 +170,12 @@ class Arguments:
                 return self._objects.get(name)
             return self._build(name, self._config.get(name), self.names[name])
         if name in OTHERS:
-            return [
+            chosen = [self.value("task")] if name == "sequence" else []
+            named = [
                 self._build("task", self._entry("task", one), one) if isinstance(one, str) else one
                 for one in self._tasks(name)
             ]
+            return chosen + named
         if name == "config":
             return self.plain
         if name == "temperature":
@@ -164,6 +195,8 @@ class Arguments:
         asked = {"decode" if name == "temperature" else name for name, _ in _asked(function)} | {"debug"}
         if "run_dir" in asked:
             asked.add("sweep")
+        if "sequence" in asked:
+            asked.add("task")
         for group in asked & set(GROUPS):
             asked |= _read_by(self._config.get(group)) - {"budget"}
         return asked
@@ -188,8 +221,9 @@ class Arguments:
         return self.names[group] is not None and (group, self.names[group]) != ("penalty", "none")
 
     def _tasks(self, name: str) -> Sequence:
-        """The tasks of a list, objects or names."""
-        return self._objects.get(name, self.plain[name])
+        """The tasks of a list, objects or names; of a sequence those after the first, which is the chosen one."""
+        tasks = self._objects.get(name, self.plain[name]) or []
+        return tasks[1:] if name == "sequence" else tasks
 
     def _entry(self, group: str, name: str):
         """Another entry of a group, as this command's other keys would have it (`prior: [pick_cube, ...]`)."""
@@ -247,7 +281,8 @@ class Arguments:
     def _run_folder(self) -> Path:
         """runs/SWEEP/stack_cube-sft-seed0, plus whatever else in the command changes the result."""
         names, run = self.names, self._verb == "run"
-        words = [(WHAT, name) for name in ([] if run else [self._verb]) + [names["task"]] + [names["method"]] * run]
+        learned = "+".join(self.plain["sequence"] or [names["task"] or ""]) or None
+        words = [(WHAT, name) for name in ([] if run else [self._verb]) + [learned] + [names["method"]] * run]
         words += [(rank, names[group]) for group, usual, rank in USUAL if names[group] != usual]
         words = [(rank, word) for rank, word in words if word is not None]
         whole = [self._verb, *(f"{group}={names[group]}" for group in GROUPS)]
@@ -257,6 +292,7 @@ class Arguments:
                 word = key.rpartition(".")[2] + Path(value.strip("[]")).name
                 words.append((LIST if key in OTHERS else SETTING, word))
                 whole.append(text)
+        whole += [f"sequence={self.plain['sequence']}"] if self.plain["sequence"] else []
         whole += [f"{name}={self.plain[name]}" for name in self._objects]
         return run_folder(Path("runs", self.plain["sweep"]), words, self.plain["seed"], whole, bool(self._objects))
 

@@ -73,6 +73,7 @@ class Pretrain(TypedDict):
 class Settings(TypedDict):
     """The keys of config.yaml beside the groups."""
 
+    sequence: list[str] | None
     prior: list[str]
     held_out: list[str]
     kind: Literal["robot", "text"]
@@ -97,6 +98,7 @@ class Settings(TypedDict):
     simulation: str
     device: str
     checkpoint: str | None
+    keep_stages: bool
     quick: bool
     golden: str | None
     recordings: str | None

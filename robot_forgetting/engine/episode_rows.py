@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 
@@ -49,11 +49,10 @@ def evaluate_into(
     return rows
 
 
-def reuse(folder: RunFolder, wanted: dict[tuple, int], role_of: Callable[[str], str | None]) -> None:
+def reuse(folder: RunFolder, wanted: Mapping[tuple, tuple[int, str]]) -> None:
     """Copies the base policy's episodes from sibling runs that measured the same thing; their source is marked.
 
-    wanted: identity of a row (stage, iteration, task, decode, temperature, seed) -> its number here
-    role_of: of a task by name; rows of another role are left
+    wanted: identity of a row (stage, iteration, task, decode, temperature, seed) -> its number and its task's role here
     """
     mine = folder.run
     have = {_identity(row) for row in folder.episodes()}
@@ -69,11 +68,12 @@ def reuse(folder: RunFolder, wanted: dict[tuple, int], role_of: Callable[[str], 
         except UserError as error:  # a damaged sibling is no reason to stop a healthy run
             say(f"  {sibling.parent.name} is passed over, no base episodes come from it: {error}")
             continue
-        rows = [
-            {**row, "episode": wanted[_identity(row)], "source": row["source"] or other.id, "video": None}
-            for row in episodes
-            if _identity(row) in wanted.keys() - have and row["role"] == role_of(row["task"])
-        ]
+        rows = []
+        for row in episodes:
+            if _identity(row) in wanted.keys() - have:
+                number, role = wanted[_identity(row)]
+                here = {"role": role, "episode": number, "source": row["source"] or other.id, "video": None}
+                rows.append({**row, **here})
         if rows:
             folder.append("episodes", *rows)
             have |= {_identity(row) for row in rows}

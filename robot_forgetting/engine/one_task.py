@@ -6,7 +6,8 @@ from pathlib import Path
 
 from robot_forgetting.engine.episode_rows import check_same_base, evaluate_into, identified
 from robot_forgetting.engine.evaluate import check_conventions, success_line
-from robot_forgetting.engine.experiment import benchmarks, open_run, record
+from robot_forgetting.engine.experiment import benchmarks, open_run
+from robot_forgetting.engine.films import record
 from robot_forgetting.engine.run_policy import with_checkpoint
 from robot_forgetting.errors import UserError
 from robot_forgetting.machine.progress import say

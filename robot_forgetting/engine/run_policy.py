@@ -15,13 +15,12 @@ from pathlib import Path
 from robot_forgetting.errors import UserError
 from robot_forgetting.machine.progress import say
 from robot_forgetting.policy import Policy
-from robot_forgetting.records.checkpoints import load_weights, read_state, trained_checkpoint
+from robot_forgetting.records.checkpoints import load_weights, read_state, stage_of, trained_checkpoint
 from robot_forgetting.records.run_folder import RunFolder
 
 # Settings of a policy that change no result: where and how it is computed. They are the command's own.
 COMPUTING = ("device", "name", "threads", "batch_rows", "gradient_checkpointing", "keep_base", "check_images",
              "sampler")  # fmt: skip
-FINAL_STAGE = 1
 
 
 # ---- settings
@@ -183,7 +182,7 @@ def with_checkpoint(policy: Policy, run: str | None, *, trained: bool = False) -
     return {
         "who": who,
         "checkpoint": str(run),
-        "stage": FINAL_STAGE,
+        "stage": state["stage"],
         "iteration": state["iteration"],
         "trained_on": state["trained_on"],
         "checkpoint_state": state,
@@ -191,14 +190,20 @@ def with_checkpoint(policy: Policy, run: str | None, *, trained: bool = False) -
 
 
 def checkpoint_state(folder: RunFolder, checkpoint: Path) -> dict:
-    """{"iteration", "iterations", "status", "trained_on"}: how far a run is, and all tasks its weights have seen."""
-    record = folder.run
+    """How far a run is, and all tasks its weights have seen.
+
+    {"stage", "stages", "iteration", "iterations", "status", "trained_on"}
+    """
+    record, stage = folder.run, stage_of(checkpoint)
     before = (record.get("checkpoint_state") or {}).get("trained_on") or []
+    learned = (record.get("roles") or {}).get("new", [])
     return {
+        "stage": stage,
+        "stages": max(1, len(record.get("sequence") or [])),
         "iteration": read_state(checkpoint)["iteration"],
         "iterations": record.get("iterations"),
         "status": folder.status,
-        "trained_on": [*before, *(record.get("roles") or {}).get("new", [])],
+        "trained_on": [*before, *(learned[:stage] if record.get("sequence") else learned)],
     }
 
 
@@ -227,6 +232,7 @@ def check_trained(folder: RunFolder, said: str) -> None:
 
 
 def _unfinished(state: dict) -> str | None:
-    if state["iterations"] is None or state["iteration"] >= state["iterations"]:
+    if state["stage"] == state["stages"] and (state["iterations"] is None or state["iteration"] >= state["iterations"]):
         return None
-    return f"is at iteration {state['iteration']} of {state['iterations']} ({state['status']})"
+    stage = f"stage {state['stage']} of {state['stages']}, " if state["stages"] > 1 else ""
+    return f"is at {stage}iteration {state['iteration']} of {state['iterations']} ({state['status']})"

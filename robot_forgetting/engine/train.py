@@ -17,8 +17,9 @@ from robot_forgetting.errors import Diverged, UserError
 from robot_forgetting.finite import are_finite
 from robot_forgetting.method import Batch, Method, Optimiser, Penalty
 from robot_forgetting.policy import Policy
-from robot_forgetting.records.checkpoints import load_checkpoint, save_checkpoint, trainable
+from robot_forgetting.records.checkpoints import load_checkpoint, load_weights, newest, save_checkpoint, trainable
 from robot_forgetting.records.run_folder import RunFolder
+from robot_forgetting.stage import Stage
 from robot_forgetting.task import Task
 
 # Every iteration is saved, unless that takes more than QUICK seconds (all weights and moments of a 3B model are 36 GB):
@@ -47,9 +48,9 @@ def train(
 ) -> int:
     """Runs the remaining iterations of one stage; returns the number of its iterations done in all.
 
-    Continues from the checkpoint in ``store`` (None: the run folder's ``checkpoints``) if it has one. The last checkpoint
-    is made after ``end`` of method and penalties: a restart repeats neither that nor what it did to the policy. Noise is
-    a function of (seed, stage, iteration): the iterations of all stages are counted through.
+    Continues from the checkpoint in ``store`` (None: the run folder's ``checkpoints``) if it has one. The last one is
+    made after ``end`` of method and penalties: a restart repeats neither that nor what it did to the policy. Noise is a
+    function of (seed, stage, iteration): the iterations of all stages are counted through.
     ``after_iteration(i)`` is called once i iterations are done and saved (also after a restart, so that work it left
     unfinished is completed). On a CPU, ``processes`` share the work of every optimiser step.
 
@@ -135,6 +136,28 @@ def train(
     finally:
         gradient.close()
     return done
+
+
+def restore(
+    policy: Policy, stage: Stage, method: Method, penalties: Sequence[Penalty], *, start: Path | None, store: Path
+) -> None:
+    """Policy, method and penalties as they were at the end of a stage that is over.
+
+    start: where the end of the stage before it is kept, None for the first; store: where its own is
+    """
+    if start is not None:
+        load_weights(policy, _end(start))
+    for one in (method, *penalties):
+        one.begin(policy, stage.task, stage.past)
+    _end(store)
+    load_checkpoint(store, policy, [], method, penalties)
+
+
+def _end(store: Path) -> Path:
+    folder = newest(store)
+    if folder is None:
+        raise UserError(f"{store} holds no checkpoint to go on from; delete the run folder to begin again")
+    return folder
 
 
 def _groups(network: list[Tensor], optimiser: Optimiser) -> list[dict]:

@@ -1,6 +1,6 @@
 """Metrics of a sequence of T tasks, each under the name of the one definition that it follows.
 
-Published papers call different numbers by one name ("BWT", "NBT", "forgetting"): never put two of these into one column.
+Papers call different numbers by one name ("BWT", "NBT", "forgetting"): never put two of these into one column.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def sequence_metrics(
     fwt_zero_shot: mean_{j>1} R[j-1,j] - R0[j]
     forgetting_cw: mean_j R[j,j] - R[T,j], over all T (Continual World)
     forgetting_mammoth: mean_{j<T} max_i R[i,j] - R[T,j], never negative
-    forgetting_cora: mean over pairs i > j of (R[i-1,j] - R[i,j]) / best_j, with best_j = max_i R[i,j], the base included
+    forgetting_cora: mean over pairs i > j of (R[i-1,j] - R[i,j]) / best_j, with best_j = max_i R[i,j], base included
     transfer_cora: mean over pairs i < j of (R[i,j] - R[i-1,j]) / best_j (CORA)
     With curves, where f_j is the mean of task j's curve held at its maximum from where it first reaches it:
     fwt_libero: mean_j f_j; auc_libero: mean_j (f_j + sum_{i>j} R[i,j]) / (T - j + 1) (LIBERO)

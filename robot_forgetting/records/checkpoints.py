@@ -1,5 +1,5 @@
-"""Checkpoints of a training: weights, AdamW's moments, what method and penalties remember; safetensors and json, of each
-stage the latest only."""
+"""Checkpoints of a training: weights, AdamW's moments, the state of method and penalties; safetensors and json, the
+latest of each stage only."""
 
 from __future__ import annotations
 
@@ -36,6 +36,25 @@ def stage_store(run: RunFolder, stage: int) -> Path:
     """Where a sequence keeps the checkpoint of a stage, the end of earlier ones beside that of the present one. A run
     of one stage keeps its own in ``checkpoints`` itself."""
     return run.checkpoints / f"stage_{stage:02d}"
+
+
+def stage_of(checkpoint: Path) -> int:
+    """The stage whose weights a checkpoint's folder holds."""
+    found = re.fullmatch(r"stage_(\d{2,9})", checkpoint.parent.name)
+    return int(found[1]) if found else 1
+
+
+def drop_moments(store: Path) -> None:
+    """Removes AdamW's moments from the checkpoint of a stage that is over: the next one begins with none."""
+    folder = newest(store)
+    if folder is not None:
+        (folder / "optimizer.safetensors").unlink(missing_ok=True)
+
+
+def drop_stages(run: RunFolder) -> None:
+    """Removes the checkpoints of all stages of a sequence but the last."""
+    for store in sorted(run.checkpoints.glob("stage_*"))[:-1]:
+        shutil.rmtree(store, ignore_errors=True)
 
 
 def save_checkpoint(

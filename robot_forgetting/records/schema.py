@@ -140,6 +140,8 @@ RUN: dict = {
     "seed": WHOLE | None,
     "decode": DECODE | None,
     "roles": object_of(list_of(NAME)) | None,
+    "sequence": list_of(TEXT) | None,
+    "stage": COUNT | None,
     "instructions": object_of(TEXT) | None,
     "chance": object_of(RATE) | None,
     "protocols": OBJECT | None,

@@ -130,9 +130,11 @@ def forgetting_table(episodes: Iterable[Mapping]) -> list[dict]:
     ``metrics.statistics.paired_difference``. A task without a common seed has no row.
     """
     groups = outcomes(episodes)
+    # A task's role is no part of what is paired: what was new is a prior task in later stages.
+    bases = {(task, decode): seeds for (stage, _, task, _, decode), seeds in groups.items() if stage == 0}
     table = []
     for (stage, iteration, task, role, decode), seeds in groups.items():
-        base = groups.get((0, 0, task, role, decode), {})
+        base = bases.get((task, decode), {})
         common = sorted(set(base) & set(seeds))
         if stage == 0 or not common:
             continue
