@@ -10,6 +10,7 @@ from typing import Annotated
 
 from torch import Tensor
 
+from robot_forgetting.built_with import BuiltWith
 from robot_forgetting.errors import UserError
 from robot_forgetting.policy import Action, Policy
 from robot_forgetting.ranges import Count, CountOrNone, LearningRate, Range, check_fields
@@ -109,7 +110,7 @@ def mean_over_tokens(values: Tensor, mask: Tensor, runs: int = 1, per_row: float
     return values.sum(1) / mask.sum(1).clamp_min(1)
 
 
-class Staged:
+class Staged(BuiltWith):
     """What methods and penalties have in common: they live through all stages of a sequence, and may remember.
 
     ``task`` and ``past`` are those of a ``Stage``, one by one: a plug-in that learns a single task names both.

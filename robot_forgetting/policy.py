@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from robot_forgetting.built_with import BuiltWith
 from robot_forgetting.errors import UserError
 
 
@@ -91,7 +92,7 @@ class Reference:
     obs: dict
 
 
-class Policy(nn.Module, ABC):
+class Policy(BuiltWith, nn.Module, ABC):
     """Maps observations to decisions.
 
     ``obs`` is a dict of equally long columns that only the policy looks into. Robot tasks give

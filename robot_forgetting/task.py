@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from robot_forgetting.built_with import BuiltWith
 from robot_forgetting.errors import UserError
 from robot_forgetting.policy import ConventionSpec
 
@@ -78,7 +79,7 @@ class Demonstration:
             object.__setattr__(self, name, value)
 
 
-class Task(ABC):
+class Task(BuiltWith, ABC):
     """One task. Train and test seeds never overlap."""
 
     name: str

@@ -52,15 +52,12 @@ class Arguments:
         self.run_folders = [Path(folder) for folder in run_folders]
         self._recorded = None  # the policy of checkpoint=RUN
         self._named: dict[tuple[str, str], object] = {}
-        if self._objects.get("sequence"):
-            first = self._objects["sequence"][0]
-            self._objects |= {} if isinstance(first, str) else {"task": first}
         composed = composed or self._chosen()
         self._config, self.names, self.sources = composed.config, composed.names, composed.sources
         self.plain = composed.plain()
         for name, given in self._objects.items():
             if name in OTHERS:
-                self.plain[name] = [_named(one) for one in given]
+                self.plain |= {name: [_named(one) for one in given], f"{name}_objects": described(list(given))}
             else:
                 self.plain[name], self.names[name] = described(given), _named(given)
         check_root(self.plain)
@@ -111,12 +108,11 @@ class Arguments:
     def _check_added(self) -> None:
         """`+key=value` at the top, which nothing reads: neither we nor any `${key}` in the configuration."""
         known = {*GROUPS, *Settings.__annotations__}
-        later = (self.plain["sequence"] or [])[1:]
         for text in self.overrides:
             key = re.split(r"[.@/]", key_of(text))[0]
             if not text.startswith("+") or key in known or key not in self._config:  # a group's may lie elsewhere
                 continue
-            tasks = [self._entry("task", name) for name in (*self.plain["prior"], *self.plain["held_out"], *later)]
+            tasks = [self._entry("task", one) for name in OTHERS for one in self._tasks(name) if isinstance(one, str)]
             if not any(key in _read_by(node) for node in (self._config, *tasks)):
                 raise UserError(
                     f"nothing reads '{key}' ({text}); a setting of a method, task or policy is +method.{key}=..., "
@@ -293,7 +289,7 @@ class Arguments:
                 words.append((LIST if key in OTHERS else SETTING, word))
                 whole.append(text)
         whole += [f"sequence={self.plain['sequence']}"] if self.plain["sequence"] else []
-        whole += [f"{name}={self.plain[name]}" for name in self._objects]
+        whole += [f"{name}={described(given)}" for name, given in self._objects.items()]
         return run_folder(Path("runs", self.plain["sweep"]), words, self.plain["seed"], whole, bool(self._objects))
 
 
