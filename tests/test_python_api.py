@@ -80,6 +80,11 @@ def test_objects_alone_need_no_hydra(monkeypatch, tmp_path):
     assert page.is_file()
 
 
+def test_a_sequence_of_objects():
+    run = rf.run(**made(sequence=[ToyTask(), ToyTask("mirror")], task=None, prior=None))
+    assert run.folder.finished and set(run.success.stage) == {0, 1, 2} and "sequence_objects" in run.folder.config()
+
+
 def test_an_interrupted_call_continues(monkeypatch, tmp_path):
     collect = GRPO.collect
 
@@ -111,6 +116,7 @@ def test_an_interrupted_call_continues(monkeypatch, tmp_path):
         ({"method": "sft", "method.iteration": 1}, "did you mean: method.iterations"),
         ({"policy": ToyTask()}, "policy= gives ToyTask"),
         ({"decode": {"temprature": 1}}, "did you mean: decode.temperature"),
+        ({"sequence": [ToyTask()]}, "a task beside a sequence"),
     ],
     ids=str,
 )
