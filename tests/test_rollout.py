@@ -178,8 +178,6 @@ def test_a_real_policy_decides_the_same_whatever_is_beside_it():
     class Eyes(torch.nn.Module):
         runs, noise_width = 1, 16
 
-        can = policy.can
-
         def act(self, obs, **options):
             images = obs["image"].repeat(8, 1).repeat(8, 2)
             return policy.act({**obs, "image": images}, **options)

@@ -29,7 +29,7 @@ pytestmark = [
 class Drifting:
     """Random commands; ``hook`` is called with the number of calls so far."""
 
-    name, runs = "drifting", 1
+    name, runs, noise_width = "drifting", 1, 16
 
     def __init__(self, hook=lambda calls: None):
         self.hook, self.calls = hook, 0
