@@ -296,9 +296,9 @@ def test_ctrl_c_keeps_what_arrived(task, endpoint, tmp_path):
     "options, says",
     [
         ({"base_url": "https://me:word@host/v1"}, "holds a password"),
-        ({"samples": 17}, "samples must be 1 to 16"),
-        ({"samples": 0}, "samples must be 1 to 16"),
-        ({"tries": 0}, "must be positive"),
+        ({"samples": 17}, "samples=17 is not a whole number from 1 to 16"),
+        ({"samples": 0}, "samples=0 is not a whole number from 1 to 16"),
+        ({"tries": 0}, "tries=0 is not a whole number"),
         ({"base_url": "example.org"}, "is no address"),
     ],
 )

@@ -142,54 +142,29 @@ def render() -> dict:
     }
 
 
-class _DriverProperties(ctypes.Structure):  # VkPhysicalDeviceDriverProperties
-    _fields_ = [
-        ("sType", ctypes.c_uint32),
-        ("pNext", ctypes.c_void_p),
-        ("driverID", ctypes.c_uint32),
-        ("driverName", ctypes.c_char * 256),
-        ("driverInfo", ctypes.c_char * 256),
-        ("conformanceVersion", ctypes.c_uint8 * 4),
-    ]
+def _structure(**fields) -> type[ctypes.Structure]:
+    """One of Vulkan's, which all begin with its type and a pointer to what extends it."""
+    head = [("sType", ctypes.c_uint32), ("pNext", ctypes.c_void_p)]
+    return type("Structure", (ctypes.Structure,), {"_fields_": [*head, *fields.items()]})
 
 
-class _Properties(ctypes.Structure):  # VkPhysicalDeviceProperties2; what follows deviceName is left as bytes
-    _fields_ = [
-        ("sType", ctypes.c_uint32),
-        ("pNext", ctypes.c_void_p),
-        ("numbers", ctypes.c_uint32 * 5),
-        ("deviceName", ctypes.c_char * 256),
-        ("rest", ctypes.c_uint64 * 128),
-    ]
-
-
-class _ApplicationInfo(ctypes.Structure):
-    _fields_ = [
-        ("sType", ctypes.c_uint32),
-        ("pNext", ctypes.c_void_p),
-        ("pApplicationName", ctypes.c_char_p),
-        ("applicationVersion", ctypes.c_uint32),
-        ("pEngineName", ctypes.c_char_p),
-        ("engineVersion", ctypes.c_uint32),
-        ("apiVersion", ctypes.c_uint32),
-    ]
-
-
-class _InstanceCreateInfo(ctypes.Structure):
-    _fields_ = [
-        ("sType", ctypes.c_uint32),
-        ("pNext", ctypes.c_void_p),
-        ("flags", ctypes.c_uint32),
-        ("pApplicationInfo", ctypes.POINTER(_ApplicationInfo)),
-        ("nothing", ctypes.c_uint64 * 4),  # no layers, no extensions
-    ]
+NUMBER, TEXT, NAME = ctypes.c_uint32, ctypes.c_char_p, ctypes.c_char * 256
+ApplicationInfo = _structure(
+    pApplicationName=TEXT, applicationVersion=NUMBER, pEngineName=TEXT, engineVersion=NUMBER, apiVersion=NUMBER
+)
+InstanceCreateInfo = _structure(  # no layers, no extensions
+    flags=NUMBER, pApplicationInfo=ctypes.POINTER(ApplicationInfo), nothing=ctypes.c_uint64 * 4
+)
+DriverProperties = _structure(driverID=NUMBER, driverName=NAME, driverInfo=NAME, conformanceVersion=ctypes.c_uint8 * 4)
+# VkPhysicalDeviceProperties2; what follows deviceName is left as bytes
+Properties = _structure(numbers=NUMBER * 5, deviceName=NAME, rest=ctypes.c_uint64 * 128)
 
 
 def physical_devices() -> list[dict]:
     """Device, driver and version of every Vulkan device, asked of the loader itself (SAPIEN tells the name only)."""
     vulkan = ctypes.CDLL(os.environ.get("SAPIEN_VULKAN_LIBRARY_PATH", "libvulkan.so.1"))
-    application = _ApplicationInfo(sType=0, apiVersion=(1 << 22) | (2 << 12))  # 1.2: driver properties are core
-    create = _InstanceCreateInfo(sType=1, pApplicationInfo=ctypes.pointer(application))
+    application = ApplicationInfo(sType=0, apiVersion=(1 << 22) | (2 << 12))  # 1.2: driver properties are core
+    create = InstanceCreateInfo(sType=1, pApplicationInfo=ctypes.pointer(application))
     instance = ctypes.c_void_p()
     if vulkan.vkCreateInstance(ctypes.byref(create), None, ctypes.byref(instance)):
         return []
@@ -199,8 +174,8 @@ def physical_devices() -> list[dict]:
     vulkan.vkEnumeratePhysicalDevices(instance, ctypes.byref(count), devices)
     rows = []
     for device in devices:
-        driver = _DriverProperties(sType=1000196000)
-        properties = _Properties(sType=1000059001, pNext=ctypes.addressof(driver))
+        driver = DriverProperties(sType=1000196000)
+        properties = Properties(sType=1000059001, pNext=ctypes.addressof(driver))
         vulkan.vkGetPhysicalDeviceProperties2(ctypes.c_void_p(device), ctypes.byref(properties))
         row = {"device": properties.deviceName, "driver": driver.driverName, "version": driver.driverInfo}
         rows.append({key: value.decode(errors="replace") for key, value in row.items()})

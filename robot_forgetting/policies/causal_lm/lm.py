@@ -8,6 +8,7 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
+from robot_forgetting.contracts import checked_settings
 from robot_forgetting.errors import UserError, unknown
 from robot_forgetting.machine.device import PRECISIONS, parse_device
 from robot_forgetting.machine.files import disk
@@ -68,8 +69,6 @@ class CausalLM(OwnBase):
         sampler: Sampler | None = None,
     ):
         super().__init__(name, lora, products=torch.bfloat16 if dtype == "mixed" else None)
-        if min(max_new_tokens, batch_rows) < 1:
-            raise UserError("max_new_tokens and batch_rows must be at least 1")
         if dtype not in DTYPES:
             raise unknown("dtype", dtype, DTYPES)
         place = parse_device(device)
@@ -81,6 +80,7 @@ class CausalLM(OwnBase):
         self.dtype = dtype
         longest = self.model.config.max_position_embeddings
         self.max_new_tokens, self.batch_rows = max_new_tokens, batch_rows
+        checked_settings(self)
         self.decisions_at_once = batch_rows
         ends = self.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]

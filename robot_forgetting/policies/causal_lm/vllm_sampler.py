@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from robot_forgetting.contracts import checked_settings
 from robot_forgetting.errors import UserError
 from robot_forgetting.policies import lora
 from robot_forgetting.policy import Action
@@ -124,10 +125,6 @@ class VLLMSampler(Sampler):
         eager: bool = False,
         largest_difference: Annotated[float, Range(0, 100)] = 0.1,
     ):
-        if not 0 < memory <= 1:
-            raise UserError(
-                f"policy.sampler.memory is a share of the device's memory, more than 0 and at most 1: {memory}"
-            )
         # The weights are handed over in memory, so the engine may not be a process of its own.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -141,6 +138,7 @@ class VLLMSampler(Sampler):
             ) from error
         self.memory, self.eager, self.largest_difference = memory, eager, largest_difference
         self._engine = None
+        checked_settings(self)
 
     def update(self, policy) -> None:
         if self._engine is None:

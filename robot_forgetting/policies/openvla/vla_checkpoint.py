@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -106,11 +107,10 @@ def locate(checkpoint: str | Path) -> Path:
         )
     from huggingface_hub import list_repo_files, snapshot_download
 
-    try:
+    listed = []
+    with suppress(Exception):  # what cannot be listed may still be in the cache, and is looked at there
         listed = list_repo_files(text)
-    except Exception:  # what cannot be listed may still be in the cache, and is looked at there
-        listed = []
-    _refuse_oft_files(text, listed)
+    _refuse_oft(text, _oft_files(listed))
     try:
         return Path(snapshot_download(text, allow_patterns=HUB_FILES))
     except Exception as error:  # requests, httpx, hub and OS errors alike: for the user all mean "not obtained"
@@ -127,17 +127,17 @@ def refuse_oft(checkpoint: str, folder: Path) -> None:
     It reads all actions of a chunk off in one pass that is not causal, most often through a head of its own. There is
     no one mark: those with a head have its file, those without have other code or settings.
     """
-    _refuse_oft_files(checkpoint, [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()])
+    files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     values = _json(folder, "config.json", needed=False)
-    marks = [f"{name} in config.json" for name in OFT_SETTINGS if values.get(name)]
+    marks = _oft_files(files) + [f"{name} in config.json" for name in OFT_SETTINGS if values.get(name)]
     marks += [f"{path.name} (its code)" for path in folder.glob("*.py") if OFT_CODE in path.read_text(errors="replace")]
     said = checkpoint if not Path(checkpoint).is_dir() else str(values.get("_name_or_path", ""))
     marks += [f"the name {said}"] if OFT_NAME.search(said) else []
     _refuse_oft(checkpoint, marks)
 
 
-def _refuse_oft_files(checkpoint: str, files: Iterable[str]) -> None:
-    _refuse_oft(checkpoint, sorted(file for file in files if OFT_FILES.search(file)))
+def _oft_files(files: Iterable[str]) -> list[str]:
+    return sorted(file for file in files if OFT_FILES.search(file))
 
 
 def _refuse_oft(checkpoint: str, marks: list[str]) -> None:

@@ -21,12 +21,13 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 
+from robot_forgetting.contracts import checked_settings
 from robot_forgetting.errors import UserError
 from robot_forgetting.machine.progress import say
 from robot_forgetting.policy import Policy
@@ -69,16 +70,13 @@ class LmEval(ScoredTask):
         max_new_tokens: Tokens | None = None,
         allow_code_execution: bool | str = False,
     ):
-        for key, value, least in (("num_fewshot", num_fewshot, 0), ("limit", limit, 1), ("batch_size", batch_size, 1),
-                                  ("max_new_tokens", max_new_tokens, 1)):  # fmt: skip
-            if value is not None and value < least:
-                raise UserError(f"task '{name}': {key}={value} is too small; the least is {least}")
         self.name, self.configuration, self.metric = name, configuration, metric
         self.num_fewshot, self.chat_template, self.limit = num_fewshot, chat_template, limit
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
         self.allow_code_execution = allow_code_execution
         self._drawn: dict[str, list] = {}  # task -> prompts with their examples
         self._drawn_for: str | None = None  # the chat template they were made with
+        checked_settings(self)
 
     # ---- ScoredTask
 
@@ -205,7 +203,7 @@ class LmEval(ScoredTask):
             config["generation_kwargs"]["max_gen_toks"] = self.max_new_tokens
         if self._runs_code:
             instruct = "build_predictions_instruct" in str(config["filter_list"])
-            predictions = _instruct_programs if instruct else _programs
+            predictions = partial(_programs, end="```" if instruct else None)
             config["filter_list"] = [
                 {"name": "create_test", "filter": [{"function": "custom", "filter_fn": predictions}]}
             ]
@@ -366,12 +364,7 @@ class LmEval(ScoredTask):
         return {"pass@1": float(verdict.passed), "why": verdict.why} | ({} if confine else {"confined": False})
 
 
-def _programs(resps: list[list[str]], docs: list[dict]) -> list[list[str]]:
-    return [[doc["prompt"] + text for text in texts] for texts, doc in zip(resps, docs, strict=True)]
-
-
-def _instruct_programs(resps: list[list[str]], docs: list[dict]) -> list[list[str]]:
-    """Up to the end of the code block that the prompt has begun."""
-    return [
-        [doc["prompt"] + text.partition("```")[0] for text in texts] for texts, doc in zip(resps, docs, strict=True)
-    ]
+def _programs(resps: list[list[str]], docs: list[dict], end: str | None = None) -> list[list[str]]:
+    """Of each completion the program up to ``end``, where a code block that the prompt has begun is over."""
+    pairs = zip(resps, docs, strict=True)
+    return [[doc["prompt"] + (text.partition(end)[0] if end else text) for text in texts] for texts, doc in pairs]

@@ -22,6 +22,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Annotated
 
+from robot_forgetting.contracts import checked_settings
 from robot_forgetting.errors import UserError
 from robot_forgetting.machine.files import disk, plain
 from robot_forgetting.machine.progress import bar, say
@@ -52,7 +53,7 @@ class Teacher(Labeler):
         model: str = "gpt-4o",
         key_variable: str = "OPENAI_API_KEY",
         cache: str | None = None,
-        samples: Annotated[int, Range(1, 10_000)] = MOST_SAMPLES,
+        samples: Annotated[int, Range(1, MOST_SAMPLES)] = MOST_SAMPLES,
         temperature: Annotated[float, Range(0, 2)] = 0.7,
         max_tokens: Tokens = 4096,
         parallel: Annotated[int, Range(1, 1000)] = 4,
@@ -60,10 +61,6 @@ class Teacher(Labeler):
         pause: Annotated[float, Range(0, 3600)] = 1.0,
         seconds: Annotated[float, Range(0, 86_400, above=True)] = 300.0,
     ):
-        if not 1 <= samples <= MOST_SAMPLES:
-            raise UserError(f"teacher.samples must be 1 to {MOST_SAMPLES}, not {samples}")
-        if min(parallel, tries, max_tokens) < 1 or min(pause, temperature) < 0 or seconds <= 0:
-            raise UserError("teacher: parallel, tries, max_tokens and seconds must be positive, pause not negative")
         if base_url is not None and not base_url.startswith(("http://", "https://")):
             raise UserError(f"teacher.base_url={base_url} is no address; give one like https://HOST/v1")
         if "@" in urllib.parse.urlsplit(base_url or "").netloc:
@@ -72,6 +69,7 @@ class Teacher(Labeler):
         self.cache, self.samples = cache, samples
         self.settings = {"model": model, "temperature": temperature, "max_tokens": max_tokens}
         self.parallel, self.tries, self.pause, self.seconds = parallel, tries, pause, seconds
+        checked_settings(self)
 
     def label(self, policy, task, seeds, stream) -> Labels:
         """A text, or None where no sample is right; ``UserError`` where the endpoint fails for good."""
@@ -204,7 +202,7 @@ def _read(answer, deadline: float) -> bytes:
 class _Passing(Exception):
     """A failure that may pass. seconds: how long the endpoint asks to wait, or None."""
 
-    def __init__(self, text: str, seconds: Annotated[float, Range(0, 86_400, above=True)] = None):
+    def __init__(self, text: str, seconds: float | None = None):
         super().__init__(text)
         self.seconds = seconds
 
