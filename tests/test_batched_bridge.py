@@ -184,13 +184,13 @@ class Things:
 
         from robot_forgetting.tasks.widowx.bridge import BridgeScene
 
-        self.evaluate = types.MethodType(BridgeScene.evaluate, self)
+        self.evaluate, self._stepped = (types.MethodType(f, self) for f in (BridgeScene.evaluate, BridgeScene._stepped))
         self.places = torch.zeros(4, 2, 3)
         self.places[:, 0] = torch.tensor([0.2, 0, 0.01])
         self.impulses = {name: torch.zeros(4, 3) for name in ("left", "right", "arena")}
         self.impulses["arena"][:, 2] = 0.01  # it lies there
         self.obj_names, self.height, self.nothing_else = ["source", "target"], 0.02, True
-        self.at_rest, self._counted = self.places.clone(), -1
+        self.at_rest, self._counted = self.places.clone(), torch.zeros(4, dtype=torch.int64)
         self.extents = torch.tensor([[0.04, 0.02, 0.02], [0.1, 0.1, 0.01]]).repeat(4, 1, 1)
         self.consecutive_grasp, self.configuration = torch.zeros(4, dtype=torch.int64), torch.arange(4)
         self._elapsed_steps = torch.zeros(4, dtype=torch.int32)

@@ -13,8 +13,6 @@ import numpy as np
 import sapien
 import torch
 from mani_skill.envs.tasks.digital_twins.base_env import BaseDigitalTwinEnv
-from mani_skill.sensors.camera import CameraConfig
-from mani_skill.utils.structs.types import DefaultMaterialsConfig, GPUMemoryConfig, SceneConfig, SimConfig
 
 from robot_forgetting.errors import unknown
 from robot_forgetting.machine import assets
@@ -23,6 +21,7 @@ from robot_forgetting.tasks.google_robot.google_robot import CAMERA, FINGERS, Go
 from robot_forgetting.tasks.simulator.grasp import TOUCH, presses_batched
 from robot_forgetting.tasks.simulator.grid import STREAM, TEST_START, dealt
 from robot_forgetting.tasks.simulator.settling import drop
+from robot_forgetting.tasks.simulator.twins import Twin
 
 BASE_HEIGHT = 0.06205 + 0.017  # of the robot's base over the floor, metres
 TABLE_HEIGHT = 0.87
@@ -64,7 +63,7 @@ def glow(thing) -> None:
                 material.emission = [1.0, 1.0, 1.0, 1.0]
 
 
-class GoogleScene(BaseDigitalTwinEnv):
+class GoogleScene(Twin, BaseDigitalTwinEnv):
     """The robot before a photo. Subclasses add objects, initial states and success.
 
     photo: in ``real_inpainting``; an episode may show another. needs: files beside the bundle's, in ``folder()``
@@ -73,47 +72,20 @@ class GoogleScene(BaseDigitalTwinEnv):
     SUPPORTED_OBS_MODES = ["rgb+segmentation", "none"]
     SUPPORTED_REWARD_MODES = ["none"]
     SUPPORTED_ROBOTS = [GoogleRobot.uid]
+    camera_link = "link_camera"
 
     def __init__(self, photo: str, needs: tuple[str, ...] = (), **kwargs):
         assets.require("google_robot", tuple(f"{assets.GOOGLE}/{file}" for file in needs))
         GoogleRobot.urdf_path = str(urdf(COLOURS[0]))
         self.rgb_overlay_paths = {CAMERA: str(folder() / "real_inpainting" / photo)}
-        # ManiSkill's are the class's, and so every environment's
-        self._rgb_overlay_images, self._objects_to_remove_from_greenscreen = {}, []
         super().__init__(**{**kwargs, "robot_uids": GoogleRobot})
 
     @property
-    def _on_gpu(self) -> bool:
-        """Where PhysX makes contacts by PCM only, and other hulls of large ones: docs/gpu_simulation.md."""
-        return self.device.type == "cuda"
-
-    @property
     def _default_sim_config(self):
-        # With the hulls and contacts that PhysX has on a GPU the original's 0.02 and 25 lose the can now and then.
-        scene = SceneConfig(
-            contact_offset=0.005 if self._on_gpu else 0.02,
-            solver_position_iterations=50 if self._on_gpu else 25,
-            solver_velocity_iterations=0,  # with 1, as in the original, PhysX 5 lets stiffly driven fingers chatter
-            enable_pcm=self._on_gpu,
-            enable_tgs=True,
-        )
-        friction = DefaultMaterialsConfig(static_friction=1.0, dynamic_friction=1.0)
-        return SimConfig(
-            sim_freq=513,
-            control_freq=3,
-            spacing=5 if self._on_gpu else 20,  # see ``BridgeScene``, also for the buffers
-            scene_config=scene,
-            default_materials_config=friction,
-            gpu_memory_config=GPUMemoryConfig(
-                collision_stack_size=2**26, max_rigid_contact_count=2**21, max_rigid_patch_count=2**19
-            ),
-        )
-
-    @property
-    def _default_human_render_camera_configs(self):
-        own = self.agent._sensor_configs[0]
-        link = self.agent.robot.links_map["link_camera"]
-        return CameraConfig("render_camera", own.pose, 512, 512, intrinsic=own.intrinsic, mount=link)
+        # With the hulls and contacts that PhysX has on a GPU the original's 0.02 and 25 lose the can now and then; with
+        # 1 iteration for velocities, as in the original, PhysX 5 lets stiffly driven fingers chatter.
+        offset, iterations = (0.005, 50) if self._on_gpu else (0.02, 25)
+        return self._physics(513, 3, offset, solver_position_iterations=iterations, solver_velocity_iterations=0)
 
     def _load_agent(self, options: dict):
         super()._load_agent(options, sapien.Pose([-10, 0, 0]))
@@ -124,10 +96,6 @@ class GoogleScene(BaseDigitalTwinEnv):
         # steps the fingers have held what counts; and ``_elapsed_steps`` when ``evaluate`` was last asked.
         self.configuration, self.colouring = self._rows(dtype=torch.int64) - 1, self._rows(dtype=torch.int64)
         self.held, self._counted = self._rows(dtype=torch.int64), self._rows(dtype=torch.int64)
-
-    def _rows(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Zeros [N, *shape]: what a scene keeps of an episode. ``Simulation.initial_state`` hands such tensors on."""
-        return torch.zeros(self.num_envs, *shape, dtype=dtype, device=self.device)
 
     def _add_colours(self) -> None:
         """Textures of every link in each colouring. Colourings differ in nothing else, so that an episode's is given to
@@ -164,12 +132,6 @@ class GoogleScene(BaseDigitalTwinEnv):
     def _begin(self, options: dict) -> None:
         """Sets the only environment to its episode's initial state."""
         raise NotImplementedError
-
-    def _stepped(self) -> torch.Tensor:
-        """[N] bool: which have moved since the flags were last asked for. A reset of one asks for the flags of all."""
-        stepped = self._elapsed_steps != self._counted
-        self._counted[:] = self._elapsed_steps
-        return stepped
 
     def _count_held(self, holding: torch.Tensor, stepped: torch.Tensor) -> None:
         """Counts for how many steps on end the fingers hold what counts; both [N] bool."""

@@ -17,14 +17,13 @@ import sapien
 import torch
 from mani_skill.envs.tasks.digital_twins.base_env import BaseDigitalTwinEnv
 from mani_skill.envs.tasks.digital_twins.bridge_dataset_eval.base_env import BaseBridgeEnv
-from mani_skill.sensors.camera import CameraConfig
 from mani_skill.utils import io_utils
-from mani_skill.utils.structs.types import DefaultMaterialsConfig, GPUMemoryConfig, SceneConfig, SimConfig
 
 from robot_forgetting.machine import assets
 from robot_forgetting.tasks.simulator.grasp import TOUCH, pressing_fingers_batched
 from robot_forgetting.tasks.simulator.grid import Grid
 from robot_forgetting.tasks.simulator.settling import drop
+from robot_forgetting.tasks.simulator.twins import Twin
 from robot_forgetting.tasks.widowx.widowx import WidowXFlatTable, WidowXSink
 
 DROP_HEIGHT = 0.87 + 0.5  # of the table, and how far above it objects are let go
@@ -35,7 +34,7 @@ SPOON, SPOON_PARTS = "bridge_spoon_generated_modified", Path(__file__).with_name
 MOVED, ASIDE, LONG = 0.03, 0.003, 5
 
 
-class BridgeScene(BaseBridgeEnv):
+class BridgeScene(Twin, BaseBridgeEnv):
     """Robot, table (or sink), source and target object. Subclasses say which.
 
     objects: names of the source and the target object; None: those that are drawn over the photo
@@ -63,36 +62,11 @@ class BridgeScene(BaseBridgeEnv):
         # ManiSkill's are the class's, and so every environment's
         self._rgb_overlay_images, self._objects_to_remove_from_greenscreen = {}, []
         self.model_db = io_utils.load_json(folder / "custom" / self.MODEL_JSON)
-        self._counted = -1  # ``_elapsed_steps`` when ``evaluate`` was last asked
         BaseDigitalTwinEnv.__init__(self, robot_uids=WidowXSink if sink else WidowXFlatTable, **kwargs)
 
     @property
-    def _on_gpu(self) -> bool:
-        return self.device.type == "cuda"  # where PhysX makes contacts by PCM only
-
-    @property
     def _default_sim_config(self):
-        scene = SceneConfig(
-            contact_offset=0.005, solver_position_iterations=25, enable_pcm=self._on_gpu, enable_tgs=True
-        )
-        friction = DefaultMaterialsConfig(static_friction=1.0, dynamic_friction=1.0)
-        # On a GPU: far from the middle of a batch places are coarse (160 m: 15 micrometres), so that slow things would
-        # not move; and a contact too many for its buffers is one that PhysX forgets.
-        buffers = GPUMemoryConfig(
-            collision_stack_size=2**26, max_rigid_contact_count=2**21, max_rigid_patch_count=2**19
-        )
-        return SimConfig(
-            sim_freq=500,
-            control_freq=5,
-            spacing=5 if self._on_gpu else 20,
-            scene_config=scene,
-            default_materials_config=friction,
-            gpu_memory_config=buffers,
-        )
-
-    @property
-    def _default_human_render_camera_configs(self):
-        return own_view(self.agent)
+        return self._physics(500, 5, 0.005, solver_position_iterations=25)
 
     def _build_actor_helper(self, model_id: str, scale: float = 1, kinematic: bool = False, initial_pose=None):
         """ManiSkill's, with the original's damping, and the spoon in its parts."""
@@ -119,11 +93,11 @@ class BridgeScene(BaseBridgeEnv):
     def _load_scene(self, options: dict):
         super()._load_scene(options)
         # Of an episode, with a row per environment: places [N, 2, 3] and world-aligned boxes [N, 2, 3] of source and
-        # target once they lay still, steps since when the source is held [N], and configuration [N].
-        count = self.num_envs
-        self.at_rest, self.extents = (torch.zeros(count, 2, 3, device=self.device) for _ in range(2))
-        self.consecutive_grasp = torch.zeros(count, dtype=torch.int64, device=self.device)
-        self.configuration = torch.full((count,), -1, device=self.device)
+        # target once they lay still, steps since when the source is held [N], and configuration [N]; and
+        # ``_elapsed_steps`` when ``evaluate`` was last asked.
+        self.at_rest, self.extents = self._rows(2, 3), self._rows(2, 3)
+        self.consecutive_grasp, self.configuration = self._rows(dtype=torch.int64), self._rows(dtype=torch.int64) - 1
+        self._counted = self._rows(dtype=torch.int64)
         self._mass_centres = [self.objs[name].cmass_local_pose for name in self.obj_names]  # before the GPU takes over
 
     def _initialize_episode(self, env_idx: torch.Tensor, options: dict):
@@ -166,10 +140,8 @@ class BridgeScene(BaseBridgeEnv):
         now = torch.stack([centres[0], target.pose.p], dim=1)
         moved = (now - self.at_rest)[..., :2].norm(dim=2)
         grasped = pressing_fingers_batched(self.agent, source)
-        stepped = self._elapsed_steps != self._counted  # a reset of one asks for the flags of all
         held = torch.where(grasped, self.consecutive_grasp + 1, 0)
-        self.consecutive_grasp = torch.where(stepped, held, self.consecutive_grasp)
-        self._counted = self._elapsed_steps.clone()
+        self.consecutive_grasp = torch.where(self._stepped(), held, self.consecutive_grasp)
         offset, halves = centres[0] - centres[1], self.extents / 2
         on_target = offset[:, :2].norm(dim=1) <= halves[:, 1, :2].norm(dim=1) + ASIDE
         on_target &= (0 < offset[:, 2]) & (offset[:, 2] <= self.height + halves[:, 0, 2] + halves[:, 1, 2])
@@ -187,7 +159,7 @@ class BridgeScene(BaseBridgeEnv):
         }
 
 
-class StockScene:
+class StockScene(Twin):
     """Before a stock Bridge environment in the list of bases: its own photo, and our seeds for its initial states."""
 
     grid: Grid
@@ -195,12 +167,7 @@ class StockScene:
     def __init__(self, **kwargs):
         assets.require("bridge")
         self.configuration = -1
-        self._rgb_overlay_images, self._objects_to_remove_from_greenscreen = {}, []
         super().__init__(**kwargs)
-
-    @property
-    def _default_human_render_camera_configs(self):
-        return own_view(self.agent)
 
     def _initialize_episode(self, env_idx: torch.Tensor, options: dict):
         self.configuration, places, turns = self.grid.state(int(self._episode_seed[0]), options.get("episode_id"))
@@ -211,13 +178,6 @@ class StockScene:
 
     def evaluate(self) -> dict:
         return {**super().evaluate(), "configuration": torch.tensor([self.configuration])}
-
-
-def own_view(agent) -> CameraConfig:
-    """For videos: the policy's view."""
-    own = agent._sensor_configs[0]
-    base = agent.robot.links_map["base_link"]
-    return CameraConfig("render_camera", own.pose, 512, 512, intrinsic=own.intrinsic, mount=base)
 
 
 # Joint positions (radians, metres) and base position (metres) as measured on the real robot, per scene.
