@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 
-import matplotlib
 import numpy as np
 import pytest
 from fake_runs import make_run as make_robot_run
@@ -16,23 +15,22 @@ from robot_forgetting import studies
 from robot_forgetting.errors import UserError
 from robot_forgetting.records.run_folder import find_runs
 from robot_forgetting.report import figures
-from robot_forgetting.report.page import read_tables
+from robot_forgetting.report.page import read_tables, rows_of
 from robot_forgetting.studies.digits import study_figures, study_words
-from robot_forgetting.studies.digits.study_page import build, on_paper, save
+from robot_forgetting.studies.digits.study_law import verdict
+from robot_forgetting.studies.digits.study_page import SECTIONS
 from robot_forgetting.studies.digits.study_runs import Study, load_study
 from robot_forgetting.studies.digits.study_tables import (
     common_level,
-    laws,
     level_rows,
     matched_rows,
     theorem_rows,
-    verdict,
 )
 
 
 def tables_of(folder):
     study = load_study(find_runs([folder]))
-    return study, build(study, laws(study))
+    return study, rows_of(study, SECTIONS)
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +113,7 @@ def test_law_is_found_again(tmp_path):
     row = next(r for r in tables["predictors"] if (r["predictor"], r["inputs"]) == ("forward_kl", "new"))
     assert row["coefficients"] == pytest.approx([0, 0.12, -0.008], abs=1e-3)
     assert row["r2"] > 0.9999 and row["paper_verdict"] == "higher"
-    lines = study_words.disagreements(laws(study)["paper"])
+    lines = study_words.disagreements(study.laws["paper"])
     assert (
         "Forward KL on new-task inputs: 1.00 [1.00, 1.00] here, 0.96 in the paper, 0.94 in the replication; our "
         in lines[0]
@@ -229,7 +227,7 @@ def test_missing_predictor_is_said(tmp_path):
     study, tables = tables_of(tmp_path)
     assert not any(row["predictor"] == "forward_kl" for row in tables["predictors"])
     assert tables["leave_one_method_out"] == [] and tables["residuals"] == []
-    lines = study_words.headline(tables, laws(study), study)
+    lines = study_words.headline(tables, study)
     assert "There is no fit of forgetting on forward KL: forward KL was not recorded." in lines
 
 
@@ -316,7 +314,8 @@ def test_same_rows_give_the_same_files():
     rows = [{"process": "sft_oracle", "iteration": i, "distance": 10.0**-i} for i in range(5)]
     made = []
     for _ in range(2):
-        with matplotlib.rc_context(figures.RC):
-            made.append(save(study_figures.theorem(rows), "theorem", "t"))
+        with figures.drawing():
+            figure = study_figures.theorem(rows)
+            made.append((figures.svg(figure, "theorem", "t"), figures.pdf(figure)))
     assert made[0] == made[1]
-    assert on_paper(made[0]["svg"]).count("<svg") == 1
+    assert figures.on_paper(made[0][0]).count("<svg") == 1

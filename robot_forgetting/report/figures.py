@@ -68,12 +68,12 @@ class Colours:
         return "*" if method not in self.methods else MARKERS[self.methods.index(method) % len(MARKERS)]
 
 
-def canvas(size: tuple[float, float], columns: int = 1, **options) -> tuple[Figure, list]:
-    """A figure of that width and height in inches, and its axes side by side; options are those of ``subplots``."""
+def canvas(size: tuple[float, float], columns: int = 1, rows: int = 1, **options) -> tuple[Figure, list]:
+    """A figure of that width and height in inches, and its axes row by row; options are those of ``subplots``."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
-    return figure, list(figure.subplots(1, columns, squeeze=False, **options)[0])
+    return figure, list(figure.subplots(rows, columns, squeeze=False, **options).ravel())
 
 
 def crosses(axes, rows: Sequence[dict], names: tuple[str, str], style: dict) -> None:

@@ -217,12 +217,12 @@ def render(page: Page) -> tuple[str, dict[str, str | bytes]]:
                 shown.append((name, section.heading(part), content))
         shown = [one for one in shown if one[2]]
         several = part.title and len(page.parts) > 1
-        links += [(part.id, part.title)] if several else [(name, heading) for name, heading, _ in shown]
+        links += [(part.id, part.title)] if several else [one[:2] for one in shown if one[1]]
         if part.title:
-            inner = join(Markup('<h3 id="{}">{}</h3>\n{}').format(*one) for one in shown)
+            inner = join(_SUBSECTION.format(*one) for one in shown)
             body.append(_SECTION.format(part.id, part.title, part.intro + inner))
         else:
-            body += [_SECTION.format(*one) for one in shown]
+            body += [_SECTION.format(*one) if one[1] else one[2] for one in shown]
     template = (resources.files("robot_forgetting.report") / "page.html").read_text(encoding="utf-8")
     css = (resources.files("robot_forgetting.report") / "style.css").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
@@ -232,15 +232,16 @@ def render(page: Page) -> tuple[str, dict[str, str | bytes]]:
     return filled, drawn
 
 
+_SUBSECTION = Markup('<h3 id="{}">{}</h3>\n{}')
 _SECTION = Markup('<section id="{}">\n<h2>{}</h2>\n{}</section>\n')
 
 
 def _section(section: Section, part: Part, name: str, files: dict | None) -> Markup:
     """A section's HTML with its figure drawn; into ``files``, if there are to be some, the figure as SVG and PDF."""
     with figures.drawing():
-        figure, svg = section.figure(part), Markup()
+        figure, svg = section.figure(part), ""
         if figure is not None:
-            svg = Markup(figures.svg(figure, name, section.alt or section.heading(part)))
+            svg = figures.svg(figure, name, section.alt or section.heading(part))
             if files is not None:
                 files |= {f"{name}.svg": figures.on_paper(svg), f"{name}.pdf": figures.pdf(figure)}
-    return Markup.escape(section.html(part, svg))
+    return Markup.escape(section.html(part, Markup(svg)))

@@ -51,23 +51,24 @@ def plain(value) -> str:
     return small(value, 4) if isinstance(value, float) else f"{len(value)} values"
 
 
-def percent(value: float | None) -> str:
-    return "n/a" if value is None else f"{100 * value:.0f}{SPACE}%"
+def percent(value: float | None, digits: int = 0) -> str:
+    return "n/a" if value is None else f"{100 * value:.{digits}f}{SPACE}%"
 
 
-def number(value: float | None, signed: bool = False) -> str:
+def number(value: float | None, signed: bool = False, digits: int = 0) -> str:
     """A rate or a difference in points, without unit: 29, -3, +4."""
     if value is None:
         return "n/a"
-    text = f"{100 * value:+.0f}" if signed else f"{100 * value:.0f}"
+    text = f"{100 * value:{'+' * signed}.{digits}f}"
     text = {"-0": "0", "+0": "0"}.get(text, text)
     return text.replace("-", MINUS)
 
 
-def interval(low: float | None, high: float | None) -> str:
+def interval(low: float | None, high: float | None, digits: int = 0) -> str:
     if low is None and high is None:
         return ""
-    return f"[{'' if low is None else number(low)}, {'' if high is None else number(high)}]"
+    low, high = ("" if end is None else number(end, digits=digits) for end in (low, high))
+    return f"[{low}, {high}]"
 
 
 def small(value: float | None, digits: int = 3) -> str:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from robot_forgetting.metrics import law
-from robot_forgetting.report.figures import FAINT, INK, percent
+from robot_forgetting.report.figures import FAINT, INK, Colours, canvas, percent, points_axis
 from robot_forgetting.report.words import r2
+from robot_forgetting.studies.digits.study_law import MAIN, Law
 from robot_forgetting.studies.digits.study_runs import FIVE, Study, label
-from robot_forgetting.studies.digits.study_tables import MAIN, TWO_BY_TWO, Law
+from robot_forgetting.studies.digits.study_tables import TWO_BY_TWO
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's palette. A method has its colour, marker and dash in every figure; no two share all three.
 STYLES = {
@@ -41,6 +45,7 @@ PROCESSES = {
     "sft_three_labels": ("SFT, three labels", "#E69F00", (0, (1, 1))),
 }
 ARRIVED = 1e-6
+NEW, PRIOR = "accuracy on ParityMNIST (new task)", "accuracy on FashionMNIST (prior task)"
 PANELS = (
     ("The paper's methods", FIVE),
     ("Own samples, negative examples", ("reinforce_1_0", "simpo", "self_sft", "iterative_sft")),
@@ -56,59 +61,38 @@ def style(method: str, known: Sequence[str] = ()) -> tuple:
     return OTHERS[unknown.index(method) % len(OTHERS)] if method in unknown else OTHERS[0]
 
 
-def draw(size: tuple[float, float], columns: int = 1, **options) -> tuple[Figure, list]:
-    figure = Figure(figsize=size, layout="constrained")
-    return figure, list(np.atleast_1d(figure.subplots(1, columns, **options)))
+class Styles(Colours):
+    """Colours and markers of the page's methods, as in its figures."""
+
+    def colour(self, method: str) -> str:
+        return style(method, self.methods)[0]
+
+    def marker(self, method: str) -> str:
+        return style(method, self.methods)[1]
+
+
+def process_name(process: str) -> str:
+    return PROCESSES[process][0] if process in PROCESSES else process.replace("_", " ")
 
 
 def fronts(study: Study, rows: Sequence[dict]) -> Figure:
     """New-task against prior-task accuracy: faint all checkpoints, strong those near their front, curves with bands."""
     ours = {row["method"]: row for row in rows}
-    panels = [(title, [m for m in study.methods if m in members]) for title, members in PANELS]
-    placed = {method for _, members in PANELS for method in members}
-    panels.append(("Other methods", [method for method in study.methods if method not in placed]))
-    # For comparison, the paper's two best known beside the others.
-    known = [method for method in ("grpo", "sft_1") if method in study.methods]
-    panels = [(title, m if title == PANELS[0][0] else known + m) for title, m in panels if m]
+    panels = _panels(study)
     lines = -(-len(panels) // 2)
     size = (6.6, 5.2) if len(panels) == 1 else (9.6, 0.7 + 4.2 * lines)
-    figure = Figure(figsize=size, layout="constrained")
-    cells = figure.subplots(lines, min(len(panels), 2), sharey=True, squeeze=False).ravel()
+    figure, cells = canvas(size, min(len(panels), 2), lines, sharey=True)
     axes, legend = cells[: len(panels)], {}
     for axis, (title, methods) in zip(axes, panels, strict=True):
         for method in methods:
             colour, marker, dash = style(method, study.methods)
-            kept = {(point["run"], point["iteration"]) for point in ours[method]["kept"]}
-            curve = ours[method]["curve"]
-            for strong in (False, True):
-                mine = [p for p in study.of(method) if ((p["run"], p["iteration"]) in kept) == strong]
-                axis.plot(
-                    [p["new"] for p in mine],
-                    [p["prior"] for p in mine],
-                    linestyle="none",
-                    marker=marker,
-                    color=colour,
-                    markersize=4.5 if strong else 3,
-                    alpha=0.8 if strong else 0.16,
-                    markeredgewidth=0,
-                    zorder=2 if strong else 1,
-                )
-            if curve:
-                x = [row["new"] for row in curve]
-                axis.plot(x, [row["prior"] for row in curve], color=colour, linestyle=dash, linewidth=1.8, zorder=3)
-                band = [row for row in curve if row["low"] is not None]
-                axis.fill_between(
-                    [row["new"] for row in band],
-                    [row["low"] for row in band],
-                    [row["high"] for row in band],
-                    color=colour,
-                    alpha=0.15,
-                    linewidth=0,
-                )
+            _front(axis, study.of(method), ours[method], colour, marker, dash)
             line = axis.plot([], [], color=colour, marker=marker, linestyle=dash, markersize=5)[0]
             legend.setdefault(label(method), line)
         legend["base policy"] = _base(axis, study)
-        axis.set(title=title, xlabel="accuracy on ParityMNIST (new task)")
+        axis.set(title=title, xlabel=NEW)
+        _limits(axis, study.points, study)
+        percent(axis, x=True, y=True)
     named = {"handles": list(legend.values()), "labels": list(legend), "handlelength": 2.8}
     for axis in cells[len(panels) :]:  # an empty last cell holds the legend
         axis.set_axis_off()
@@ -116,16 +100,39 @@ def fronts(study: Study, rows: Sequence[dict]) -> Figure:
     if len(cells) == len(panels):
         figure.legend(loc="outside lower center", ncols=4, **named)
     for axis in axes[::2]:
-        axis.set_ylabel("accuracy on FashionMNIST (prior task)")
-    for axis in axes:
-        _limits(axis, [p["new"] for p in study.points], [p["prior"] for p in study.points], study)
-        percent(axis, x=True, y=True)
+        axis.set_ylabel(PRIOR)
     return figure
+
+
+def _panels(study: Study) -> list[tuple[str, list[str]]]:
+    """(title, methods) of those panels that have any; the paper's two best known stand for comparison in the others."""
+    panels = [(title, [m for m in study.methods if m in members]) for title, members in PANELS]
+    placed = {method for _, members in PANELS for method in members}
+    panels.append(("Other methods", [method for method in study.methods if method not in placed]))
+    known = [method for method in ("grpo", "sft_1") if method in study.methods]
+    return [(title, m if title == PANELS[0][0] else known + m) for title, m in panels if m]
+
+
+def _front(axis, points: Sequence[dict], row: dict, colour: str, marker: str, dash) -> None:
+    kept = {(point["run"], point["iteration"]) for point in row["kept"]}
+    for strong, size, alpha in ((False, 3, 0.16), (True, 4.5, 0.8)):
+        mine = [p for p in points if ((p["run"], p["iteration"]) in kept) == strong]
+        options = {"linestyle": "none", "markeredgewidth": 0, "marker": marker, "color": colour, "zorder": 1 + strong}
+        axis.plot([p["new"] for p in mine], [p["prior"] for p in mine], markersize=size, alpha=alpha, **options)
+    if row["curve"]:
+        _curve(axis, row["curve"], color=colour, linestyle=dash, zorder=3)
+        band = [point for point in row["curve"] if point["low"] is not None]
+        edges = ([point[key] for point in band] for key in ("new", "low", "high"))
+        axis.fill_between(*edges, color=colour, alpha=0.15, linewidth=0)
+
+
+def _curve(axis, curve: Sequence[dict], **options) -> None:
+    axis.plot([row["new"] for row in curve], [row["prior"] for row in curve], linewidth=1.8, **options)
 
 
 def forgetting_law(study: Study, found: Law) -> Figure:
     """Left: forgetting over forward KL with the quadratic and its band. Right: what is left over."""
-    figure, (left, right) = draw((9.6, 4.9), 2)
+    figure, (left, right) = canvas((9.6, 4.9), 2)
     x, y = found.points.column(MAIN), found.points.forgetting
     rest = law.residuals(found.points, MAIN) if found.has_fit else np.full(len(y), np.nan)
     method = found.points.method
@@ -139,7 +146,7 @@ def forgetting_law(study: Study, found: Law) -> Figure:
     for axis in (left, right):
         axis.axhline(0, color=FAINT, linewidth=0.8, alpha=0.6, zorder=0)
         axis.set(xlabel="forward KL on new-task inputs, nats", xlim=(0, None))
-        axis.yaxis.set_major_formatter(_points)
+        points_axis(axis.yaxis)
     if found.has_fit:
         grid = np.linspace(0, float(np.nanmax(x)), 120)
         fit = law.fit(found.points, MAIN)
@@ -168,7 +175,7 @@ def predictors(found: Law) -> Figure:
     ]
     sides = [side for side in sides if side[1]]
     height = 1.2 + 0.27 * max(len(rows) for _, rows in sides)
-    figure, axes = draw((9.6, height), len(sides), sharex=True)
+    figure, axes = canvas((9.6, height), len(sides), sharex=True)
     marks = (("paper", "Table 1 of the paper", "D", "#D55E00"), ("replication", "replication", "s", "#009E73"))
     for axis, (title, rows) in zip(axes, sides, strict=True):
         for place, row in enumerate(reversed(rows)):
@@ -200,7 +207,7 @@ def two_by_two(study: Study, rows: Sequence[dict]) -> Figure:
             strict=True,
         )
     )
-    figure, (left, right) = draw((9.6, 4.9), 2, sharex=True)
+    figure, (left, right) = canvas((9.6, 4.9), 2, sharex=True)
     for method in TWO_BY_TWO:
         if method not in ours:
             continue
@@ -212,19 +219,17 @@ def two_by_two(study: Study, rows: Sequence[dict]) -> Figure:
         known = [p for p in mine if p["predictors"].get(MAIN) is not None]
         right.plot([p["new"] for p in known], [p["predictors"][MAIN] for p in known], **options)
         line = {"color": colour, "linestyle": "-" if filled else "--"}
-        curve = ours[method]["curve"]
-        left.plot([row["new"] for row in curve], [row["prior"] for row in curve], linewidth=1.8, **line)
+        _curve(left, ours[method]["curve"], **line)
         what = f"{'on-policy' if colour == '#0072B2' else 'offline'}, {'' if filled else 'no '}negatives"
         face = options["markerfacecolor"]
         left.plot([], [], marker=marker, markerfacecolor=face, label=f"{label(method)} ({what})", **line)
     _base(left, study)
     for axis in (left, right):
-        axis.set(xlabel="accuracy on ParityMNIST (new task)")
+        axis.set(xlabel=NEW)
         percent(axis, x=True)
-    mine = [p for p in study.points if p["method"] in ours and p["method"] in TWO_BY_TWO]
-    _limits(left, [p["new"] for p in mine], [p["prior"] for p in mine], study)
+    _limits(left, [p for p in study.points if p["method"] in ours and p["method"] in TWO_BY_TWO], study)
     percent(left, y=True)
-    left.set(title="What is kept", ylabel="accuracy on FashionMNIST (prior task)")
+    left.set(title="What is kept", ylabel=PRIOR)
     right.set(title="How far it moves", ylabel="forward KL on new-task inputs, nats", ylim=(0, None))
     figure.legend(loc="outside lower center", ncols=3)
     return figure
@@ -234,7 +239,7 @@ def similarity(rows: Sequence[dict], methods: Sequence[str]) -> Figure:
     """CKA and CKNNA to the base policy at the same new-task accuracy, prior-task inputs, one standard error."""
     names = (("cka|prior", "CKA"), ("cknna_intersection|prior", "CKNNA"))
     rows = [row for row in rows if any(row["similarity"].get(name) for name, _ in names)][::-1]
-    figure, axes = draw((9.6, 1.3 + 0.3 * len(rows)), 2, sharey=True)
+    figure, axes = canvas((9.6, 1.3 + 0.3 * len(rows)), 2, sharey=True)
     for axis, (name, title) in zip(axes, names, strict=True):
         for place, row in enumerate(rows):
             value = row["similarity"].get(name)
@@ -250,7 +255,7 @@ def similarity(rows: Sequence[dict], methods: Sequence[str]) -> Figure:
 
 def dynamics(study: Study) -> Figure:
     """Cosine of each measured step with the two tasks' loss gradients over the size of its KL change."""
-    figure, axes = draw((9.6, 4.9), 2, sharex=True, sharey=True)
+    figure, axes = canvas((9.6, 4.9), 2, sharex=True, sharey=True)
     for axis, role, title in zip(
         axes, ("prior", "new"), ("with FashionMNIST's loss", "with ParityMNIST's loss"), strict=True
     ):
@@ -274,7 +279,7 @@ def precision(rows: Sequence[dict]) -> Figure:
     """Unchanged weights and rank of the change, by method and precision of the training."""
     names = list(dict.fromkeys(row["method"] for row in rows))
     types = list(dict.fromkeys(row["dtype"] for row in rows))
-    figure, axes = draw((9.6, 3.9), 2)
+    figure, axes = canvas((9.6, 3.9), 2)
     looks = {"float32": ("#0072B2", ""), "bfloat16": ("#E69F00", "///")}
     titles = (("weight_sparsity_exact", "Weights that did not change"), ("weight_rank", "Rank of the change"))
     for axis, (key, title) in zip(axes, titles, strict=True):
@@ -301,7 +306,7 @@ def precision(rows: Sequence[dict]) -> Figure:
 
 def theorem(rows: Sequence[dict]) -> Figure:
     """Largest difference of a probability from argmin KL(pi || pi_0) among correct policies, over the iterations."""
-    figure, (axis,) = draw((6.8, 4.6))
+    figure, (axis,) = canvas((6.8, 4.6))
     spare = iter(("#56B4E9", "#CC79A7", "#E69F00", "#D55E00"))
     for process in dict.fromkeys(row["process"] for row in rows):
         mine = [row for row in rows if row["process"] == process and row.get("distance") is not None]
@@ -319,7 +324,7 @@ def theorem(rows: Sequence[dict]) -> Figure:
 
 def teacher(study: Study, rows: Sequence[dict], taught: Sequence[dict]) -> Figure:
     """Students that clone an RL-trained teacher's samples, the teacher's own way, and its method's runs."""
-    figure, (axis,) = draw((6.8, 4.9))
+    figure, (axis,) = canvas((6.8, 4.9))
     own = taught[0]["method"] if taught else "grpo"
     for method in dict.fromkeys((own, "sft_teacher")):
         colour, marker, dash = style(method, study.methods)
@@ -328,7 +333,7 @@ def teacher(study: Study, rows: Sequence[dict], taught: Sequence[dict]) -> Figur
         options = {"linestyle": "none", "marker": marker, "color": colour, "markersize": 4, "alpha": 0.4}
         axis.plot([p["new"] for p in mine], [p["prior"] for p in mine], **options)
         curve = next((row["curve"] for row in rows if row["method"] == method), [])
-        axis.plot([r["new"] for r in curve], [r["prior"] for r in curve], color=colour, linestyle=dash, linewidth=1.8)
+        _curve(axis, curve, color=colour, linestyle=dash)
         axis.plot([], [], color=colour, marker=marker, linestyle=dash, label=name)
     for seed in dict.fromkeys(point["seed"] for point in taught):
         mine = [point for point in taught if point["seed"] == seed]
@@ -337,9 +342,8 @@ def teacher(study: Study, rows: Sequence[dict], taught: Sequence[dict]) -> Figur
         axis.plot(x[-1], y[-1], color=INK, marker="*", markersize=12, linestyle="none")
     if taught:
         axis.plot([], [], color=INK, marker="*", linewidth=1, markersize=9, label="the teacher, over its training")
-    mine = [p for p in study.points if p["method"] in (own, "sft_teacher")] + list(taught)
-    _limits(axis, [p["new"] for p in mine], [p["prior"] for p in mine], study)
-    axis.set(xlabel="accuracy on ParityMNIST (new task)", ylabel="accuracy on FashionMNIST (prior task)")
+    _limits(axis, [p for p in study.points if p["method"] in (own, "sft_teacher")] + list(taught), study)
+    axis.set(xlabel=NEW, ylabel=PRIOR)
     percent(axis, x=True, y=True)
     figure.legend(loc="outside lower center", ncols=3)
     return figure
@@ -351,12 +355,8 @@ def _base(axis, study: Study):
     return axis.plot(x, y, color=INK, marker="*", markersize=11, linestyle="none", label="base policy", zorder=4)[0]
 
 
-def _limits(axis, x: Sequence[float], y: Sequence[float], study: Study) -> None:
-    x = [*x, *(p["base_new"] for p in study.points)]
-    y = [*y, *(p["base_prior"] for p in study.points)]
+def _limits(axis, points: Sequence[dict], study: Study) -> None:
+    x = [p["new"] for p in points] + [p["base_new"] for p in study.points]
+    y = [p["prior"] for p in points] + [p["base_prior"] for p in study.points]
     pad_x, pad_y = 0.03 * (max(x) - min(x)) + 0.004, 0.04 * (max(y) - min(y)) + 0.004
     axis.set(xlim=(min(x) - pad_x, max(x) + pad_x), ylim=(min(y) - pad_y, max(y) + pad_y))
-
-
-def _points(value: float, _) -> str:
-    return f"{100 * value:.0f}".replace("-", "\N{MINUS SIGN}")

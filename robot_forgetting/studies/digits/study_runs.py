@@ -6,11 +6,13 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from robot_forgetting.errors import UserError
 from robot_forgetting.records.run_folder import RunFolder, differing_keys
 from robot_forgetting.report.runs import with_defaults
-from robot_forgetting.report.words import plural
+from robot_forgetting.report.words import plural, some
+from robot_forgetting.studies.digits.study_law import Law
 
 # What differs between the runs of one study; any other key of config.yaml must be the same.
 OWN = ("method", "learning_rate", "schedule", "epochs", "seed", "teacher", "every", "dtype")
@@ -88,6 +90,22 @@ class Study:
     def seeds(self) -> list:
         return sorted({run.seed for run in self.sweep}, key=str)
 
+    @cached_property
+    def laws(self) -> dict[str, Law]:
+        """The fits over the paper's methods ("paper", if there are any) and, if there are others, over all ("all")."""
+        five = [method for method in self.methods if method in FIVE]
+        found = {"paper": Law(self.points, five)} if five else {}
+        return found | ({"all": Law(self.points, self.methods)} if len(five) < len(self.methods) else {})
+
+    @property
+    def law(self) -> Law | None:
+        """The fit that the page is about; ``law_of_all``: the one beside it."""
+        return self.laws.get("paper") or self.laws.get("all")
+
+    @property
+    def law_of_all(self) -> Law | None:
+        return self.laws.get("all") if "paper" in self.laws else None
+
     def of(self, method: str) -> list[dict]:
         return [point for point in self.points if point["method"] == method]
 
@@ -114,10 +132,10 @@ def load_study(folders: Sequence[RunFolder]) -> Study:
     study = Study(name)
     if foreign:
         what = "run folder is" if len(foreign) == 1 else "run folders are"
-        study.notes.append(f"{len(foreign)} {what} of no study and left out: {_some(foreign)}. Report them apart.")
+        study.notes.append(f"{len(foreign)} {what} of no study and left out: {some(foreign)}. Report them apart.")
     other = [folder.id for folder, its in zip(folders, names, strict=True) if its != name]
     if other:
-        study.notes.append(f"{plural(len(other), 'run')} of another study left out: {_some(other)}. Report them apart.")
+        study.notes.append(f"{plural(len(other), 'run')} of another study left out: {some(other)}. Report them apart.")
     mine = [folder for folder, its in zip(folders, names, strict=True) if its == name]
     kept, config = _one_setting(mine, configs, states, study)
     study.config = config
@@ -147,7 +165,7 @@ def _one_setting(folders, configs, states, study: Study) -> tuple[list[RunFolder
     for mark, members in groups.items():
         if mark != best:
             lines = "; ".join(differing_keys(shared[best], shared[mark])[:3])
-            ids = _some([folder.id for folder in members])
+            ids = some([folder.id for folder in members])
             study.notes.append(f"{plural(len(members), 'run')} with other settings ({lines}) left out: {ids}.")
     theorem = [folder for folder in folders if states[id(folder)].get("part") == "theorem"]
     return [*groups[best], *theorem], shared[best]
@@ -239,7 +257,3 @@ def points_of(run: StudyRun, left_out: list[dict]) -> list[dict]:
     if not trained:
         left_out.append({"run": run.id, "why": "no evaluated checkpoint"})
     return points
-
-
-def _some(ids: Sequence[str]) -> str:
-    return ", ".join(ids[:3]) + (f" and {len(ids) - 3} more" if len(ids) > 3 else "")

@@ -9,35 +9,13 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from robot_forgetting.errors import UserError
-from robot_forgetting.metrics import law, published
+from robot_forgetting.metrics import published
 from robot_forgetting.metrics.pareto import at_level, front, front_curve
 from robot_forgetting.metrics.resampling import LEAST_RUNS, percentiles, run_weights
 from robot_forgetting.metrics.statistics import bootstrap, clustered_mean
-from robot_forgetting.studies.digits.study_runs import FIVE, Study, points_of
+from robot_forgetting.studies.digits.study_law import MAIN, OTHER_RULES
+from robot_forgetting.studies.digits.study_runs import Study, points_of
 
-MAIN = "forward_kl|new"
-# Order and names in the table of predictors: what is measured on inputs of both tasks, then the weights alone.
-PREDICTORS = {
-    "forward_kl": "forward KL",
-    "reverse_kl": "reverse KL",
-    "jensen_shannon": "Jensen-Shannon",
-    "total_variation": "total variation",
-    "l2": "L2 of outputs",
-    "activation_l1": "activation change, L1",
-    "activation_l2": "activation change, L2",
-    "cka": "CKA (linear)",
-    "cknna_intersection": "CKNNA (mask as published)",
-    "cknna_union": "CKNNA (mask as replicated)",
-    "weight_fisher_l2": "weight change, Fisher L2",
-    "weight_l1": "weight change, L1",
-    "weight_l2": "weight change, L2",
-    "weight_spectral": "weight change, spectral",
-    "weight_sparsity": "weight change, sparsity",
-    "weight_rank": "weight change, rank",
-}
-# Of the same weights by other rules: told in the table of precision, not as predictors.
-OTHER_RULES = ("weight_effective_rank", "weight_sparsity_exact", "weight_sparsity_bfloat16")
 TWO_BY_TWO = ("grpo", "reinforce_1_0", "simpo", "sft_1")
 SIMILARITY = ("cka|prior", "cknna_intersection|prior", "cknna_union|prior", "cka|new", "cknna_intersection|new")
 RESAMPLES = 200  # of fronts, which are slow
@@ -115,91 +93,6 @@ def front_rows(study: Study) -> list[dict]:
             }
         )
     return rows
-
-
-# ---- the law
-
-
-class Law:
-    """The fit of forgetting on forward KL and on its rivals over some methods. ``note`` says why there is none."""
-
-    def __init__(self, study: Study, methods: Sequence[str]):
-        self.methods = [method for method in study.methods if method in methods]
-        used = [point for point in study.points if point["method"] in self.methods]
-        self._recorded = [point["predictors"].keys() for point in used]
-        self.points, self.note, self.rows = None, "", []
-        if not used:
-            self.note = "no checkpoint of these methods"
-            return
-        try:
-            self.points = law.Points.from_rows(used)
-        except UserError as error:
-            self.note = str(error)
-            return
-        names = [name for name in self.points.predictors if name.partition("|")[0] not in OTHER_RULES]
-        self.rows = [self._row(row) for row in law.predictor_rows(self.points, names)]
-
-    def _row(self, row: dict) -> dict:
-        row = {**row, "label": PREDICTORS.get(row["predictor"], row["predictor"].replace("_", " "))}
-        key = f"{row['predictor']}|{row['inputs']}"
-        if row["excluded"] and row["r2"] is not None and row["excluded"] == sum(key not in p for p in self._recorded):
-            row["note"] = f"measured at {row['n']} checkpoints only"
-        for name, theirs in published.published_r2(row["predictor"], row["inputs"]).items():
-            row[name] = theirs and {"r2": theirs["r2"], "error": theirs["error"]}
-            row[f"{name}_verdict"] = verdict(row, theirs)
-        return row
-
-    def row(self, predictor: str, inputs: str) -> dict | None:
-        return next((row for row in self.rows if (row["predictor"], row["inputs"]) == (predictor, inputs)), None)
-
-    @property
-    def main(self) -> dict | None:
-        return self.row(*MAIN.split("|"))
-
-    @property
-    def has_fit(self) -> bool:
-        return self.main is not None and self.main["r2"] is not None
-
-    def residual_rows(self) -> list[dict]:
-        return law.residual_rows(self.points, MAIN) if self.has_fit else []
-
-    def left_out_rows(self) -> list[dict]:
-        """R^2 on each method of the law fitted on all others."""
-        if not self.has_fit or len(self.methods) < 2:
-            return []
-        return law.leave_one_method_out(self.points, MAIN)
-
-    def transfer_rows(self) -> list[dict]:
-        """Does the law of the SFT methods predict RL, and the other way round?"""
-        rl = [method for method in self.methods if method.startswith(("grpo", "reinforce"))]
-        sft = [method for method in self.methods if method.startswith("sft") and method != "sft_teacher"]
-        if not self.has_fit or not rl or not sft:
-            return []
-        return [
-            {"from": "SFT", "to": "RL", **law.transfer(self.points, MAIN, sft, rl)},
-            {"from": "RL", "to": "SFT", **law.transfer(self.points, MAIN, rl, sft)},
-        ]
-
-
-def laws(study: Study) -> dict[str, Law]:
-    """The fits over the paper's methods ("paper", if there are any) and, where there are others, over all ("all")."""
-    found = {}
-    if any(method in FIVE for method in study.methods):
-        found["paper"] = Law(study, FIVE)
-    if any(method not in FIVE for method in study.methods):
-        found["all"] = Law(study, study.methods)
-    return found
-
-
-def verdict(row: dict, theirs: dict | None) -> str:
-    """ "", "agrees", "lower", "higher" (our interval excludes their value), or "open" (no interval of ours)."""
-    if theirs is None or theirs["r2"] is None:
-        return ""
-    if row["r2"] is None or row["low"] is None:
-        return "open"
-    if theirs["r2"] < row["low"]:
-        return "higher"
-    return "lower" if theirs["r2"] > row["high"] else "agrees"
 
 
 # ---- at the same new-task accuracy

@@ -8,22 +8,29 @@ from importlib import resources
 import numpy as np
 import yaml
 
+from robot_forgetting.report import words
 from robot_forgetting.report.words import duration, plural, r2, small, two
+from robot_forgetting.studies.digits.study_figures import process_name
+from robot_forgetting.studies.digits.study_law import PREDICTORS, Law
 from robot_forgetting.studies.digits.study_runs import Study, label
-from robot_forgetting.studies.digits.study_tables import PREDICTORS, Law
 
 
-def points(value: float | None, digits: int = 1) -> str:
-    """An accuracy in percent: 83.1 %."""
-    return "n/a" if value is None else f"{100 * value:.{digits}f}\N{NO-BREAK SPACE}%"
+def percent(value: float | None, digits: int = 1) -> str:
+    """An accuracy: 83.1 %."""
+    return words.percent(value, digits)
 
 
-def headline(tables: dict, found: dict[str, Law], study: Study) -> list[str]:
+def scope(study: Study) -> str:
+    parts = (("run", study.sweep), ("method", study.methods), ("seed", study.seeds), ("checkpoint", study.points))
+    runs, *others = (plural(len(found), name) for name, found in parts)
+    return f"{runs} of {', '.join(others)}"
+
+
+def headline(tables: dict, study: Study) -> list[str]:
     """The findings, each only where its numbers are there."""
     sentences = [_base(tables["base"])] if tables["base"] and tables["base"][0]["mean"] is not None else []
-    main = found.get("paper") or found.get("all")
-    if main is not None:
-        sentences += _law(main)
+    if study.law is not None:
+        sentences += _law(study.law)
     if tables["matched"]:
         sentences.append(_matched(tables["matched"]))
     sentences += _two_bytwo(tables["two_by_two"])
@@ -39,12 +46,10 @@ def headline(tables: dict, found: dict[str, Law], study: Study) -> list[str]:
 def _base(rows: Sequence[dict]) -> str:
     new, prior = rows
     seeds = plural(len(new["per_seed"]), "seed")
-    text = (
-        f"Before fine-tuning the network gets {points(new['mean'])} of parities and {points(prior['mean'])} of garments"
-    )
-    text += f" right (mean of {seeds}); "
+    text = f"Before fine-tuning the network gets {percent(new['mean'])} of parities and {percent(prior['mean'])} of "
+    text += f"garments right (mean of {seeds}); "
     if new["replication"] and prior["replication"]:
-        text += f"the replication's had {points(new['replication'], 0)} and {points(prior['replication'], 0)}, "
+        text += f"the replication's had {percent(new['replication'], 0)} and {percent(prior['replication'], 0)}, "
     return text + "the paper does not say."
 
 
@@ -98,13 +103,13 @@ def _matched(rows: Sequence[dict]) -> str:
     there = sorted((row for row in rows if row["prior"] is not None), key=lambda row: -row["prior"])
     if not there:
         return "No method reaches the others' accuracy."
-    parts = [f"{label(row['method'])} {points(row['prior'])}{span(row['low'], row['high'])}" for row in there]
-    text = f"At {points(rows[0]['level'], 0)} on the new task, accuracy on the prior task is {', '.join(parts)}"
+    parts = [f"{label(row['method'])} {percent(row['prior'])}{span(row['low'], row['high'])}" for row in there]
+    text = f"At {percent(rows[0]['level'], 0)} on the new task, accuracy on the prior task is {', '.join(parts)}"
     return f"{text}."
 
 
-def span(low: float | None, high: float | None, digits: int = 1) -> str:
-    return "" if low is None else f" [{100 * low:.{digits}f}, {100 * high:.{digits}f}]"
+def span(low: float | None, high: float | None) -> str:
+    return "" if low is None else f" {words.interval(low, high, 1)}"
 
 
 def _two_bytwo(rows: Sequence[dict]) -> list[str]:
@@ -115,18 +120,17 @@ def _two_bytwo(rows: Sequence[dict]) -> list[str]:
     a, b, c, d = (cells[name] for name in names)
     data = (a["prior"] + b["prior"] - c["prior"] - d["prior"]) / 2
     negatives = (a["prior"] + c["prior"] - b["prior"] - d["prior"]) / 2
+    data, negatives = words.number(data, True, 1), words.number(negatives, True, 1)
     return [
-        f"At {points(a['level'], 0)} on the new task, on-policy data goes with {_signed(data)} points of prior-task "
-        f"accuracy (mean of the two columns of the 2 x 2), negative examples with {_signed(negatives)}."
+        f"At {percent(a['level'], 0)} on the new task, on-policy data goes with {data} points of prior-task accuracy "
+        f"(mean of the two columns of the 2 x 2), negative examples with {negatives}."
     ]
 
 
 def _theorem(rows: Sequence[dict]) -> str:
-    from robot_forgetting.studies.digits.study_figures import PROCESSES
-
     def named(wanted: bool) -> str:
         names = [row["process"] for row in rows if row["arrives"] is wanted]
-        return ", ".join((PROCESSES.get(name) or (name.replace("_", " "),))[0] for name in names)
+        return ", ".join(map(process_name, names))
 
     text = (
         f"On a finite problem, {named(True) or 'no process'} came within 1e-6 of argmin KL(π ‖ π₀) among the policies "
@@ -296,7 +300,3 @@ def kl_text(row: dict) -> str:
 
 def _percent(value) -> str:
     return "None" if value is None else f"{100 * value:g} %"
-
-
-def _signed(value: float) -> str:
-    return f"{100 * value:+.1f}".replace("-", "\N{MINUS SIGN}")
