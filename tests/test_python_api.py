@@ -14,6 +14,7 @@ from toy_runs import run as toy_run
 from toy_runs import same
 
 import robot_forgetting as rf
+from robot_forgetting.api.arguments import Arguments
 from robot_forgetting.api.composing import CONFIGS, written
 from robot_forgetting.api.run_id import MOST, run_folder
 from robot_forgetting.built_with import described
@@ -209,3 +210,14 @@ def test_a_folder_with_a_long_name_goes_on(tmp_path):
     long = tmp_path / f"{'task' * 15}-sft-prior{'_other' * 9}-seed1"
     long.mkdir()
     assert run_folder(tmp_path, words, 1) == long
+
+
+BRIDGE = ["seed=1", "method=grpo", "budget=simpler", "policy=openvla-nano-bridge", "task=widowx_carrot_on_plate",
+          "prior=[widowx_spoon_on_towel,widowx_stack_cube]", "held_out=[]"]  # fmt: skip
+
+
+@pytest.mark.parametrize("sweep, more", [("bridge", []), ("bridge-long", ["budget.rl_iterations=40"])])
+def test_shipped_runs_are_where_the_same_command_would_write_them(sweep, more):
+    assert Arguments("run", [*BRIDGE, *more, f"sweep={sweep}"]).value("run_dir").name in [
+        path.name for path in (ROOT / "results" / sweep).iterdir()
+    ]

@@ -287,7 +287,7 @@ class Arguments:
             if key not in NOT_IN_ID and not key.startswith("hydra."):
                 word = key.rpartition(".")[2] + Path(value.strip("[]")).name
                 words.append((LIST if key in OTHERS else SETTING, word))
-                whole.append(text)
+                whole.append(text.lstrip("+"))
         whole += [f"sequence={self.plain['sequence']}"] if self.plain["sequence"] else []
         whole += [f"{name}={described(given)}" for name, given in self._objects.items()]
         return run_folder(Path("runs", self.plain["sweep"]), words, self.plain["seed"], whole, bool(self._objects))
