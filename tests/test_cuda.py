@@ -8,7 +8,7 @@ import json
 import pytest
 import tiny_lm
 import torch
-from gpu_steps import interrupted, methods, moved_a_little, penalties, small_run
+from gpu_nano import interrupted, methods, moved_a_little, penalties, small_run
 from pretend_cuda import CUDA, OnCuda, pretended_cuda
 
 from robot_forgetting.conformance.check_table import Table
