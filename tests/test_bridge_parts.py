@@ -6,20 +6,18 @@ import dataclasses
 import hashlib
 import http.client
 import io
-import re
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from robot_forgetting.errors import UserError
 from robot_forgetting.machine import assets
-from robot_forgetting.tasks import widowx
 from robot_forgetting.tasks.simulator.conventions import Boundary, euler_angles, rotation_vector
 from robot_forgetting.tasks.simulator.grid import Grid
 from robot_forgetting.tasks.simulator.pictures import Overlay
 from robot_forgetting.tasks.simulator.robots import ROBOTS, find_robot
+from robot_forgetting.tasks.widowx import spoon
 
 SQUARE = np.array([[[-0.235, -0.075], [-0.235, 0.075]], [[-0.085, 0.075], [-0.235, 0.075]]])
 TURNS = np.array([[[0, 0, 0, 1], [1, 0, 0, 0]], [[np.sqrt(0.5), 0, 0, -np.sqrt(0.5)], [1, 0, 0, 0]]])
@@ -214,15 +212,14 @@ def test_spoon_parts():
     """43.0 g at 1200 kg/m3, centre of mass 8.7 mm along x (measured in SAPIEN 2.2.2)."""
     from scipy.spatial import ConvexHull, Delaunay
 
-    text = Path(widowx.__file__).with_name("spoon.obj").read_text()
-    parts = [re.findall(r"^v (.*)", part, re.M) for part in text.split("\no ")[1:]]
-    assert len(parts) == 4 and sum(map(len, parts)) == 161
     volumes, moments = [], []
-    for rows in parts:
-        points = np.array([row.split() for row in rows], dtype=np.float64)
+    for points in spoon.vertices():
         hull = points[ConvexHull(points).vertices]
         for corners in hull[Delaunay(hull).simplices]:
             volumes.append(abs(np.linalg.det(corners[1:] - corners[0])) / 6)
             moments.append(volumes[-1] * corners.mean(axis=0))
+    assert len(spoon.PARTS) == 4
     assert sum(volumes) * 1200 == pytest.approx(0.0430, abs=2e-4)
     assert (np.sum(moments, axis=0) / sum(volumes))[0] == pytest.approx(0.0087, abs=3e-4)
+    text = spoon.write_mesh().read_text()
+    assert text.count("\no ") + text.startswith("o ") == 4 and text.count("\nv ") == 161

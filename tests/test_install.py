@@ -45,7 +45,7 @@ def wheel(tmp_path_factory) -> Path:
 def test_everything_is_in_the_wheel(wheel):
     files = set(zipfile.ZipFile(wheel).namelist())
     for folder, inside in PACKAGED.items():
-        for suffix in (".py", ".yaml", ".safetensors", ".json", ".jinja", ".html", ".obj"):
+        for suffix in (".py", ".yaml", ".safetensors", ".json", ".jinja", ".html"):
             for path in (ROOT / folder).rglob(f"*{suffix}"):
                 name = f"{inside}/{path.relative_to(ROOT / folder).as_posix()}"
                 assert name in files, f"{name} is not in the wheel; see [tool.setuptools] in pyproject.toml"

@@ -10,8 +10,6 @@ PhysX does otherwise there is said in docs/gpu_simulation.md.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import sapien
 import torch
@@ -24,11 +22,12 @@ from robot_forgetting.tasks.simulator.grasp import TOUCH, pressing_fingers_batch
 from robot_forgetting.tasks.simulator.grid import Grid
 from robot_forgetting.tasks.simulator.settling import drop
 from robot_forgetting.tasks.simulator.twins import Twin
+from robot_forgetting.tasks.widowx import spoon
 from robot_forgetting.tasks.widowx.widowx import WidowXFlatTable, WidowXSink
 
 DROP_HEIGHT = 0.87 + 0.5  # of the table, and how far above it objects are let go
 CAMERA = "3rd_view_camera"
-SPOON, SPOON_PARTS = "bridge_spoon_generated_modified", Path(__file__).with_name("spoon.obj")
+SPOON = "bridge_spoon_generated_modified"
 # Of the original's flags: metres by which a thing has moved, and by which the source's middle may be outside the
 # target's box; control steps of one grasp.
 MOVED, ASIDE, LONG = 0.03, 0.003, 5
@@ -74,7 +73,7 @@ class BridgeScene(Twin, BaseBridgeEnv):
         friction = sapien.physx.PhysxMaterial(self.obj_static_friction, self.obj_dynamic_friction, 0.0)
         builder = self.scene.create_actor_builder()
         builder.add_multiple_convex_collisions_from_file(
-            filename=str(SPOON_PARTS if model_id == SPOON else folder / "collision.obj"),
+            filename=str(spoon.write_mesh() if model_id == SPOON else folder / "collision.obj"),
             scale=[scale] * 3,
             material=friction,
             density=self.model_db[model_id].get("density", 1000),
