@@ -86,7 +86,7 @@ class OneStepTask(Task):
             chunk = keys[start : start + policy.decisions_at_once]
             streams = np.array([[key.stream] for key in chunk])
             found = answer(policy, self, np.array([key.seed for key in chunk]), streams, temperature=temperature)
-            commands = policy.decode(found.action, statistics=getattr(self, "statistics", None))
+            commands = policy.decode(found.action, statistics=self.statistics)
             cut = policy.cut_off(found.action)
             for index, (key, reward) in enumerate(zip(chunk, found.rewards.tolist(), strict=True)):
                 row = {name: column[index] for name, column in found.obs.items()}
@@ -182,8 +182,7 @@ def answer(
     rows = len(each) * policy.runs
     action = checked_action(policy, policy.act(obs, temperature=temperature, noise=noise), rows).to("cpu")
     check_probabilities(policy, action)
-    statistics = getattr(task, "statistics", None)
-    answers = checked_commands(policy, policy.decode(action, statistics=statistics), rows)
+    answers = checked_commands(policy, policy.decode(action, statistics=task.statistics), rows)
     rewards = checked_rewards(task, task.rewards(np.tile(each, policy.runs), answers), rows)
     return Answers(obs, action, torch.from_numpy(rewards))
 

@@ -87,11 +87,11 @@ def rollout(
         return
     own = env is None
     env = task.make_env(min(num_envs, len(keys)), render=render) if own else env
-    groups = max(len(env.groups), min(num_envs, getattr(task, "processes", 1))) if own else len(env.groups)
+    groups = max(len(env.groups), min(num_envs, task.processes)) if own else len(env.groups)
     width = max(-(-num_envs // groups), *map(len, env.groups))
     try:
         draw = getattr(task, "sampling_noise", episode_noise)
-        yield from _rollout(policy, env, list(keys), temperature, getattr(task, "statistics", None), width, draw)
+        yield from _rollout(policy, env, list(keys), temperature, task.statistics, width, draw)
     finally:
         if own:
             env.close()

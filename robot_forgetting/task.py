@@ -86,6 +86,8 @@ class Task(BuiltWith, ABC):
     instruction: str
     instructions: tuple[str, ...] = ()  # where episodes give one or several of these; ``instruction`` is their summary
     max_steps: int
+    statistics: str | None = None  # the policy's key for the ranges of commands
+    processes: int = 1  # groups of environments that step beside each other
     one_step: bool = False  # an ``OneStepTask``: an item, one decision, a reward
     scored: bool = False  # a ``ScoredTask``: measured by its own protocol, at none of our decodes
     # How many demonstrations there are where they were recorded; None: an expert gives as many as are asked for.

@@ -148,7 +148,7 @@ def decided(policy: Policy, task: Task, row: dict) -> Batch:
     with torch.random.fork_rng(devices=[policy.device] if policy.device.type == "cuda" else []):
         policy.eval()
         action = checked_action(policy, policy.act(obs, temperature=1.0, noise=noise), ROWS).to("cpu")
-        checked_commands(policy, policy.decode(action, statistics=getattr(task, "statistics", None)), ROWS)
+        checked_commands(policy, policy.decode(action, statistics=task.statistics), ROWS)
     return Batch(obs, action, torch.ones(ROWS), extra={})
 
 

@@ -35,7 +35,7 @@ class Mixture(Task):
         self.tasks, self.counts = list(tasks), dict(counts)
         self.name, self.instruction = "+".join(counts), ""
         self.max_steps = max(task.max_steps for task in tasks)
-        self.statistics = getattr(self.tasks[0], "statistics", None)
+        self.statistics = self.tasks[0].statistics
         self._kept: list[Demonstration] | None = None
 
     def convention(self) -> ConventionSpec:

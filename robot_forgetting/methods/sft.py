@@ -100,7 +100,7 @@ def encode_demonstrations(policy: Policy, task, demonstrations) -> Batch:
         raise UserError(f"task '{task.name}' gave no demonstrations; nothing to clone")
     obs = demonstration_columns(task, episodes)
     commands = np.concatenate([episode.commands for episode in episodes])
-    return Batch(obs, policy.encode(commands, statistics=getattr(task, "statistics", None)))
+    return Batch(obs, policy.encode(commands, statistics=task.statistics))
 
 
 def demonstration_columns(task, episodes: Sequence[Demonstration]) -> dict:
