@@ -25,11 +25,11 @@ from robot_forgetting.machine.user_modules import load_object
 from robot_forgetting.rollout import EpisodeKey, rollout
 from robot_forgetting.tasks.panda import EndEffectorController
 from robot_forgetting.tasks.simulator import batched
-from robot_forgetting.tasks.simulator.batched import CPU, BatchedSimulation, BatchedVectorEnv, initial_states
+from robot_forgetting.tasks.simulator.batched import CPU, BatchedSimulation, initial_states
 from robot_forgetting.tasks.simulator.environment import SimulationSpec
 from robot_forgetting.tasks.simulator.maniskill_task import ManiSkillTask
 from robot_forgetting.tasks.simulator.simulation import Simulation, flags_of
-from robot_forgetting.tasks.simulator.workers import POOL, ManiSkillVectorEnv, demonstrate
+from robot_forgetting.tasks.simulator.workers import POOL, BatchedVectorEnv, ManiSkillVectorEnv, demonstrate
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The 'warn' method is deprecated:DeprecationWarning:mani_skill"),
@@ -445,7 +445,8 @@ def test_refusals(monkeypatch, cuda, arguments, words):
 def test_where_it_is_available(monkeypatch):
     """The task hands everything on, and its evaluation is not the CPU path's."""
     monkeypatch.setattr(batched, "require", lambda name, spec: None)
-    monkeypatch.setattr(batched, "BatchedVectorEnv", lambda spec, *numbers: (spec.env_id, spec.video, *numbers))
+    made = "robot_forgetting.tasks.simulator.workers.BatchedVectorEnv"
+    monkeypatch.setattr(made, lambda spec, *numbers: (spec.env_id, spec.video, *numbers))
     gpu, cpu = task(processes=3), task(processes=3, simulation="cpu")
     assert gpu.make_env(5, render=True) == ("PushCube-v1", True, 5, 3) and (gpu.processes, cpu.processes) == (1, 3)
     policy = ToyPolicy()

@@ -16,7 +16,7 @@ from bridge_tasks import RUNNABLE
 from robot_tasks import configured
 from test_batched import begin, drive_targets, follow, four_slots
 
-from robot_forgetting.tasks.simulator import batched
+from robot_forgetting.tasks.simulator import workers
 from robot_forgetting.tasks.simulator.batched import CPU, BatchedSimulation
 from robot_forgetting.tasks.simulator.pictures import BatchedCamera, Camera, Overlay, area_average, area_weights
 from robot_forgetting.tasks.simulator.simulation import Simulation
@@ -329,7 +329,7 @@ def test_averaging_over_areas(pixels, fewer):
 def test_where_it_is_available(monkeypatch, full):
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(batched, "BatchedVectorEnv", lambda spec, *numbers: (spec, *numbers))
+    monkeypatch.setattr(workers, "BatchedVectorEnv", lambda spec, *numbers: (spec, *numbers))
     chosen = ("simulation=gpu", f"full_pictures={str(full).lower()}", "processes=3")
     spec, slots, processes = configured(CARROT, *chosen).make_env(5)
     assert (spec.robot, spec.full_pictures, slots, processes) == ("widowx", full, 5, 3)

@@ -73,7 +73,7 @@ def test_the_instruction_changes_within_an_episode(players, monkeypatch):
     """The original moves on before its step 101 and says so after it; with told=2, before and after the third."""
     from robot_forgetting.methods.sft import demonstration_columns
     from robot_forgetting.task import Demonstration
-    from robot_forgetting.tasks.simulator.workers import _demonstrate
+    from robot_forgetting.tasks.simulator.serving import demonstration
 
     simulation, (first, then) = players(PLACE).simulation, ("open top drawer", "place apple into top drawer")
     assert simulation.env.told == 100 and configured(PLACE).sentences == (first, then)
@@ -83,7 +83,7 @@ def test_the_instruction_changes_within_an_episode(players, monkeypatch):
     said = [simulation.reset(1_000_000)["instruction"]]
     said += [simulation.step(np.zeros(7))[0]["instruction"] for _ in range(5)]
     assert said == [first] * 3 + [then] * 3
-    _, rows, commands = _demonstrate(simulation, 0, {"small": 0, "kick": 0, "kick_probability": 0})
+    _, rows, commands = demonstration(simulation, 0, {"small": 0, "kick": 0, "kick_probability": 0})
     images, told = rows["image"], rows["instruction"]
     assert told == [first] * 3 + [then] * 2
     two = [Demonstration(images, commands, told, 0), Demonstration(images[:2], commands[:2], "wait", 1)]

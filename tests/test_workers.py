@@ -17,7 +17,8 @@ from robot_forgetting.errors import UserError
 from robot_forgetting.policy import Action
 from robot_forgetting.rollout import EpisodeKey, rollout
 from robot_forgetting.tasks.simulator.maniskill_task import ManiSkillTask
-from robot_forgetting.tasks.simulator.workers import POOL, _serve
+from robot_forgetting.tasks.simulator.serving import serve
+from robot_forgetting.tasks.simulator.workers import POOL
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The 'warn' method is deprecated:DeprecationWarning:mani_skill"),
@@ -220,7 +221,7 @@ def test_a_worker_whose_parent_was_killed_ends_quietly(capfd):
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     ours.send(("advance", {}, {}))
-    process = context.Process(target=_serve, args=(theirs,))
+    process = context.Process(target=serve, args=(theirs,))
     process.start()
     ours.close()
     theirs.close()

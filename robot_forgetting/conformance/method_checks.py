@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from robot_forgetting.conformance.check_table import Table, Wrong, expect
-from robot_forgetting.conformance.toy_task import ToyTask, tiny_policy
+from robot_forgetting.conformance.toy_task import ToyTask, observations, perturb, tiny_policy
 from robot_forgetting.contracts import checked_batches, checked_hooks, checked_kind, checked_loss
 from robot_forgetting.engine.preflight import check_method as checked_method
 from robot_forgetting.method import Batch, Method, Penalty
@@ -243,18 +243,7 @@ def _unchanged(policy: Policy, weights: dict[str, Tensor], action) -> None:
     expect(not moved, f"{len(moved)} of the policy's weights changed ({moved[:1]}); only the optimiser may do that")
 
 
-@torch.no_grad()
-def perturb(policy: Policy, scale: float = 0.05, seed: int = 0) -> None:
-    """Adds noise to every trainable weight."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in trainable(policy).values():
-        noise = torch.randn(parameter.shape, generator=generator)
-        parameter.add_((scale * noise).to(parameter))
-
-
 def _toy_batch(policy: Policy, task: Task) -> Batch:
-    from robot_forgetting.conformance.policy_checks import observations
-
     obs = observations(task.convention().image_size, list(task.sentences))
     noise = torch.rand(len(obs["image"]), policy.noise_width, generator=_generator())
     action = policy.act(obs, temperature=1.0, noise=noise)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from robot_forgetting.conformance.check_table import NotApplicable, Row, Table, expect
+from robot_forgetting.conformance.toy_task import observations, perturb
 from robot_forgetting.contracts import checked_action, checked_policy, checked_transition
 from robot_forgetting.engine.preflight import TRIED_SEED
 from robot_forgetting.policy import Action, Policy
@@ -91,16 +92,6 @@ def _starts(task: Task) -> dict:
 
 def _count(obs: dict) -> int:
     return len(next(iter(obs.values())))
-
-
-def observations(size: int, instructions: list[str]) -> dict:
-    """Six pictures: four of random blocks, a black and a white one; instructions in turn."""
-    blocks = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
-    repeats = -(-size // 8)
-    pictures = blocks.repeat(repeats, axis=1).repeat(repeats, axis=2)[:, :size, :size]
-    flat = [np.zeros((size, size, 3), np.uint8), np.full((size, size, 3), 255, np.uint8)]
-    images = np.ascontiguousarray(np.concatenate([pictures, np.stack(flat)]))
-    return {"image": images, "instruction": [instructions[i % len(instructions)] for i in range(len(images))]}
 
 
 def tolerance(policy: Policy) -> float:
@@ -349,8 +340,6 @@ def _gradient(policy: Policy, obs: dict, action: Action) -> str:
 
 @torch.no_grad()
 def _base(policy: Policy, obs: dict, action: Action) -> str:
-    from robot_forgetting.conformance.method_checks import perturb
-
     what = "logits" if policy.can("logits") else "decisions"
     before = {name: p.detach().clone() for name, p in trainable(policy).items()}
     original = _computed(policy, obs, action)

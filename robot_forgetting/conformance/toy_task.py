@@ -1,4 +1,4 @@
-"""A task without a simulator and a policy of a few thousand weights: what methods are tried on in seconds."""
+"""What methods and policies are tried on in seconds: a task without a simulator, a tiny policy, pictures, noise."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from robot_forgetting.policy import ConventionSpec, Policy
+from robot_forgetting.records.checkpoints import trainable
 from robot_forgetting.task import Demonstration, Task, Transition, VectorEnv
 
 TINY = {
@@ -122,3 +123,22 @@ class ToyEnv(VectorEnv):
 
     def close(self) -> None:
         self._pending.clear()
+
+
+def observations(size: int, instructions: list[str]) -> dict:
+    """Six pictures: four of random blocks, a black and a white one; instructions in turn."""
+    blocks = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
+    repeats = -(-size // 8)
+    pictures = blocks.repeat(repeats, axis=1).repeat(repeats, axis=2)[:, :size, :size]
+    flat = [np.zeros((size, size, 3), np.uint8), np.full((size, size, 3), 255, np.uint8)]
+    images = np.ascontiguousarray(np.concatenate([pictures, np.stack(flat)]))
+    return {"image": images, "instruction": [instructions[i % len(instructions)] for i in range(len(images))]}
+
+
+@torch.no_grad()
+def perturb(policy: Policy, scale: float = 0.05, seed: int = 0) -> None:
+    """Adds noise to every trainable weight."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in trainable(policy).values():
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.add_((scale * noise).to(parameter))

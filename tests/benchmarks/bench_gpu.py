@@ -20,8 +20,8 @@ from bench_simpler import SIZES, control_steps_per_second  # noqa: E402
 from robot_tasks import configured  # noqa: E402
 
 from robot_forgetting.errors import UserError  # noqa: E402
-from robot_forgetting.tasks.simulator.batched import BatchedVectorEnv, require  # noqa: E402
-from robot_forgetting.tasks.simulator.workers import POOL, ManiSkillVectorEnv  # noqa: E402
+from robot_forgetting.tasks.simulator.batched import require  # noqa: E402
+from robot_forgetting.tasks.simulator.workers import POOL, BatchedVectorEnv, ManiSkillVectorEnv  # noqa: E402
 
 BATCHES = (16, 64, 256)
 PER_PROCESS = 4  # environments

@@ -13,15 +13,12 @@ those of the CPU path; docs/gpu_simulation.md says how well inverse kinematics a
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import torch
 
-from robot_forgetting.errors import PluginError, UserError
+from robot_forgetting.errors import UserError
 from robot_forgetting.machine.device import unusable_gpu
 from robot_forgetting.machine.user_modules import load_object
-from robot_forgetting.task import Transition, VectorEnv
 from robot_forgetting.tasks.simulator.conventions import Boundary
 from robot_forgetting.tasks.simulator.environment import SimulationSpec, cameras_of, make_environment, photo_of
 from robot_forgetting.tasks.simulator.pictures import BatchedCamera
@@ -31,11 +28,11 @@ from robot_forgetting.tasks.simulator.simulation import (
     Simulation,
     checked,
     evaluated,
+    guarded,
     outcome,
     renew_physics,
     state_of,
 )
-from robot_forgetting.tasks.simulator.workers import POOL, WorkerDied, blank, guarded
 
 GPU, CPU = "physx_cuda", "physx_cpu"  # ManiSkill's names; the second holds one environment, for tests
 ELSE = "use simulation=cpu, with processes= for more cores"
@@ -198,72 +195,3 @@ def initial_states(simulations: list[Simulation], spec: SimulationSpec, seeds: l
         guarded(simulations, spec, 0, lambda simulation, seed=seed: {"seed": seed, **simulation.initial_state(seed)})
         for seed in seeds
     ]
-
-
-class BatchedVectorEnv(VectorEnv):
-    """``num_envs`` slots of one batch, which are one group; ``processes`` CPU workers make initial states.
-
-    A slot that a request leaves out moves on, see ``BatchedSimulation``. An initial state that fails ends its episode
-    with ``error`` set; whatever else goes wrong ends all running episodes so, and the batch is built anew.
-    """
-
-    def __init__(self, spec: SimulationSpec, num_envs: int, processes: int, backend: str = GPU):
-        if num_envs < 1:
-            raise UserError(f"num_envs must be at least 1, not {num_envs}")
-        self.spec, self.groups, self._backend = spec, [list(range(num_envs))], backend
-        self._processes = max(1, min(processes, num_envs))
-        self._prepare()
-
-    def _prepare(self) -> None:
-        still = dataclasses.replace(self.spec, video=False)
-        self._starters = [POOL.prepare(index, still, 1) for index in range(self._processes)]
-        self._batch = POOL.prepare("batch", self.spec, len(self.groups[0]), self._backend)
-        for worker in self._starters:
-            worker.receive()
-        try:
-            self._batch.receive()
-        except (RuntimeError, PluginError) as error:
-            self._batch.close()  # with what it holds of the GPU
-            raise UserError(
-                f"a batch of {len(self.groups[0])} environments could not be built: {error}; "
-                f"try a smaller num_envs, or {ELSE}"
-            ) from error
-
-    def request(self, group: int, resets: dict[int, int], commands: dict[int, np.ndarray]) -> None:
-        self._asked = resets, commands
-        self._failure: Exception | None = None
-        seeds = list(resets.values())
-        try:
-            for index, worker in enumerate(self._starters[: len(seeds)]):
-                worker.call("initial_states", seeds[index :: self._processes])
-            if commands:
-                self._batch.call("step", commands)
-        except WorkerDied as error:
-            self._failure = error
-
-    def wait(self) -> tuple[int, list[Transition]]:
-        resets, commands = self._asked
-        try:
-            if self._failure is not None:
-                raise self._failure
-            found = [worker.receive() for worker in self._starters[: len(resets)]]
-            begun = {slot: found[n % self._processes][n // self._processes] for n, slot in enumerate(resets)}
-            if commands:
-                self._batch.receive()
-            self._batch.call("finish", {slot: start for slot, start in begun.items() if "error" not in start})
-            answers = self._batch.receive()
-        except (WorkerDied, RuntimeError, PluginError) as error:  # a process that died, or an exception in one
-            return 0, self._replace([*resets, *commands], error)
-        broken = [(slot, start) for slot, start in begun.items() if "error" in start]
-        return 0, [
-            Transition(slot=slot, **{"observation": blank(self.spec), **answer}) for slot, answer in [*answers, *broken]
-        ]
-
-    def _replace(self, slots: list[int], error: Exception) -> list[Transition]:
-        self._batch.close()  # a process in which CUDA failed is of no more use
-        self._prepare()
-        said = f"the batch failed: {error}"
-        return [Transition(slot, blank(self.spec), done=True, error=said) for slot in slots]
-
-    def close(self) -> None:
-        """The workers live on for the next task; the next one to use them drops answers still under way."""

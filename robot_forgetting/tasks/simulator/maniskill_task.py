@@ -20,7 +20,7 @@ FIXED = ("modules", "spawn", "camera", "robot", "overlay", "ends_on_success")
 
 
 class Noise(TypedDict):
-    """See ``workers._demonstrate``."""
+    """See ``serving.demonstration``."""
 
     small: Annotated[float, Range(0, 10)]
     kick: Annotated[float, Range(0, 10)]
@@ -32,7 +32,7 @@ class ManiSkillTask(Task):
 
     modules: imported in the workers first (a module that registers ``env_id``); the expert's is added
     spawn: "stock" (ManiSkill's initial states), or a name the environment's own ``spawn`` argument understands
-    camera, noise, statistics: null: the robot's. noise: disturbance of demonstrations, see ``workers._demonstrate``;
+    camera, noise, statistics: null: the robot's. noise: disturbance of demonstrations, see ``serving.demonstration``;
         statistics: the policy's key for the ranges of commands
     processes: worker processes (default: one per core, at most 2 per 16 environments)
     simulation: "cpu", or "gpu": all environments in one batch on an NVIDIA GPU, see ``batched.py``
@@ -101,8 +101,7 @@ class ManiSkillTask(Task):
     def make_env(self, num_envs: int, *, render: bool = False) -> VectorEnv:
         from dataclasses import replace
 
-        from robot_forgetting.tasks.simulator.batched import BatchedVectorEnv
-        from robot_forgetting.tasks.simulator.workers import ManiSkillVectorEnv
+        from robot_forgetting.tasks.simulator.workers import BatchedVectorEnv, ManiSkillVectorEnv
 
         if self.simulation == "gpu":
             return BatchedVectorEnv(replace(self.spec, video=render), num_envs, self.workers)

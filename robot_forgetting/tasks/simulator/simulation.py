@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from robot_forgetting.contracts import kind_of
-from robot_forgetting.errors import UserError, fault
+from robot_forgetting.errors import UserError, blamed, described, fault
 from robot_forgetting.machine.user_modules import load_object
 from robot_forgetting.tasks.simulator.conventions import Boundary
 from robot_forgetting.tasks.simulator.environment import SimulationSpec, cameras_of, make_environment, photo_of
@@ -217,3 +217,19 @@ def outcome(spec: SimulationSpec, steps: int, flags: dict) -> tuple[float, bool,
 def _plain(flag) -> bool | int:
     """A flag as a plain value: numbers that are not truth values (an episode's configuration) stay numbers."""
     return int(flag) if flag.dtype in (torch.int32, torch.int64) else bool(flag)
+
+
+def blank(spec: SimulationSpec) -> dict:
+    """The observation of an episode that ended in a crash."""
+    return {"image": np.zeros((spec.image_size, spec.image_size, 3), np.uint8), "instruction": spec.instruction}
+
+
+def guarded(simulations: list[Simulation], spec: SimulationSpec, slot: int, action) -> dict:
+    """Runs one slot's work; an exception there ends that episode only, and the slot gets a fresh environment."""
+    try:
+        return action(simulations[slot])
+    except CommandError as error:  # refused before anything moved: the environment is sound
+        return {"observation": blank(spec), "done": True, "error": str(error)}
+    except Exception as error:
+        simulations[slot] = Simulation(spec)
+        return {"observation": blank(spec), "done": True, "error": blamed(error) or described(error)}

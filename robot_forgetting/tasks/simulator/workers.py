@@ -1,4 +1,4 @@
-"""Worker processes that hold simulations, and the ``VectorEnv`` over them.
+"""Worker processes that hold simulations, and the ``VectorEnv``s over them.
 
 Processes are spawned once and kept for the life of the program (importing torch and SAPIEN costs seconds); a worker
 holds the environments of one task at a time. Pictures come back through the pipes: at 64 px that is
@@ -10,21 +10,21 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-from collections.abc import Sequence
+from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from unittest import mock
 
 import numpy as np
 
-from robot_forgetting.errors import UserError, blamed, described, raised, told
+from robot_forgetting.errors import PluginError, UserError, raised
 from robot_forgetting.machine import children, user_modules
-from robot_forgetting.rollout import columns
 from robot_forgetting.task import Transition, VectorEnv
-from robot_forgetting.tasks.simulator.environment import SimulationSpec, seen_through
-from robot_forgetting.tasks.simulator.simulation import CommandError, Simulation
+from robot_forgetting.tasks.simulator.batched import ELSE, GPU
+from robot_forgetting.tasks.simulator.environment import SimulationSpec
+from robot_forgetting.tasks.simulator.serving import serve
+from robot_forgetting.tasks.simulator.simulation import blank
 
 SPAWN = multiprocessing.get_context("spawn")
-SETTLED = 6  # steps of success with nothing left to do, after which a demonstration ends
 
 
 class Worker:
@@ -36,7 +36,7 @@ class Worker:
         # One thread each: several processes share the cores, and two torch threads on a busy core are slower than one.
         # The safe path: a spawned Python would look for its own modules in the working folder first.
         with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", PYTHONSAFEPATH="1"):
-            self.process = children.start(SPAWN, _serve, child, user_modules.folders)
+            self.process = children.start(SPAWN, serve, child, user_modules.folders)
         child.close()
         self.render: str | None = None  # the option this process draws with, once it does
         self._unanswered = 0
@@ -102,7 +102,7 @@ class WorkerPool:
     def prepare(self, index: int | str, spec: SimulationSpec, count: int, backend: str | None = None) -> Worker:
         """A living worker that has been asked to hold ``count`` simulations; its answer is the caller's to receive.
 
-        backend: ManiSkill's, for a worker that holds them as one ``batched.BatchedSimulation``
+        backend: ManiSkill's, for a worker that holds them as one ``BatchedSimulation``
         """
         worker = self[index]
         try:
@@ -185,6 +185,75 @@ class ManiSkillVectorEnv(VectorEnv):
                 worker.drain()
 
 
+class BatchedVectorEnv(VectorEnv):
+    """``num_envs`` slots of one batch, which are one group; ``processes`` CPU workers make initial states.
+
+    A slot that a request leaves out moves on, see ``BatchedSimulation``. An initial state that fails ends its episode
+    with ``error`` set; whatever else goes wrong ends all running episodes so, and the batch is built anew.
+    """
+
+    def __init__(self, spec: SimulationSpec, num_envs: int, processes: int, backend: str = GPU):
+        if num_envs < 1:
+            raise UserError(f"num_envs must be at least 1, not {num_envs}")
+        self.spec, self.groups, self._backend = spec, [list(range(num_envs))], backend
+        self._processes = max(1, min(processes, num_envs))
+        self._prepare()
+
+    def _prepare(self) -> None:
+        still = replace(self.spec, video=False)
+        self._starters = [POOL.prepare(index, still, 1) for index in range(self._processes)]
+        self._batch = POOL.prepare("batch", self.spec, len(self.groups[0]), self._backend)
+        for worker in self._starters:
+            worker.receive()
+        try:
+            self._batch.receive()
+        except (RuntimeError, PluginError) as error:
+            self._batch.close()  # with what it holds of the GPU
+            raise UserError(
+                f"a batch of {len(self.groups[0])} environments could not be built: {error}; "
+                f"try a smaller num_envs, or {ELSE}"
+            ) from error
+
+    def request(self, group: int, resets: dict[int, int], commands: dict[int, np.ndarray]) -> None:
+        self._asked = resets, commands
+        self._failure: Exception | None = None
+        seeds = list(resets.values())
+        try:
+            for index, worker in enumerate(self._starters[: len(seeds)]):
+                worker.call("initial_states", seeds[index :: self._processes])
+            if commands:
+                self._batch.call("step", commands)
+        except WorkerDied as error:
+            self._failure = error
+
+    def wait(self) -> tuple[int, list[Transition]]:
+        resets, commands = self._asked
+        try:
+            if self._failure is not None:
+                raise self._failure
+            found = [worker.receive() for worker in self._starters[: len(resets)]]
+            begun = {slot: found[n % self._processes][n // self._processes] for n, slot in enumerate(resets)}
+            if commands:
+                self._batch.receive()
+            self._batch.call("finish", {slot: start for slot, start in begun.items() if "error" not in start})
+            answers = self._batch.receive()
+        except (WorkerDied, RuntimeError, PluginError) as error:  # a process that died, or an exception in one
+            return 0, self._replace([*resets, *commands], error)
+        broken = [(slot, start) for slot, start in begun.items() if "error" in start]
+        return 0, [
+            Transition(slot=slot, **{"observation": blank(self.spec), **answer}) for slot, answer in [*answers, *broken]
+        ]
+
+    def _replace(self, slots: list[int], error: Exception) -> list[Transition]:
+        self._batch.close()  # a process in which CUDA failed is of no more use
+        self._prepare()
+        said = f"the batch failed: {error}"
+        return [Transition(slot, blank(self.spec), done=True, error=said) for slot in slots]
+
+    def close(self) -> None:
+        """The workers live on for the next task; the next one to use them drops answers still under way."""
+
+
 def demonstrate(spec: SimulationSpec, seeds: list[int], noise: dict, processes: int):
     """Runs the expert on ``seeds`` over the workers; yields (seed, success, observation columns, commands [L, 7]) in
     order."""
@@ -202,105 +271,3 @@ def demonstrate(spec: SimulationSpec, seeds: list[int], noise: dict, processes: 
         if done < len(queue):
             worker.call("demonstrate", queue[done], noise)
         yield seed, *answer
-
-
-def _serve(connection: Connection, folders: Sequence[str] = ()) -> None:
-    """A worker's main loop. Requests are answered in order, one answer each. folders: of the user's own modules"""
-    import torch
-
-    from robot_forgetting.tasks.simulator import batched
-
-    user_modules.search(folders)
-    torch.set_num_threads(1)
-    # Lavapipe's threads. Workers are what fills the cores; two of two threads each on two cores took 1.8 times as long
-    # for a step of the WidowX's.
-    os.environ.setdefault("LP_NUM_THREADS", "1")
-    spec, simulations = None, []
-    while True:
-        try:
-            verb, *arguments = connection.recv()
-        except (EOFError, OSError):
-            os._exit(0)  # SAPIEN's teardown at interpreter exit can hang; there is nothing left to save
-        try:
-            if verb == "make":
-                new_spec, count, backend = arguments
-                # A batch may have more slots than are asked for, which step and are drawn too: building takes seconds.
-                if new_spec != spec or (backend and simulations and simulations[0].count < count):
-                    for simulation in simulations:
-                        simulation.close()
-                    simulations = []
-                if backend is None:
-                    simulations += [Simulation(new_spec) for _ in range(count - len(simulations))]
-                elif simulations:
-                    simulations[0].abandon()
-                else:
-                    simulations = [batched.BatchedSimulation(new_spec, count, backend)]
-                spec, answer = new_spec, seen_through(simulations[0].env, new_spec)
-            elif verb == "advance":
-                answer = _advance(simulations, spec, *arguments)
-            elif verb == "demonstrate":
-                answer = _demonstrate(simulations[0], *arguments)
-            elif verb == "initial_states":
-                answer = batched.initial_states(simulations, spec, *arguments)
-            elif verb in ("step", "finish"):
-                answer = getattr(simulations[0], verb)(*arguments)
-            said = ("ok", answer)
-        except Exception as error:
-            said = ("error", told(error))
-        try:
-            connection.send(said)
-        except OSError:  # nobody listens any more: the parent was killed
-            os._exit(0)
-
-
-def _advance(simulations: list[Simulation], spec: SimulationSpec, resets: dict, commands: dict) -> list:
-    answers = []
-    for slot, seed in resets.items():
-        answers.append((slot, guarded(simulations, spec, slot, lambda s, seed=seed: {"observation": s.reset(seed)})))
-    for slot, command in commands.items():
-
-        def step(simulation, command=command):
-            observation, reward, success, done, info = simulation.step(command)
-            return {"observation": observation, "reward": reward, "success": success, "done": done, "info": info}
-
-        answers.append((slot, guarded(simulations, spec, slot, step)))
-    return answers
-
-
-def blank(spec: SimulationSpec) -> dict:
-    """The observation of an episode that ended in a crash."""
-    return {"image": np.zeros((spec.image_size, spec.image_size, 3), np.uint8), "instruction": spec.instruction}
-
-
-def guarded(simulations: list[Simulation], spec: SimulationSpec, slot: int, action) -> dict:
-    """Runs one slot's work; an exception there ends that episode only, and the slot gets a fresh environment."""
-    try:
-        return action(simulations[slot])
-    except CommandError as error:  # refused before anything moved: the environment is sound
-        return {"observation": blank(spec), "done": True, "error": str(error)}
-    except Exception as error:
-        simulations[slot] = Simulation(spec)
-        return {"observation": blank(spec), "done": True, "error": blamed(error) or described(error)}
-
-
-def _demonstrate(simulation: Simulation, seed: int, noise: dict) -> tuple[bool, dict, np.ndarray]:
-    """One expert episode. The executed command is disturbed, the recorded one is the expert's (Laskey et al. 2017).
-
-    noise: {"small": sigma of every step, "kick": sigma of rare large ones, "kick_probability"} in command units
-
-    An episode that would run to its time limit ends once success has lasted ``SETTLED`` steps in which the expert was
-    ``Simulation.idle``: what follows is the same picture over and over.
-    """
-    rng = np.random.default_rng([seed, 0xDA27])
-    observation, success, done, lasting = simulation.reset(seed), False, False, 0
-    rows, commands = [], []
-    while not done and lasting < SETTLED:
-        command = simulation.expert_command()
-        rows.append(observation)
-        commands.append(command)
-        disturbed = command.astype(np.float64)
-        disturbed[:3] += rng.normal(0, noise["small"], 3)
-        disturbed[:3] += rng.normal(0, noise["kick"], 3) * (rng.random() < noise["kick_probability"])
-        observation, _, success, done, _ = simulation.step(disturbed)
-        lasting = lasting + 1 if success and simulation.idle(command) else 0
-    return success, columns(rows), np.stack(commands)
