@@ -87,7 +87,7 @@ def test_an_episode_is_that_of_the_one_slot_path(pairs, name, monkeypatch):
     """
     pair = simulation, batch = pairs(name)
     controller = EndEffectorController(batch.env)
-    controller._kinematics = simulation._controller._kinematics  # ManiSkill's mask in a batch is too short
+    controller._arm._kinematics = simulation._controller._arm._kinematics  # ManiSkill's mask in a batch is too short
     alone = types.SimpleNamespace(
         apply=lambda commands: controller.apply(commands[0].numpy().astype(np.float64)), begin=lambda slots: None
     )
