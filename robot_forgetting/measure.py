@@ -61,23 +61,21 @@ class Measure(ABC):
 
     name: in the records and in ``measures=[...]``, the name of its yaml; title: on the page
     units: a row of each; "1" for a number without
-    at: names of the states at which it is measured, see ``States``
     similarity: whether it is 1 for the base itself and falls; a distance is 0 and grows
     """
 
     name: str
     title: str
     units: tuple[str, ...] = ("1",)
-    at: tuple[str, ...] = DECISIONS
     similarity: bool = False
 
     def undefined(self, policy: Policy) -> str | None:
         """Why it says nothing about this policy, for `left_out` of run.json; None: it can be measured."""
         return None
 
-    def applies(self, policy: Policy, states: States) -> bool:
-        """Whether it is measured at these states."""
-        return states.name in self.at
+    def at(self, policy: Policy) -> tuple[str, ...]:
+        """Names of the states at which it is measured, see ``States``."""
+        return DECISIONS
 
     @abstractmethod
     def measure(self, policy: Policy, states: States) -> list[dict]:
@@ -94,10 +92,10 @@ class Measure(ABC):
 
 
 def measured(measures: Sequence[Measure], policy: Policy, states: States) -> list[dict]:
-    """The rows of all measures that apply to these states, in the order of the list."""
+    """The rows of all measures that are measured at such states, in the order of the list."""
     families: dict[type[Measure], list[Measure]] = {}
     for one in measures:
-        if one.applies(policy, states):
+        if states.name in one.at(policy):
             families.setdefault(next(kind for kind in type(one).__mro__ if "together" in vars(kind)), []).append(one)
     rows: dict[str, list[dict]] = {one.name: [] for one in measures}
     policy.eval()

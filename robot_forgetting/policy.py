@@ -119,6 +119,8 @@ class Policy(BuiltWith, nn.Module, ABC):
     max_new_tokens: int | None = None
     # Blocks one above the other whose states and weights can be looked at apart; 0: none, and no ``hidden_states``.
     blocks: int = 0
+    # The observations' column that its layers read in ``hidden_states``.
+    layers_read: str = "text"
     # Rows of one forward pass where memory sets no limit.
     most_rows: int = 256
     # Uniform numbers of ``noise`` that one decision uses at most.

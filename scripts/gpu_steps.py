@@ -237,12 +237,13 @@ def sampled_against_forced(steps: Steps, policy) -> dict:
 def divergence(steps: Steps, policy) -> dict:
     import numpy as np
 
-    from robot_forgetting.engine.evaluate import States, measure_divergence
+    from robot_forgetting.measure import States, measured
+    from robot_forgetting.measures.distributions import ForwardKL
 
     rows = 8 if steps.dry else 64
     forget_peak(steps)
     started = time.perf_counter()
-    found = measure_divergence(policy, States(observations(policy, rows), np.arange(rows)))
+    found = measured([ForwardKL()], policy, States(observations(policy, rows), np.arange(rows)))
     forward = next(row["value"] for row in found if row["measure"] == "forward_kl" and row["unit"] == "nats/token")
     assert forward >= 0, f"forward KL {forward}"
     return {"seconds": time.perf_counter() - started, "forward_kl": forward, **peak(steps)}

@@ -10,11 +10,11 @@ import tiny_lm
 import torch
 from gpu_nano import interrupted, methods, moved_a_little, penalties, small_run
 from pretend_cuda import CUDA, OnCuda, pretended_cuda
+from toy_runs import by_layer
 
 from robot_forgetting.conformance.check_table import Table
 from robot_forgetting.conformance.policy_checks import check_policy, observations
 from robot_forgetting.conformance.toy_task import ToyTask, tiny_policy
-from robot_forgetting.measures.drift_by_layer import measure_layers
 from robot_forgetting.metrics.divergence import reverse_kl
 from robot_forgetting.policy import Reference
 
@@ -99,7 +99,7 @@ def test_a_policy_on_a_pretended_gpu_keeps_its_promises(policy):
         check_policy(table, made, tiny_lm.LettersTask() if text else ToyTask())
         assert table.rows and not [row for row in table.rows if row.state == "FAIL"]
         if text:
-            assert measure_layers(made, ["a b", "yes no two", "one", "what is", "sum"], source="text", k=2)
+            assert by_layer(made, ["a b", "yes no two", "one", "what is", "sum"])
 
 
 @pytest.mark.parametrize("policy", KINDS)

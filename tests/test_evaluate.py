@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import entropy
 from toy import CELLS, CHOICES, ToyPolicy, ToyTask, picture
+from toy_runs import DISTANCES
 
+from robot_forgetting.engine.drift import demonstration_states, policy_states
 from robot_forgetting.engine.evaluate import (
-    States,
     check_conventions,
-    demonstration_states,
     episode_row,
     evaluate,
-    measure_divergence,
-    policy_states,
     success_line,
 )
 from robot_forgetting.errors import UserError
+from robot_forgetting.measure import States, measured
 from robot_forgetting.policy import Action, ConventionSpec
 
 
@@ -52,7 +52,7 @@ def test_divergence_against_distributions_written_out():
     own = joint(policy, 1, 2)
     with policy.base():
         base = joint(policy, 1, 2)
-    found = {(row["measure"], row["unit"]): row for row in measure_divergence(policy, states)}
+    found = {(row["measure"], row["unit"]): row for row in measured(DISTANCES, policy, states)}
     assert set(found) == {
         ("forward_kl", "nats/token"), ("forward_kl", "nats/decision"), ("reverse_kl", "nats/token"),
         ("reverse_kl", "nats/decision"), ("total_variation", "1/token"), ("l2", "1/token"),
@@ -81,7 +81,7 @@ def test_divergence_against_distributions_written_out():
 
 def test_no_divergence_from_itself():
     states = policy_states(ToyPolicy(seed=1), ToyTask(), range(10), num_envs=4, limit=100)
-    for row in measure_divergence(ToyPolicy(seed=1), states):
+    for row in measured(DISTANCES, ToyPolicy(seed=1), states):
         assert row["value"] == pytest.approx(0, abs=1e-6) and row["standard_error"] == pytest.approx(0, abs=1e-6)
 
 
@@ -89,13 +89,15 @@ def test_divergence_repeats_itself_in_chunks_of_any_size():
     policy = moved_policy()
     states = policy_states(policy, ToyTask(), range(20), num_envs=4, limit=50)
     torch.manual_seed(0)
-    whole = measure_divergence(policy, states)
+    whole = measured(DISTANCES, policy, states)
     torch.manual_seed(1)
-    for other in (measure_divergence(policy, states, chunk=7), measure_divergence(policy, states)):
+    for rows in (7, 256):
+        policy.most_rows = rows
+        other = measured(DISTANCES, policy, states)
         for a, b in zip(whole, other, strict=True):
             assert a.keys() == b.keys()
             assert a["value"] == pytest.approx(b["value"], rel=1e-5)
-    assert measure_divergence(policy, states, seed=1)[0]["value"] != whole[0]["value"]
+    assert measured(DISTANCES, policy, replace(states, seed=1))[0]["value"] != whole[0]["value"]
 
 
 def test_standard_errors_are_clustered_by_episode():
@@ -104,7 +106,7 @@ def test_standard_errors_are_clustered_by_episode():
     states = policy_states(policy, ToyTask(), range(30), num_envs=4, limit=40)
 
     def row(clusters: np.ndarray) -> dict:
-        return measure_divergence(policy, States(states.obs, clusters))[0]
+        return measured(DISTANCES, policy, States(states.obs, clusters))[0]
 
     count = len(states)
     alone, four, one = row(np.arange(count)), row(np.arange(count) // 10), row(np.zeros(count, int))
@@ -116,7 +118,7 @@ def test_standard_errors_are_clustered_by_episode():
     first_token_only = ToyPolicy(seed=1)  # no randomness in the second token's terms: only token 0 moves
     with torch.no_grad():
         first_token_only.table[:, :, 0] += torch.randn(2, 16, CHOICES, generator=torch.Generator().manual_seed(2))
-    a, b = (measure_divergence(first_token_only, s)[0] for s in (few, many))
+    a, b = (measured(DISTANCES, first_token_only, s)[0] for s in (few, many))
     assert a["value"] == pytest.approx(b["value"], rel=1e-5)
     assert a["standard_error"] == pytest.approx(b["standard_error"], rel=1e-4) and b["n"] == 15 and b["episodes"] == 3
     values = [entropy(*pair) for pair in first_token_pairs(first_token_only, few)]
@@ -142,7 +144,7 @@ def test_masked_tokens_do_not_count():
     policy = Short(seed=1)
     with torch.no_grad():
         policy.coupling += 5 * torch.eye(CHOICES)  # only the second token has moved
-    for row in measure_divergence(policy, repeated(1, 2, 8, 2)):
+    for row in measured(DISTANCES, policy, repeated(1, 2, 8, 2)):
         assert row["value"] == pytest.approx(0, abs=1e-6)
 
 

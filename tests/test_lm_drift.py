@@ -11,13 +11,13 @@ import pytest
 import torch
 from tiny_lm import LettersTask, tiny_lm
 from toy import ToyPolicy
-from toy_runs import run
+from toy_runs import DISTANCES, LAYERS, by_layer, run
 
 from robot_forgetting import configs
 from robot_forgetting.api.config_checks import check_root
 from robot_forgetting.errors import UserError
 from robot_forgetting.measure import TEXT, WEIGHTS
-from robot_forgetting.measures.drift_by_layer import held_out_texts, measure_layers
+from robot_forgetting.measures.held_out_texts import held_out_texts
 from robot_forgetting.metrics import drift, representation
 from robot_forgetting.policies.causal_lm import blocks as causal_lm_layers
 from robot_forgetting.policies.causal_lm.blocks import blocks_of
@@ -28,9 +28,8 @@ LORA = {"rank": 2, "alpha": 4}
 SETTINGS = {"source": "easy", "number": 12, "characters": 2000, "neighbours": 3}
 
 
-def measured(policy, k: int = 3) -> dict[tuple[str, int | None], float]:
-    rows = measure_layers(policy, TEXTS, source="mine", k=k)
-    return {(row["measure"], row["layer"]): row["value"] for row in rows}
+def measured(policy) -> dict[tuple[str, int | None], float]:
+    return {(row["measure"], row["layer"]): row["value"] for row in by_layer(policy, TEXTS)}
 
 
 @torch.no_grad()
@@ -42,15 +41,14 @@ def scale(module, factor: float) -> None:
 @pytest.mark.parametrize("options", [{}, {"lora": LORA}, {"dtype": "bfloat16"}, {"tied": False}])
 def test_a_policy_has_not_drifted_from_itself(options):
     policy = tiny_lm(**options)
-    rows = measure_layers(policy, TEXTS, source="mine", k=3)
+    rows = by_layer(policy, TEXTS)
     assert policy.blocks == 2
     assert [row["layer"] for row in rows if row["measure"] == "cka_debiased"] == [0, 1, 2]
     assert [row["layer"] for row in rows if row["measure"] == "weight_l2_relative"] == [0, 1, 2, None]
     for row in rows:
         similar = row["measure"].startswith("c")
         assert row["value"] == pytest.approx(1 if similar else 0, abs=1e-5 if similar else 0), row
-        place = (row["task"], row["role"], row["states"], row["n"])
-        assert place == ((None, None, WEIGHTS, None) if "weight" in row["measure"] else ("mine", TEXT, TEXT, 12))
+        assert row["n"] == (None if "weight" in row["measure"] else 12)
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
@@ -226,7 +224,8 @@ def test_a_file_with_too_few_texts(tmp_path):
 
 
 def of_run(path, **options):
-    given = {"policy": tiny_lm(), "task": LettersTask(), "prior": [LettersTask("easy")], "held_out_text": SETTINGS}
+    given = {"policy": tiny_lm(), "task": LettersTask(), "prior": [LettersTask("easy")]}
+    given |= {"held_out_text": SETTINGS, "measures": DISTANCES + LAYERS}
     return run(path, "sft", **given | options)
 
 
@@ -235,7 +234,8 @@ def test_a_run_records_its_layers_at_every_checkpoint(tmp_path, monkeypatch):
     folder = of_run(tmp_path / "whole")
     rows = [row for row in folder.rows("divergence") if row["states"] in (TEXT, WEIGHTS)]
     assert {row["iteration"] for row in rows} == {2, 4} and len(rows) == 2 * (4 * 3 + 4)
-    assert {(row["stage"], row["task"]) for row in rows} == {(1, "easy"), (1, None)}
+    places = {(row["stage"], row["task"], row["role"], row["states"]) for row in rows}
+    assert places == {(1, "easy", TEXT, TEXT), (1, None, None, WEIGHTS)}
     found = {(row["iteration"], row["measure"], row["layer"]): row["value"] for row in rows}
     assert 0 < found[2, "weight_l2_relative", 1] < found[4, "weight_l2_relative", 1]
     assert found[4, "cknna_intersection", 2] < 1
@@ -259,7 +259,7 @@ def test_a_run_records_its_layers_at_every_checkpoint(tmp_path, monkeypatch):
 @pytest.mark.parametrize("settings", [None, SETTINGS | {"source": None}, SETTINGS | {"source": "hellaswag"}])
 def test_a_run_without_texts(tmp_path, capsys, settings):
     folder = of_run(tmp_path / "run", held_out_text=settings)
-    assert not [row for row in folder.rows("divergence") if "layer" in row]
+    assert {row["states"] for row in folder.rows("divergence") if "layer" in row} == {WEIGHTS}
     named = settings is not None and settings["source"] == "hellaswag"
     assert list(folder.run["left_out"]) == ["drift by layer"] * named
     assert ("none of the tasks is hellaswag" in capsys.readouterr().err) == named

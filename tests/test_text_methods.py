@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 import torch
 from tiny_lm import Letters, LettersTask, tiny_folder, tiny_lm
+from toy_runs import DISTANCES
 
 from robot_forgetting import configs
 from robot_forgetting.cli import command_line as cli
-from robot_forgetting.engine.evaluate import evaluate, measure_divergence, policy_states
+from robot_forgetting.engine.drift import policy_states
+from robot_forgetting.engine.evaluate import evaluate
 from robot_forgetting.engine.train import _backward, train
+from robot_forgetting.measure import measured
 from robot_forgetting.method import Batch, Optimiser, mean_over_tokens
 from robot_forgetting.methods.distillation import SDFT, OnPolicyDistillation
 from robot_forgetting.methods.grpo import GRPO, group_advantages
@@ -184,16 +187,16 @@ def test_divergence_of_texts():
     policy, task = tiny_lm(), LettersTask()
     states = policy_states(policy, task, range(1_000_000, 1_000_008), num_envs=4, limit=6)
     assert len(states) == 6
-    assert all(row["value"] == pytest.approx(0, abs=1e-6) for row in measure_divergence(policy, states))
+    assert all(row["value"] == pytest.approx(0, abs=1e-6) for row in measured(DISTANCES, policy, states))
     with torch.no_grad():
         for p in policy.parameters():
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) * 0.05)
-    rows = {(row["measure"], row["unit"]): row for row in measure_divergence(policy, states)}
+    rows = {(row["measure"], row["unit"]): row for row in measured(DISTANCES, policy, states)}
     forward, decision = rows["forward_kl", "nats/token"], rows["forward_kl", "nats/decision"]
     assert forward["n"] == 6 and forward["value"] > 0.01 and forward["standard_error"] > 0
     assert forward["value"] < decision["value"] <= 8 * forward["value"] * 2
     policy.batch_rows = 2
-    again = {(row["measure"], row["unit"]): row["value"] for row in measure_divergence(policy, states)}
+    again = {(row["measure"], row["unit"]): row["value"] for row in measured(DISTANCES, policy, states)}
     assert again == pytest.approx({key: row["value"] for key, row in rows.items()}, rel=1e-4)
 
 

@@ -5,15 +5,22 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 from toy import ToyPolicy, ToyTask
 
 from robot_forgetting.engine import experiment
 from robot_forgetting.engine.experiment import Setup
+from robot_forgetting.measure import TEXT, WEIGHTS, States, measured
+from robot_forgetting.measures.distributions import L2, ForwardKL, ReverseKL, TotalVariation
+from robot_forgetting.measures.representation import CKA, CKNNA, ActivationL2
+from robot_forgetting.measures.weights import RelativeL2
 from robot_forgetting.method import Optimiser
 from robot_forgetting.methods.grpo import GRPO
 from robot_forgetting.methods.sft import SFT
 from robot_forgetting.records.run_folder import RunFolder
 
+DISTANCES = [ForwardKL(), TotalVariation(), L2(), ReverseKL()]
+LAYERS = [CKA(), CKNNA("intersection", k=3), CKNNA("union", k=3), ActivationL2(), RelativeL2()]
 BUDGET = {
     "episodes": 6, "greedy_episodes": 3, "interim_points": 1, "interim_episodes": 3, "divergence_episodes": 3,
     "divergence_states": 12, "videos": 0,
@@ -31,10 +38,16 @@ def run(path: Path, method: str = "grpo", *, policy=None, task=None, budget=(), 
         "prior": [ToyTask("mirror")], "held_out": [], "budget": BUDGET | dict(budget),
         "names": {"policy": "toy", "method": method, "penalty": "none"}, "config": {"method": method},
         "run_dir": path, "seed": 0, "temperature": 1.0, "episodes": None, "seed_start": None, "num_envs": 4,
-        "processes": 1,
+        "processes": 1, "measures": DISTANCES,
     }  # fmt: skip
     assert experiment.run(Setup(**arguments | options)) == 0
     return RunFolder(path)
+
+
+def by_layer(policy, texts: list[str]) -> list[dict]:
+    """Rows of ``LAYERS`` on texts, and of the weights."""
+    states = [States({"text": texts}, np.arange(len(texts)), TEXT), States(name=WEIGHTS)]
+    return [row for each in states for row in measured(LAYERS, policy, each)]
 
 
 def summary(folder: RunFolder) -> dict:

@@ -14,17 +14,18 @@ from robot_forgetting.api.config_checks import check_node, check_root
 from robot_forgetting.api.run_id import BUDGET, LIST, POLICY, SETTING, WHAT, run_folder
 from robot_forgetting.api.settings import Settings
 from robot_forgetting.built_with import described
-from robot_forgetting.errors import UserError
+from robot_forgetting.errors import UserError, unknown
 from robot_forgetting.machine.user_modules import load_object
 from robot_forgetting.ranges import problem
 
 # Keys that a run's id says in a word of its own, or that change nothing in its results.
 NOT_IN_ID = {*GROUPS, "sequence", "seed", "sweep", "debug", "run_dir", "output", "device", "processes"}
 CHECKPOINT_VERBS = ("run", "evaluate", "record")  # that go on with a run's policy: checkpoint=RUN
-BUILT = ("policy", "task", "method", "penalty", "reproduce")
+BUILT = ("policy", "task", "method", "penalty", "measure", "reproduce")
 # What is not in an id either, and how readily a group's name is left out of one.
 USUAL = (("policy", "openvla-nano", POLICY), ("penalty", "none", WHAT), ("budget", "demo", BUDGET))
 OTHERS = ("sequence", "prior", "held_out")  # lists of tasks
+LISTS = {**dict.fromkeys(OTHERS, "task"), "measures": "measure"}  # of entries of a group
 OWN = ("names", "overrides", "run_folders", "sources", "point")
 
 
@@ -32,7 +33,7 @@ class Arguments:
     """Everything a verb's function may ask for by parameter name.
 
     policy, task, method, penalty: objects (penalty None for `none`); prior, held_out: lists of tasks; sequence: the new
-        tasks in their order, the one that ``task`` names where none is given
+        tasks in their order, the one that ``task`` names where none is given; measures: a list of measures
     run_dir: where the run folder goes; config: the resolved configuration as plain values; names: group -> chosen name
     run_folders: positional arguments of `report`; temperature: decode.temperature; any other key of config.yaml
     """
@@ -56,7 +57,7 @@ class Arguments:
         self._config, self.names, self.sources = composed.config, composed.names, composed.sources
         self.plain = composed.plain()
         for name, given in self._objects.items():
-            if name in OTHERS:
+            if name in LISTS:
                 self.plain |= {name: [_named(one) for one in given], f"{name}_objects": described(list(given))}
             else:
                 self.plain[name], self.names[name] = described(given), _named(given)
@@ -150,12 +151,12 @@ class Arguments:
             elif name in BUILT and self._verb != "check" and kind is not inspect.Parameter.empty:
                 if type(None) not in typing.get_args(kind):
                     raise UserError(f"{self._verb} needs a {name}: give {name}=NAME, see robot-forgetting list")
-            elif name in OTHERS:
+            elif name in LISTS:
                 if name == "sequence" and "task" not in self._objects:
                     self._checked("task", self._config.get("task"), self.names["task"])
-                for task in self._tasks(name):
-                    if isinstance(task, str):
-                        self._checked("task", self._entry("task", task), task)
+                for one in self._members(name):
+                    if isinstance(one, str):
+                        self._checked(LISTS[name], self._entry(LISTS[name], one), one)
             elif name == "pretrain":
                 optimiser = {"_target_": "robot_forgetting.method.Optimiser", **self.plain[name]["optimiser"]}
                 check_node(optimiser, "pretrain.optimiser", "pretrain.optimiser")
@@ -165,11 +166,11 @@ class Arguments:
             if name in self._objects or not self._chooses(name):
                 return self._objects.get(name)
             return self._build(name, self._config.get(name), self.names[name])
-        if name in OTHERS:
+        if name in LISTS:
             chosen = [self.value("task")] if name == "sequence" else []
             named = [
-                self._build("task", self._entry("task", one), one) if isinstance(one, str) else one
-                for one in self._tasks(name)
+                self._build(LISTS[name], self._entry(LISTS[name], one), one) if isinstance(one, str) else one
+                for one in self._members(name)
             ]
             return chosen + named
         if name == "config":
@@ -216,13 +217,24 @@ class Arguments:
             return False  # golden= brings its own weights; the policy's need not be there
         return self.names[group] is not None and (group, self.names[group]) != ("penalty", "none")
 
-    def _tasks(self, name: str) -> Sequence:
-        """The tasks of a list, objects or names; of a sequence those after the first, which is the chosen one."""
-        tasks = self._objects.get(name, self.plain[name]) or []
-        return tasks[1:] if name == "sequence" else tasks
+    def _members(self, name: str) -> Sequence:
+        """What stands in a list, objects or names; of a sequence what is after the first, which is the chosen task."""
+        members = self._objects.get(name, self.plain[name]) or []
+        return members[1:] if name == "sequence" else members
 
     def _entry(self, group: str, name: str):
         """Another entry of a group, as this command's other keys would have it (`prior: [pick_cube, ...]`)."""
+        if group == "measure" and (group, name) not in self._named:  # they are many: composed together
+            listed, offered = (
+                [one for one in self._members("measures") if isinstance(one, str)],
+                entries(self.sources, group),
+            )
+            for one in listed:
+                if one not in offered:
+                    raise unknown(group, one, offered)
+            added = [f"+measure@listed.m{index}={one}" for index, one in enumerate(listed)]
+            nodes = self._composed([*self.overrides, *added]).config["listed"].values()
+            self._named |= {(group, one): node for one, node in zip(listed, nodes, strict=True)}
         if (group, name) not in self._named:
             # Not the overrides meant for the chosen entry (task.spawn=near): the named one may not know them.
             own = (group + ".", group + "=")

@@ -14,7 +14,7 @@ from pathlib import Path
 from robot_forgetting import configs
 from robot_forgetting.errors import UserError, blamed, described, one_line, unknown
 
-GROUPS = ("task", "method", "policy", "penalty", "budget", "reproduce")
+GROUPS = ("task", "method", "policy", "penalty", "budget", "measure", "reproduce")
 OWN_KEYS = "pretrain.demonstrations"  # a mapping whose keys the user chooses
 NO_TEXTS = ("true", "false", "null", "nan", "inf")  # unless they are quoted
 CONFIGS = Path(configs.__file__).parent

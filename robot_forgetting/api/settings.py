@@ -55,7 +55,7 @@ class Budget(TypedDict):
 
 class HeldOutText(TypedDict):
     source: str | None
-    number: Annotated[int, Range(4, 100_000)]  # see ``layers.LEAST``
+    number: Annotated[int, Range(4, 100_000)]  # see ``representation.LEAST``
     characters: Count
     neighbours: Annotated[int, Range(1, 100_000)]
 
@@ -81,6 +81,7 @@ class Settings(TypedDict):
     episodes: Episodes | None
     seed_start: Annotated[int, Range(0, 1_999_999)] | None
     limit: Count | None
+    measures: list[str]
     held_out_text: HeldOutText
     allow_code_execution: bool | str
     decode: Decode

@@ -176,7 +176,7 @@ def page(folder: Path) -> str:
 
     root = load(folder / "config.yaml") | {"budget": load(folder / "budget" / "demo.yaml")}
     lines = [HEAD, *_table(keys_of(root, {"budget": "demo"}, [folder]))]
-    for group in ("method", "penalty", "policy", "task", "reproduce"):
+    for group in ("method", "penalty", "policy", "task", "measure", "reproduce"):
         lines += ["", f"## {group}="]
         built: dict[str, list[tuple[str, dict]]] = {}
         for name, file in sorted(entries([folder], group).items(), key=lambda entry: entry[1]):

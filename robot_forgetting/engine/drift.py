@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 
-from robot_forgetting.engine.evaluate import demonstration_states, measure_divergence, policy_states
-from robot_forgetting.measure import WEIGHTS
-from robot_forgetting.measures.drift_by_layer import held_out_texts, measure_layers
+import numpy as np
+
+from robot_forgetting.contracts import checked_kind
+from robot_forgetting.engine.evaluate import evaluate
+from robot_forgetting.errors import UserError
+from robot_forgetting.machine.progress import say
+from robot_forgetting.measure import BASE, DEMONSTRATIONS, TEXT, WEIGHTS, Measure, States, measured
+from robot_forgetting.measures.held_out_texts import held_out_texts
+from robot_forgetting.methods.sft import demonstration_columns, take_columns
 from robot_forgetting.policy import Policy
 from robot_forgetting.records.run_folder import RunFolder
+from robot_forgetting.rollout import columns
 from robot_forgetting.task import Task
 
 # Divergence is measured on states of their own, neither trained on nor counted in a success rate.
@@ -18,12 +27,14 @@ DIVERGENCE_SEED = 500_000
 class Drift:
     """Writes rows of divergence.jsonl, only those that are missing.
 
-    tasks: all of the run; budget: divergence_episodes, divergence_states; held_out_text: see ``held_out_texts``
+    measures: those that the policy can be measured by are taken; tasks: all of the run
+    budget: divergence_episodes, divergence_states; held_out_text: see ``held_out_texts``
     without: {what is not measured: why}
     """
 
     def __init__(
         self,
+        measures: Sequence[Measure],
         policy: Policy,
         tasks: Sequence[Task],
         budget: Mapping,
@@ -32,23 +43,40 @@ class Drift:
         seed: int,
         num_envs: int,
     ):
-        self.policy, self.budget, self.seed, self.num_envs = policy, budget, seed, num_envs
-        self.held_out_text = held_out_text or {}
-        self.texts, self.without = self._read_texts(tasks)
+        self.policy, self.seed, self.num_envs = policy, seed, num_envs
+        self.count, self.limit = budget["divergence_episodes"], budget["divergence_states"]
+        self.without: dict[str, str] = {}
+        self.measures = self._defined(measures)
+        self.source, self.texts = (held_out_text or {}).get("source"), []
+        if self.source is not None:
+            self._read_texts(held_out_text, tasks)
 
-    def _read_texts(self, tasks: Sequence[Task]) -> tuple[list[str], dict[str, str]]:
-        """The texts on which layers are compared; {what is not measured: why} where this run has none."""
-        settings = self.held_out_text
-        if settings.get("source") is None:
-            return [], {}
+    def _defined(self, measures: Sequence[Measure]) -> list[Measure]:
+        """Those that say something about the policy; of the others the reason, said once for all that share it."""
+        reasons: dict[str, list[Measure]] = {}
+        for one in measures:
+            checked_kind("measure", one, Measure)
+            if [other.name for other in measures].count(one.name) > 1:
+                raise UserError(f"two of the measures are called '{one.name}'; name each once in measures=")
+            if reason := one.undefined(self.policy):
+                reasons.setdefault(reason, []).append(one)
+        for reason, members in reasons.items():
+            names = ", ".join(one.name for one in members)
+            self.without |= {one.name: f"{names}: {reason}" for one in members}
+        return [one for one in measures if one.name not in self.without]
+
+    def _read_texts(self, settings: dict, tasks: Sequence[Task]) -> None:
         if not self.policy.blocks:
-            reason = f"drift by layer is not measured: policy '{self.policy.name}' shows no layers"
-            return [], {"drift by layer": reason}
-        try:
-            return held_out_texts(settings, tasks, DIVERGENCE_SEED), {}
-        except LookupError as error:
-            fix = "add it to prior, or choose another held_out_text.source"
-            return [], {"drift by layer": f"drift by layer is not measured: {error}; {fix}"}
+            reason = f"policy '{self.policy.name}' shows no layers"
+        elif self.policy.layers_read != TEXT:
+            return  # they read observations of the tasks
+        else:
+            try:
+                self.texts = held_out_texts(settings, tasks, DIVERGENCE_SEED)
+                return
+            except LookupError as error:
+                reason = f"{error}; add it to prior, or choose another held_out_text.source"
+        self.without["drift by layer"] = f"drift by layer is not measured: {reason}"
 
     def measure(
         self,
@@ -59,36 +87,77 @@ class Drift:
         iteration: int,
         interim: bool = False,
     ) -> None:
-        """Divergence from the base on named states, and layer by layer; of the states, interim points have only the
+        """All measures at named states, on texts and of the weights; of the states, interim points have only the
         base's on the new task. roles: role -> tasks, as they are in this stage."""
+        here = {"stage": stage, "iteration": iteration}
         have = {
-            (row["task"], row["states"])
+            (row["task"], row["states"], row["measure"])
             for row in folder.rows("divergence")
             if (row["stage"], row["iteration"]) == (stage, iteration)
         }
-        checkpoint = {"stage": stage, "iteration": iteration}
-        count, limit = self.budget["divergence_episodes"], self.budget["divergence_states"]
-        for role, tasks in roles.items() if count and limit else ():
-            for task in tasks if role != "held_out" else []:
-                for name in task.compared_at():
-                    if (task.name, name) in have or (interim and (role, name) != ("new", "base")):
-                        continue
-                    states = self.states(name, task, count, limit)
-                    if not len(states):  # every episode broke off before its first step; the summary lists such errors
-                        continue
-                    rows = measure_divergence(self.policy, states, seed=self.seed)
-                    fields = {**checkpoint, "task": task.name, "role": role}
-                    folder.append("divergence", *({**fields, "states": name, **row} for row in rows))
-        if self.texts and (None, WEIGHTS) not in have:
-            source, k = self.held_out_text["source"], self.held_out_text["neighbours"]
-            rows = measure_layers(self.policy, self.texts, source=source, k=k)
-            folder.append("divergence", *({**checkpoint, **row} for row in rows))
+        for task, fields in self._places(roles, interim):
+            name = fields["states"]
+            missing = [
+                one
+                for one in self.measures
+                if name in one.at(self.policy) and (fields["task"], name, one.name) not in have
+            ]
+            states = self.states(name, task) if missing else None
+            if not missing or (not len(states) and name != WEIGHTS):
+                continue  # or every episode broke off before its first step; the summary lists such errors
+            rows = measured(missing, self.policy, states)
+            folder.append("divergence", *({**here, **fields, **row} for row in rows))
+            odd = {row["measure"]: row["value"] for row in rows if not np.isfinite(row["value"] or 0.0)}
+            for measure, value in odd.items():
+                say(f"  {folder.id}, iteration {iteration}: {measure} ({name}) is {value}; its row says null")
 
-    def states(self, name: str, task: Task, count: int, limit: int):
-        seeds = [task.seeds("test").start + DIVERGENCE_SEED + i for i in range(count)]
-        if name == "demonstrations":
-            return demonstration_states(task, count, limit=limit)
-        if name == "fine_tuned":
-            return policy_states(self.policy, task, seeds, num_envs=self.num_envs, limit=limit)
-        with self.policy.base():
-            return policy_states(self.policy, task, seeds, num_envs=self.num_envs, limit=limit)
+    def _places(self, roles: Mapping[str, Sequence[Task]], interim: bool) -> Iterator[tuple[Task | None, dict]]:
+        """(task, {"task", "role", "states"}) of everything that is looked at, in the order of the rows."""
+        for role, tasks in roles.items() if self.count and self.limit else ():
+            for task in tasks if role != "held_out" else ():
+                for name in task.compared_at():
+                    if not interim or (role, name) == ("new", BASE):
+                        yield task, {"task": task.name, "role": role, "states": name}
+        if self.texts:
+            yield None, {"task": self.source, "role": TEXT, "states": TEXT}
+        yield None, {"task": None, "role": None, "states": WEIGHTS}
+
+    def states(self, name: str, task: Task | None) -> States:
+        """The states of that name."""
+        if name == WEIGHTS:
+            return States({}, np.empty(0, np.int64), WEIGHTS)
+        if name == TEXT:
+            return States({TEXT: self.texts}, np.arange(len(self.texts)), TEXT, self.seed)
+        if name == DEMONSTRATIONS:
+            found = demonstration_states(task, self.count, limit=self.limit)
+        else:
+            seeds = [task.seeds("test").start + DIVERGENCE_SEED + i for i in range(self.count)]
+            with self.policy.base() if name == BASE else nullcontext():
+                found = policy_states(self.policy, task, seeds, num_envs=self.num_envs, limit=self.limit)
+        return replace(found, name=name, seed=self.seed)
+
+
+def policy_states(policy: Policy, task: Task, seeds: Sequence[int], *, num_envs: int, limit: int) -> States:
+    """Every state a policy visits on ``seeds`` at temperature 1, thinned evenly to ``limit``.
+
+    Questions are asked, not visited: of one-step tasks, and of scored ones that show their ``prompts``, these are the
+    items' observations, whatever the policy.
+    """
+    if (asked := task.prompts(np.asarray(seeds))) is not None:
+        return _thin(asked, np.asarray(seeds), limit)
+    episodes = sorted(evaluate(policy, task, seeds, temperature=1.0, num_envs=num_envs), key=lambda e: e.key.seed)
+    rows = [row for episode in episodes for row in episode.observations[: episode.steps]]
+    index = np.repeat([episode.key.seed for episode in episodes], [episode.steps for episode in episodes])
+    return _thin(columns(rows), index, limit) if rows else States({}, index)
+
+
+def demonstration_states(task: Task, count: int, *, limit: int) -> States:
+    """The states of ``count`` expert episodes that no method trains on."""
+    episodes = list(task.held_out_demonstrations(count))
+    obs = demonstration_columns(task, episodes)
+    return _thin(obs, np.repeat([e.seed for e in episodes], [len(e.commands) for e in episodes]), limit)
+
+
+def _thin(obs: dict, episode: np.ndarray, limit: int) -> States:
+    keep = np.unique(np.linspace(0, len(episode) - 1, min(limit, len(episode))).round().astype(int))
+    return States(take_columns(obs, keep), episode[keep])

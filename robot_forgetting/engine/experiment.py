@@ -21,6 +21,7 @@ from robot_forgetting.engine.success import Success
 from robot_forgetting.engine.train import restore, train
 from robot_forgetting.errors import UserError
 from robot_forgetting.machine.progress import Bar, bar, say
+from robot_forgetting.measure import Measure
 from robot_forgetting.method import Method, Penalty
 from robot_forgetting.methods.labels import check_targets
 from robot_forgetting.policy import Policy
@@ -39,7 +40,8 @@ class Setup:
     sequence: the new tasks, learned one after the other
     budget: episodes, greedy_episodes, interim_points, interim_episodes, divergence_episodes, divergence_states, videos
     names: group -> the name chosen in it, for the records; config: the resolved configuration, kept with them
-    held_out_text: see ``layers.held_out_texts``; None, or without a source: a policy's layers are not compared
+    measures: of the change at a checkpoint; held_out_text: on which a language model's layers are compared, see
+        ``held_out_texts``; None, or without a source: they are not
     checkpoint: a finished run whose fine-tuned policy is this one's base; None: the policy as it is
     temperature: of the sampled decode; episodes: per task, None for the budget's; seed_start: first initial state, None
         for the first of the test split
@@ -62,6 +64,7 @@ class Setup:
     seed_start: int | None
     num_envs: int
     processes: int
+    measures: Sequence[Measure] = ()
     held_out_text: dict | None = None
     checkpoint: str | None = None
     keep_stages: bool = False
@@ -75,7 +78,7 @@ def run(setup: Setup) -> int:
     started = start_from(setup.policy, setup.checkpoint, setup.config)
     experiment = Experiment(replace(setup, prior=prior), started)
     left_out |= experiment.drift.without
-    for reason in left_out.values():
+    for reason in dict.fromkeys(left_out.values()):
         say(f"left out: {reason}")
     check_conventions(setup.policy, experiment.tasks)
     for task in setup.sequence:
@@ -127,6 +130,7 @@ class Experiment:
             num_envs=setup.num_envs,
         )
         self.drift = Drift(
+            setup.measures,
             self.policy,
             self.tasks,
             self.budget,

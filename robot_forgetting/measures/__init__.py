@@ -1,1 +1,1 @@
-"""What is recorded at a checkpoint: distances from the base policy and drifts, one file each."""
+"""What is recorded at a checkpoint: distances from the base policy, one file for those that share a pass."""

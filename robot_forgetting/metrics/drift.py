@@ -77,6 +77,11 @@ def weight_l2(base: Weights, fine_tuned: Weights, *, run_dims: int | None = None
     return _total(_squares(change) for change in changes(base, fine_tuned, run_dims=run_dims)).sqrt()
 
 
+def weight_size(weights: Weights) -> Tensor:
+    """sum_i |w_i| over all weights of one policy, [] float64: what ``weight_l1`` is to be compared with."""
+    return _total(_wide(weight).abs().sum().double() for weight in weights.values())
+
+
 def weight_norm(weights: Weights) -> Tensor:
     """sqrt(sum_i w_i^2) over all weights of one policy, [] float64: what ``weight_l2`` is to be compared with."""
     return _total(_wide(weight).square().sum().double() for weight in weights.values()).sqrt()
@@ -164,13 +169,20 @@ def ranks(
     Default tolerance: max(rows, columns) * eps of float32, the rule of numpy's and torch's matrix_rank, used there too.
     float32 weights round by 6e-8 of their own size: an update that small beside them has full rank by rounding alone.
     """
-    numerical, effective = [], []
+    found = list(rank_shares(base, fine_tuned, relative_tolerance=relative_tolerance, run_dims=run_dims))
+    means = (_aggregate(list(side), "mean") for side in (zip(*found, strict=True) if found else ([], [])))
+    return dict(zip(("weight_rank", "weight_effective_rank"), means, strict=True))
+
+
+def rank_shares(
+    base: Weights, fine_tuned: Weights, *, relative_tolerance: float | None = None, run_dims: int | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of each matrix the two of ``ranks``, [*runs] float64."""
     for name, matrix in _matrices(changes(base, fine_tuned, run_dims=run_dims)):
         values, side = _singular_values(name, matrix), max(matrix.shape[-2:])
         tolerance = side * torch.finfo(torch.float32).eps if relative_tolerance is None else relative_tolerance
-        numerical.append(numerical_rank(values, tolerance).double() / values.shape[-1])
-        effective.append(effective_rank(values) / values.shape[-1])
-    return {"weight_rank": _aggregate(numerical, "mean"), "weight_effective_rank": _aggregate(effective, "mean")}
+        count = values.shape[-1]
+        yield numerical_rank(values, tolerance).double() / count, effective_rank(values) / count
 
 
 def weight_change(
@@ -220,6 +232,12 @@ def activation_l1(base: Tensor, fine_tuned: Tensor) -> Tensor:
 def activation_l2(base: Tensor, fine_tuned: Tensor) -> Tensor:
     """Mean over inputs of sqrt(sum_d (h_d - h0_d)^2), activations [..., N, D] to [...]; leading dims broadcast."""
     return torch.linalg.vector_norm(_wide(fine_tuned) - _wide(base), dim=-1).mean(-1)
+
+
+def activation_l1_relative(base: Tensor, fine_tuned: Tensor) -> Tensor:
+    """``activation_l1`` over the mean of the base's sum_d |h0_d|; 0 where nothing moved."""
+    moved, size = activation_l1(base, fine_tuned), _wide(base).abs().sum(-1).mean(-1)
+    return torch.where(moved == 0, 0.0, moved / size)
 
 
 def activation_l2_relative(base: Tensor, fine_tuned: Tensor) -> Tensor:

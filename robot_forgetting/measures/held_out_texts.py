@@ -1,9 +1,4 @@
-"""How far each layer of a policy has moved from the base's: what it makes of held-out texts, and its weights.
-
-RL's Razor (appendix C.1) compares base and fine-tuned model by CKNNA on paragraphs that neither was trained on, and
-does not say which layer, how its states become one vector per text, how many texts, nor k. Here: every layer, the mean
-over a text's tokens (see the policy's ``hidden_states``), and keys of the configuration for the rest.
-"""
+"""The texts that a language model's layers read: prompts of a task, or of a file; neither model was trained on them."""
 
 from __future__ import annotations
 
@@ -14,12 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from robot_forgetting.errors import UserError
-from robot_forgetting.measure import TEXT, WEIGHTS
-from robot_forgetting.metrics import drift, representation
-from robot_forgetting.policy import Policy
+from robot_forgetting.measures.representation import LEAST
 from robot_forgetting.task import Task
 
-LEAST = 4  # texts, for CKA without bias and CKNNA
 FILES = (".txt", ".jsonl", ".json", ".jsonl.gz", ".json.gz")
 
 
@@ -70,36 +62,3 @@ def _of_task(name: str, number: int, tasks: Sequence[Task], first: int) -> list[
     if "messages" not in asked:
         raise LookupError(f"{name} has no prompts in words")
     return [chat[-1]["content"] for chat in asked["messages"]]
-
-
-def measure_layers(policy: Policy, texts: Sequence[str], *, source: str, k: int) -> list[dict]:
-    """Rows of divergence.jsonl without stage and iteration, with the layer; a ``layer`` of None is the whole model.
-
-    On the texts: CKA (linear, without bias: a model is wider than there are texts), CKNNA by both masks, and the change
-    of the states over their length. Of the weights: |w - w0| / |w0|, adapters merged. CKA and CKNNA are 1 for the same.
-    """
-    policy.eval()
-    obs = {"text": list(texts)}
-    with policy.base():
-        before = policy.hidden_states(obs)
-    after = policy.hidden_states(obs)
-    measures = {"cka_debiased": representation.linear_cka(before, after, debiased=True)}
-    for mask in representation.MASKS:
-        measures[f"cknna_{mask}"] = representation.cknna(before, after, k=k, mask=mask)
-    measures["activation_l2_relative"] = drift.activation_l2_relative(before, after)
-    rows = []
-    for name, values in measures.items():
-        head = {"task": source, "role": TEXT, "states": TEXT, "measure": name, "unit": "1"}
-        head |= {"k": k} if name.startswith("cknna") else {}
-        for layer, value in enumerate(values.tolist()):
-            rows.append({**head, "layer": layer, "value": value, "standard_error": None, "n": len(texts)})
-    head = {"task": None, "role": None, "states": WEIGHTS, "measure": "weight_l2_relative", "unit": "1"}
-    moved, size = 0.0, 0.0  # squares, over all weights
-    for layer, base, own in policy.layer_weights():
-        change, norm = drift.weight_l2(base, own).item(), drift.weight_norm(base).item()
-        moved, size = moved + change**2, size + norm**2
-        if layer is not None:
-            value = change / norm if norm else None
-            rows.append({**head, "layer": layer, "value": value, "standard_error": None, "n": None})
-    rows.append({**head, "layer": None, "value": (moved / size) ** 0.5, "standard_error": None, "n": None})
-    return rows
