@@ -163,7 +163,7 @@ def test_the_ends_of_a_range_of_a_constructor(entry):
                     assert str(caught.value).startswith(f"{dotted(path)}=") and "\n" not in str(caught.value)
                 if node[key] is None and problem("", None, parameter.annotation):
                     del node[key]
-    assert tried
+    assert tried or group == "measure"  # of which most take nothing
 
 
 # ---- on the command line: one line that names the key, before anything is built

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -85,7 +86,7 @@ class CKNNA(LayerComparison):
 
     similarity = True
 
-    def __init__(self, mask: str = "intersection", k: Count = 10):
+    def __init__(self, mask: Literal["intersection", "union"] = "intersection", k: Count = 10):
         self.mask, self.k = mask, k
         self.name = f"cknna_{mask}"
         self.title = f"CKNNA (mask as {'published' if mask == 'intersection' else 'replicated'})"
