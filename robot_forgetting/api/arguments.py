@@ -113,7 +113,7 @@ class Arguments:
             key = re.split(r"[.@/]", key_of(text))[0]
             if not text.startswith("+") or key in known or key not in self._config:  # a group's may lie elsewhere
                 continue
-            tasks = [self._entry("task", one) for name in OTHERS for one in self._tasks(name) if isinstance(one, str)]
+            tasks = [self._entry("task", one) for name in OTHERS for one in self._members(name) if isinstance(one, str)]
             if not any(key in _read_by(node) for node in (self._config, *tasks)):
                 raise UserError(
                     f"nothing reads '{key}' ({text}); a setting of a method, task or policy is +method.{key}=..., "

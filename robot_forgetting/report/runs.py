@@ -17,7 +17,7 @@ from robot_forgetting.records.summary import SCORED, mostly_cut, no_signal, outc
 BASE = "base"
 # Keys in which the configurations of two seeds of one experiment may differ.
 SEED_KEYS = {"seed", "seeds", "run_dir", "hydra", "name", "sweep", "output", "debug", "processes", "num_envs", "device"}
-SEED_KEYS |= {"measures", "listed"}  # what is looked at, not what is done
+SEED_KEYS |= {"measures", "measures_objects"}  # what is looked at, not what is done
 
 Key = tuple[int, int, str, str, str]  # stage, iteration, task, role, decode
 
