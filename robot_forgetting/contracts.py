@@ -132,17 +132,16 @@ def checked_batches(method: Method, made: object) -> Sequence[Batch]:
     return made
 
 
-def checked_loss(source: Method | Penalty, hook: str, value: object, runs: int, *, learns: bool = True) -> Tensor:
-    """What ``loss`` (or a penalty) gave: a scalar, or [R] for a policy that stacks R networks.
+def checked_loss(source: Method | Penalty, hook: str, value: object, *, learns: bool = True) -> Tensor:
+    """What ``loss`` (or a penalty) gave: a scalar.
 
     learns: whether it must depend on the policy's weights
     """
-    shape = [] if runs == 1 else [runs]
     if not isinstance(value, Tensor):
         raise fault(source, hook, f"gives {kind_of(value)}; return a torch scalar, the mean over rows")
-    if list(value.shape) != shape:
-        fix = "reduce it to a scalar, the mean over rows" if runs == 1 else f"give one mean for each of {runs} networks"
-        raise fault(source, hook, f"gives a tensor of shape {list(value.shape)}; {fix}")
+    if value.dim():
+        shape = list(value.shape)
+        raise fault(source, hook, f"gives a tensor of shape {shape}; reduce it to a scalar, the mean over rows")
     if not value.is_floating_point():
         raise fault(source, hook, f"gives {kind_of(value)}; return a float tensor")
     if learns and not value.requires_grad:

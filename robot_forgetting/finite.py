@@ -40,15 +40,14 @@ def misfits(expected: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[
 
 
 def check_weights(policy: Policy) -> None:
-    """``Diverged`` where a policy that is to be measured cannot be. (Of a stack, single networks may be given up.)"""
-    if policy.runs == 1:
-        fix = "its training diverged, or its file is broken: take other weights"
-        check_finite(dict(policy.named_parameters()), f"policy '{policy.name}'", fix)
+    """``Diverged`` where a policy that is to be measured cannot be."""
+    fix = "its training diverged, or its file is broken: take other weights"
+    check_finite(dict(policy.named_parameters()), f"policy '{policy.name}'", fix)
 
 
 def check_probabilities(policy: Policy, action: Action) -> None:
     """The same for what a policy computes: finite weights can be so large that their products are not."""
-    if policy.runs == 1 and any(n is not None and n.isnan().any() for n in (action.log_prob, action.values)):
+    if any(n is not None and n.isnan().any() for n in (action.log_prob, action.values)):
         what = "probabilities" if action.values is None else "actions"
         raise Diverged(
             f"policy '{policy.name}' computes {what} that are no numbers; its weights are too large or broken "

@@ -97,17 +97,13 @@ class Batch:
         return self.action.mask.sum().item() / max(1, len(self))
 
 
-def mean_over_tokens(values: Tensor, mask: Tensor, runs: int = 1, per_row: float | None = None) -> Tensor:
-    """Mean of [N, T] values over the tokens that count, 0 where none does.
+def mean_over_tokens(values: Tensor, mask: Tensor, per_row: float | None = None) -> Tensor:
+    """Mean of [N, T] values over the tokens that count, a scalar; 0 where none does.
 
-    A scalar; for a policy that stacks several networks (rows run-major) one mean per network, [R].
-    per_row: divide by so many tokens per row in place of those there are (``Batch.tokens_per_row``); not for stacks
+    per_row: divide by so many tokens per row in place of those there are (``Batch.tokens_per_row``)
     """
-    if runs == 1:
-        count = mask.sum().clamp_min(1) if per_row is None else max(1.0, len(mask) * per_row)
-        return (values * mask).sum() / count
-    values, mask = (values * mask).view(runs, -1), mask.reshape(runs, -1)
-    return values.sum(1) / mask.sum(1).clamp_min(1)
+    count = mask.sum().clamp_min(1) if per_row is None else max(1.0, len(mask) * per_row)
+    return (values * mask).sum() / count
 
 
 class Staged(BuiltWith):
@@ -162,7 +158,7 @@ class Method(Staged, ABC):
 
     @abstractmethod
     def loss(self, policy: Policy, batch: Batch) -> Tensor:
-        """Scalar: the mean over the batch's rows. For a policy that stacks R networks, [R]: each one's own mean.
+        """Scalar: the mean over the batch's rows.
 
         May read only the policy, the batch and what ``begin`` set: on a CPU a part of every batch is computed in a
         forked process, which does not see what ``collect`` changed since. Carry anything else in ``batch.extra``.
@@ -180,4 +176,4 @@ class Penalty(Staged, ABC):
 
     @abstractmethod
     def __call__(self, policy: Policy, batch: Batch) -> Tensor:
-        """Scalar (or [R], like the loss), already multiplied by its coefficient."""
+        """Scalar, already multiplied by its coefficient."""

@@ -128,31 +128,28 @@ def _mixed(z: np.ndarray) -> np.ndarray:
 
 
 class Repeated:
-    """A column of ``outer * len(values) * inner`` rows that holds each of its values once.
+    """A column of ``len(values) * times`` rows that holds each of its values once.
 
-    Row order: the whole column ``outer`` times (one per network of a stack), every value ``inner`` times in a row (a
-    group's decisions start from one observation). A policy that knows it computes each value once; indexing gives
-    plain rows.
+    Every value comes ``times`` times in a row (a group's decisions start from one observation). A policy that knows it
+    computes each value once; indexing gives plain rows.
     """
 
-    def __init__(self, values, *, inner: int = 1, outer: int = 1):
-        self.values, self.inner, self.outer = values, inner, outer
+    def __init__(self, values, times: int):
+        self.values, self.times = values, times
 
     def __len__(self) -> int:
-        return self.outer * len(self.values) * self.inner
+        return len(self.values) * self.times
 
     def __getitem__(self, index):
         if isinstance(index, slice) and index.indices(len(self)) == (0, len(self), 1):
             return self
-        rows = np.arange(len(self))[index] // self.inner % len(self.values)
+        rows = np.arange(len(self))[index] // self.times
         return [self.values[row] for row in rows] if isinstance(self.values, list) else self.values[rows]
 
 
-def repeated(obs: dict, *, inner: int = 1, outer: int = 1) -> dict:
-    """Observation columns with every row ``inner`` times, and all of it ``outer`` times; nothing is copied."""
-    if inner == outer == 1:
-        return obs
-    return {key: Repeated(column, inner=inner, outer=outer) for key, column in obs.items()}
+def repeated(obs: dict, times: int) -> dict:
+    """Observation columns with every row ``times`` times; nothing is copied."""
+    return obs if times == 1 else {key: Repeated(column, times) for key, column in obs.items()}
 
 
 @dataclass(frozen=True)
@@ -168,22 +165,17 @@ class Answers:
 def answer(
     policy: Policy, task: OneStepTask, seeds: np.ndarray, streams: np.ndarray, *, temperature: float = 1.0
 ) -> Answers:
-    """The episodes (seeds [M], streams [M, G]) all at once: G decisions for each observation, M * G rows.
-
-    A policy that stacks R networks gives R * M * G rows, a network's in a row; all networks draw the same noise, so
-    that a run does not depend on which others it is stacked with.
-    """
+    """The episodes (seeds [M], streams [M, G]) all at once: G decisions for each observation, M * G rows."""
     group = streams.shape[1]
     columns = checked_columns(task, task.observations(seeds), len(seeds))
-    obs = repeated(columns, inner=group, outer=policy.runs)
+    obs = repeated(columns, group)
     each = np.repeat(seeds, group)
-    noise = decision_noise(each, streams.ravel(), policy.noise_width)
-    noise = torch.from_numpy(np.tile(noise, (policy.runs, 1)))
-    rows = len(each) * policy.runs
+    noise = torch.from_numpy(decision_noise(each, streams.ravel(), policy.noise_width))
+    rows = len(each)
     action = checked_action(policy, policy.act(obs, temperature=temperature, noise=noise), rows).to("cpu")
     check_probabilities(policy, action)
     answers = checked_commands(policy, policy.decode(action, statistics=task.statistics), rows)
-    rewards = checked_rewards(task, task.rewards(np.tile(each, policy.runs), answers), rows)
+    rewards = checked_rewards(task, task.rewards(each, answers), rows)
     return Answers(obs, action, torch.from_numpy(rewards))
 
 

@@ -108,9 +108,6 @@ class Policy(BuiltWith, nn.Module, ABC):
     # What every policy of this class means, known before one is built and its weights are fetched, and compared first;
     # the arguments action_mode, rotation, gripper and control_hz take its place where they are given.
     declares: ConventionSpec = ConventionSpec()
-    # How many independently trained networks this object stacks. Rows are run-major: the first 1/runs of a batch's rows
-    # belong to network 0, and so on.
-    runs: int = 1
     # Whether a part of a batch is worth computing in another process.
     splits_batches: bool = True
     # Decisions of one-step tasks that are worth asking for at once; so many are lost at most when a run is interrupted.
@@ -260,10 +257,6 @@ class Policy(BuiltWith, nn.Module, ABC):
     def metrics(self) -> dict[str, float]:
         """Numbers about the last ``act`` for train.jsonl."""
         return {}
-
-    def run_parameters(self) -> list[list[nn.Parameter]]:
-        """Each network's parameters, trainable or not."""
-        return [list(self.parameters())]
 
     @property
     def device(self) -> torch.device:

@@ -188,10 +188,6 @@ class Rotated(ToyPolicy):
         return ConventionSpec(action_dimensions=2, action_mode="delta", rotation="euler_xyz")
 
 
-class Stacked(ToyPolicy):
-    runs = 2
-
-
 def begin(method, policy=None, task=None) -> None:
     policy, task = policy or tiny_lm(), task or LettersTask()
     method.check(policy, task)
@@ -209,7 +205,6 @@ def distilled(**options) -> OnPolicyDistillation:
         (lambda: distilled(teacher_run="x", direction="up"), "unknown KL direction 'up'"),
         (lambda: begin(distilled(teacher=ToyPolicy())), "differ in meaning: action_dimensions: 1 against 2"),
         (lambda: begin(distilled(teacher_run="nowhere")), "nowhere is not a run folder"),
-        (lambda: begin(distilled(teacher=Stacked()), Stacked(), ToyTask()), "one network at a time, not a stack of 2"),
         (lambda: begin(sdft(), ToyPolicy(), ToyTask()), "'reach' asks no questions in words"),
         (lambda: begin(sdft(), tiny_lm(dtype="bfloat16")), "weights in bfloat16 would stand still"),
         (lambda: sdft(template="{question}"), "method.template must contain"),

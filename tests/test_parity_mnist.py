@@ -91,7 +91,7 @@ def test_a_task_needs_pictures(limit):
 
 def test_the_fisher_in_closed_form():
     torch.manual_seed(0)
-    weights = MLPPolicy(sizes=(4, 6, 5, 3)).network(0)
+    weights = MLPPolicy(sizes=(4, 6, 5, 3)).network()
     inputs = torch.randn(7, 4)
 
     def log_probabilities(w, x):
@@ -106,25 +106,24 @@ def test_the_fisher_in_closed_form():
 
 
 def test_a_probe_of_the_base_finds_no_change(data):
-    policy = MLPPolicy(sizes=(785, 12, 8, 10), runs=2)
+    policy = MLPPolicy(sizes=(785, 12, 8, 10))
     settings = Settings(images=40, similarity=20, fisher=20, k=3)
     probe = Probe(policy, {"new": ParityMNIST(), "prior": FashionMNIST()}, settings)
     success, found = probe.measure(policy, ranks=True)
+    assert success == probe.base_success()
     expected = {"cka": 1, "cknna_intersection": 1, "cknna_union": 1, "weight_sparsity": 1}
-    for run in found:
-        assert {row["role"] for row in run} == {"new", "prior", None}
-        for row in run:
-            want = expected.get(row["measure"].replace("_exact", "").replace("_bfloat16", ""), 0)
-            assert row["value"] == pytest.approx(want, abs=1e-5), row
+    assert {row["role"] for row in found} == {"new", "prior", None}
+    for row in found:
+        want = expected.get(row["measure"].replace("_exact", "").replace("_bfloat16", ""), 0)
+        assert row["value"] == pytest.approx(want, abs=1e-5), row
     answers = policy.activations(ParityMNIST().observations(1_000_000 + np.arange(40) * TEST // 40)["features"])[1]
-    right = ParityMNIST().rewards(1_000_000 + np.arange(40) * TEST // 40, answers[0].argmax(-1).numpy())
-    assert mean_success(success[1], "new") == pytest.approx(right.mean())
-    for parameter in policy.run_parameters()[1]:
+    right = ParityMNIST().rewards(1_000_000 + np.arange(40) * TEST // 40, answers.argmax(-1).numpy())
+    assert mean_success(success, "new") == pytest.approx(right.mean())
+    for parameter in policy.parameters():
         parameter.data.add_(0.1)
-    moved = probe.measure(policy)[1]
-    for row, still in zip(moved[1], moved[0], strict=True):
+    for row in probe.measure(policy)[1]:
         if row["measure"] in ("forward_kl", "weight_l1", "activation_l1", "weight_fisher_l2"):
-            assert row["value"] > 1e-3 > abs(still["value"])
+            assert row["value"] > 1e-3
 
 
 def study(**changes) -> Study:
@@ -186,11 +185,7 @@ def test_a_second_command_does_only_what_is_missing(data, tmp_path, monkeypatch)
     untouched = (folder / first / "run.json").stat().st_mtime_ns
     study(methods=["sft_1"]).run(folder, processes=1)
     assert (folder / first / "run.json").stat().st_mtime_ns == untouched
-    # Alone this time, with the other network of its stack done: the same numbers.
-    old, new = json.loads(before[second]), RunFolder(folder / second).summary()
-    assert [r["successes"] for r in old["success"]] == [r["successes"] for r in new["success"]]
-    for a, b in zip(old["divergence"], new["divergence"], strict=True):
-        assert a["value"] == pytest.approx(b["value"], rel=1e-3, abs=1e-5), a["measure"]
+    assert (folder / second / "summary.json").read_text() == before[second]
 
 
 def test_a_diverging_run_fails_and_the_others_go_on(data, tmp_path, capsys):
@@ -288,6 +283,6 @@ def test_the_base_policy_on_the_real_data(shared, monkeypatch):
     monkeypatch.setenv(VARIABLE, str(shared / "data"))
     new, prior = ParityMNIST(), FashionMNIST()
     policy = MLPPolicy(weights=pretrain(new, prior, seed=0))
-    rows = Probe(policy, {"new": new, "prior": prior}, Settings()).success(policy)[0]
+    rows = Probe(policy, {"new": new, "prior": prior}, Settings()).base_success()
     # The published replication's base: about 0.86 and 0.75.
     assert 0.80 < mean_success(rows, "new") < 0.90 and 0.72 < mean_success(rows, "prior") < 0.80

@@ -166,12 +166,12 @@ def test_a_checkpoint_in_bfloat16_is_continued_in_float32(tmp_path):
 
     step()
     with RunFolder.create(tmp_path, config={}, run={}) as folder:
-        save_checkpoint(folder.checkpoints, policy, [adam], method, iteration=1, step=1)
+        save_checkpoint(folder.checkpoints, policy, adam, method, iteration=1, step=1)
         for file in folder.checkpoints.glob("*/[po]*.safetensors"):
             tensors = load_file(file).items()
             save_file({name: t if name.endswith(".step") else t.bfloat16() for name, t in tensors}, file)
         (state,) = folder.checkpoints.glob("*/state.json")
         state.write_text('{"iteration": 1, "step": 1}')  # of which those knew no layout
-        load_checkpoint(folder.checkpoints, policy, [adam], method)
+        load_checkpoint(folder.checkpoints, policy, adam, method)
     step()
     assert {tensor.dtype for p in weights for tensor in (p, *adam.state[p].values())} == {torch.float32}

@@ -130,7 +130,7 @@ def test_micro_batches_of_different_lengths_add_up_to_the_batchs_gradient():
 def test_mean_over_tokens_by_hand():
     values, mask = torch.tensor([[1.0, 2.0], [4.0, 9.0]]), torch.tensor([[True, True], [True, False]])
     assert mean_over_tokens(values, mask).item() == pytest.approx(7 / 3)
-    assert mean_over_tokens(values, mask, 1, 5.0).item() == pytest.approx(7 / 10)
+    assert mean_over_tokens(values, mask, 5.0).item() == pytest.approx(7 / 10)
     whole = Batch({"x": [0, 1]}, tiny_lm().encode(["", "aaa"]))
     part = whole[0:1]
     assert part.tokens_per_row == whole.mean_tokens == part.mean_tokens

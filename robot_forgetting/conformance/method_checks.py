@@ -129,7 +129,7 @@ def _gradient(policy: Policy, source: Method | Penalty, hook: str, batch: Batch)
 
 
 def _value(policy: Policy, source: Method | Penalty, hook: str, batch: Batch, *, learns: bool = True) -> Tensor:
-    value = checked_loss(source, hook, getattr(source, hook)(policy, batch), policy.runs, learns=learns)
+    value = checked_loss(source, hook, getattr(source, hook)(policy, batch), learns=learns)
     expect(torch.isfinite(value), f"{hook}() gives {value.item()}; look for log(0), 0/0 or exp of large numbers")
     return value
 

@@ -61,11 +61,11 @@ def try_parts(policy: Policy, task: Task, method: Method, penalty: Penalty | Non
     if task.one_step:
         if is_plugin(type(task)):
             try_questions(task)
-        if is_own(method, penalty) and policy.runs == 1 and policy.can("encode"):
+        if is_own(method, penalty) and policy.can("encode"):
             try_hooks(policy, answered_questions(policy, task), method, penalty)
     else:
         row = try_environment(task, num_envs)
-        if is_own(policy, method, penalty) and policy.runs == 1:
+        if is_own(policy, method, penalty):
             try_hooks(policy, decided(policy, task, row), method, penalty)
 
 
@@ -162,7 +162,7 @@ def try_hooks(policy: Policy, batch: Batch, method: Method, penalty: Penalty | N
                 if source is not None and is_own(source):
                     value = _attempted(source, lambda source=source, hook=hook: getattr(source, hook)(policy, batch))
                     if value is not _UNKNOWN:
-                        checked_loss(source, hook, value, policy.runs, learns=hook == "loss")
+                        checked_loss(source, hook, value, learns=hook == "loss")
         finally:
             policy.eval()
 

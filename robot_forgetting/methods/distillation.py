@@ -42,7 +42,7 @@ class _Distillation(Method):
     def _loss(self, policy: Policy, batch: Batch, teacher: Policy, obs: dict) -> Tensor:
         reference = Reference(teacher, obs)
         values = policy.compared(batch.obs, batch.action, {"kl": self.divergence}, reference)["kl"]
-        return mean_over_tokens(values, batch.action.mask, 1, batch.tokens_per_row)
+        return mean_over_tokens(values, batch.action.mask, batch.tokens_per_row)
 
     def metrics(self) -> dict[str, float]:
         return self._metrics
@@ -81,7 +81,6 @@ class OnPolicyDistillation(_Distillation):
         self.teacher, self.teacher_run = teacher, teacher_run
 
     def check(self, policy: Policy, task) -> None:
-        _one_network(policy, "on_policy_distillation")
         if self.teacher is not None:
             policy.check_tokens(self.teacher)
         if self.teacher_run is not None:
@@ -132,7 +131,6 @@ class SDFT(_Distillation):
         self.template, self.labels, self.teacher_rate = template, labels, teacher_rate
 
     def check(self, policy: Policy, task) -> None:
-        _one_network(policy, "sdft")
         if not task.one_step or "messages" not in task.observations(task.seeds("train")[:1]):
             raise UserError(
                 f"sdft's teacher reads demonstrations in its prompt; '{task.name}' asks no questions in words"
@@ -185,8 +183,3 @@ class SDFT(_Distillation):
         parts = {"{question}": messages[-1]["content"], "{demonstration}": demonstration}
         text = re.sub("|".join(map(re.escape, parts)), lambda found: parts[found[0]], self.template)
         return [*messages[:-1], {**messages[-1], "content": text}]
-
-
-def _one_network(policy: Policy, method: str) -> None:
-    if policy.runs > 1:
-        raise UserError(f"{method} trains one network at a time, not a stack of {policy.runs}")

@@ -64,7 +64,7 @@ class GRPO(Method):
         batch = rollouts.batch(advantage, policy.max_new_tokens if self.normaliser == "longest" else None)
         self._metrics = {**rollouts.metrics(), "used_decisions": 0 if batch is None else len(batch)}
         seed = [self.seed, iteration]
-        return minibatches(batch, size=self.minibatch_size, epochs=self.epochs, seed=seed, runs=policy.runs)
+        return minibatches(batch, size=self.minibatch_size, epochs=self.epochs, seed=seed)
 
     def loss(self, policy: Policy, batch: Batch) -> Tensor:
         log_prob = policy.log_prob(batch.obs, batch.action)
@@ -72,7 +72,7 @@ class GRPO(Method):
         advantage = batch.advantage.unsqueeze(1)
         clipped = ratio.clamp(1 - self.clip, 1 + self.clip)
         gain = torch.minimum(ratio * advantage, clipped * advantage)
-        return -mean_over_tokens(gain, batch.action.mask, policy.runs, batch.tokens_per_row)
+        return -mean_over_tokens(gain, batch.action.mask, batch.tokens_per_row)
 
     def metrics(self) -> dict[str, float]:
         return self._metrics

@@ -33,5 +33,4 @@ class KL(Penalty):
 
     def __call__(self, policy: Policy, batch: Batch) -> Tensor:
         values = policy.compared(batch.obs, batch.action, {"kl": self.divergence})["kl"]
-        mask = batch.action.mask
-        return self.coefficient * mean_over_tokens(values, mask, policy.runs, batch.tokens_per_row)
+        return self.coefficient * mean_over_tokens(values, batch.action.mask, batch.tokens_per_row)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from robot_forgetting.errors import UserError
 from robot_forgetting.method import Batch
-from robot_forgetting.one_step import OneStepTask, repeated, uniforms
+from robot_forgetting.one_step import OneStepTask, uniforms
 from robot_forgetting.policy import Action, Policy
 
 CHUNK = 4096
@@ -65,11 +65,11 @@ class LabelledItems:
         self.kept = self.kept & kept
         self._check()
 
-    def batch(self, step: int, size: int, runs: int) -> Batch:
-        """The step's batch, the same rows for each of ``runs`` stacked networks; soft targets as extra["target"]."""
+    def batch(self, step: int, size: int) -> Batch:
+        """The step's batch; soft targets as extra["target"]."""
         seeds = self._seeds(step, size)
-        extra = None if self._soft is None else {"target": self._soft[self._rows(seeds, runs)]}
-        return Batch(repeated(self.task.observations(seeds), outer=runs), self._encoded(seeds, runs), extra=extra)
+        extra = None if self._soft is None else {"target": self._soft[torch.from_numpy(seeds - self._start)]}
+        return Batch(self.task.observations(seeds), self._encoded(seeds), extra=extra)
 
     def texts(self, step: int, size: int) -> tuple[np.ndarray, list[str]]:
         """The step's seeds [size] and the texts that label them, for a method that reads the labels itself."""
@@ -78,9 +78,9 @@ class LabelledItems:
         seeds = self._seeds(step, size)
         return seeds, [self._labels[row] for row in seeds - self._start]
 
-    def action(self, step: int, size: int, runs: int) -> Action:
+    def action(self, step: int, size: int) -> Action:
         """The decisions of that batch alone."""
-        return self._encoded(self._seeds(step, size), runs)
+        return self._encoded(self._seeds(step, size))
 
     def _seeds(self, step: int, size: int) -> np.ndarray:
         if self.kept.all():
@@ -90,14 +90,12 @@ class LabelledItems:
         whole = self.task.training_seeds(epoch, len(self.kept), seed=self.seed)  # one batch: the whole epoch
         return whole[self.kept[whole - self._start]][batch * size : (batch + 1) * size]
 
-    def _rows(self, seeds: np.ndarray, runs: int) -> Tensor:
-        return torch.from_numpy(seeds - self._start).repeat(runs)
-
-    def _encoded(self, seeds: np.ndarray, runs: int) -> Action:
+    def _encoded(self, seeds: np.ndarray) -> Action:
         """Tokens of this batch's labels only: a whole data set's solutions, padded to the longest, are many GB."""
-        if not isinstance(self._labels, list):
-            return self.policy.encode(self._labels[self._rows(seeds, runs).numpy()])
-        return self.policy.encode([self._labels[row] for row in self._rows(seeds, runs)])
+        rows = seeds - self._start
+        if isinstance(self._labels, list):
+            return self.policy.encode([self._labels[row] for row in rows])
+        return self.policy.encode(self._labels[rows])
 
     def _check(self) -> None:
         if not self.kept.any():
@@ -199,17 +197,16 @@ def correct(task: OneStepTask, seeds: np.ndarray) -> Tensor:
 
 
 def base_probabilities(policy: Policy, task: OneStepTask, seeds: np.ndarray) -> Tensor:
-    """[N, V] pi_0 at the first token; of the first network where the policy stacks several (they share the base)."""
+    """[N, V] pi_0 at the first token."""
     with policy.base():
         return _probabilities(policy, task, seeds)
 
 
 @torch.no_grad()
 def _probabilities(policy: Policy, task: OneStepTask, seeds: np.ndarray) -> Tensor:
-    tokens = torch.zeros(len(seeds) * policy.runs, 1, dtype=torch.int64)
-    obs = repeated(task.observations(seeds), outer=policy.runs)
-    logits = policy.logits(obs, Action(tokens, torch.ones_like(tokens, dtype=torch.bool)))
-    return logits[: len(seeds), 0].softmax(-1).cpu()
+    tokens = torch.zeros(len(seeds), 1, dtype=torch.int64)
+    logits = policy.logits(task.observations(seeds), Action(tokens, torch.ones_like(tokens, dtype=torch.bool)))
+    return logits[:, 0].softmax(-1).cpu()
 
 
 def draw(probabilities: Tensor, seeds: np.ndarray, stream: int) -> np.ndarray:

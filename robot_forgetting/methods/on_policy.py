@@ -94,12 +94,11 @@ class Rollouts:
 class OneStepRollouts:
     """The same for one-step tasks, from one call of the policy.
 
-    Every one-token decision stays in the batch: without advantage it costs nothing, and equal numbers of rows are what
-    stacked networks need. Texts without advantage are left out, but count in the means.
+    Every one-token decision stays in the batch: without advantage it costs nothing. Texts without advantage are left
+    out, but count in the means.
     """
 
     answers: Answers
-    runs: int = 1
     group_size: int = 1
 
     @property
@@ -115,8 +114,7 @@ class OneStepRollouts:
         return self.answers.action.mask.sum(1)
 
     def metrics(self) -> dict[str, float]:
-        success = self.rewards.view(self.runs, -1)
-        numbers = {"rollout_success": success.mean(1).tolist(), "episodes": success.shape[1]}
+        numbers = {"rollout_success": self.rewards.mean().item(), "episodes": len(self.rewards)}
         if self.answers.action.mask.shape[1] > 1:
             numbers["completion_tokens"] = self.lengths.float().mean().item()
         return numbers
@@ -124,7 +122,7 @@ class OneStepRollouts:
     def batch(self, advantage: Tensor, tokens_per_row: float | None = None) -> Batch | None:
         action = self.answers.action
         whole = Batch(self.answers.obs, action, advantage)
-        if self.runs > 1 or (action.mask.shape[1] == 1 and tokens_per_row is None):
+        if action.mask.shape[1] == 1 and tokens_per_row is None:
             return whole
         kept = (advantage.abs() > 1e-8).nonzero().squeeze(1)
         if not len(kept):
@@ -134,7 +132,7 @@ class OneStepRollouts:
         divisor = counted if tokens_per_row is None else tokens_per_row * len(whole)
         share = int(part.action.mask.sum()) / divisor
         # One copy of each row in a column of its own keeps the order: a policy reads a group's prompt once.
-        obs = {key: Repeated(column) for key, column in part.obs.items()}
+        obs = {key: Repeated(column, 1) for key, column in part.obs.items()}
         return replace(part, obs=obs, advantage=part.advantage * share, tokens_per_row=part.mean_tokens)
 
 
@@ -142,7 +140,7 @@ def sample_rollouts(policy: Policy, task, plan: RolloutPlan, iteration: int) -> 
     """Runs the iteration's episodes at temperature 1: the distribution whose log-probabilities the loss uses."""
     policy.eval()
     if task.one_step:
-        return OneStepRollouts(answer(policy, task, *plan.draw(task, iteration)), policy.runs, plan.group_size)
+        return OneStepRollouts(answer(policy, task, *plan.draw(task, iteration)), plan.group_size)
     keys = plan.keys(task, iteration)
     finished = {episode.key: episode for episode in rollout(policy, task, keys, num_envs=plan.num_envs)}
     episodes, failed = [], []
@@ -157,15 +155,13 @@ def sample_rollouts(policy: Policy, task, plan: RolloutPlan, iteration: int) -> 
     return Rollouts([episode for _, episode in episodes], states, [episode for _, episode in failed])
 
 
-def minibatches(batch: Batch | None, *, size: int, epochs: int, seed: list[int], runs: int = 1) -> list[Batch]:
-    """Shuffled parts of nearly equal size, at most ``size`` rows, for each epoch; stacked networks take them whole."""
+def minibatches(batch: Batch | None, *, size: int, epochs: int, seed: list[int]) -> list[Batch]:
+    """Shuffled parts of nearly equal size, at most ``size`` rows, for each epoch."""
     if batch is None:
         return []
-    whole = len(batch) <= size * runs and any(isinstance(column, Repeated) for column in batch.obs.values())
+    whole = len(batch) <= size and any(isinstance(column, Repeated) for column in batch.obs.values())
     if whole:  # each distinct observation is then computed once
         return [batch] * epochs
-    if runs > 1:
-        raise UserError(f"stacked networks take whole batches: minibatch_size must be at least {len(batch) // runs}")
     rng, parts = np.random.default_rng(seed), max(1, -(-len(batch) // size))
     return [
         take(batch, torch.from_numpy(rows))

@@ -48,18 +48,15 @@ class Reinforce(Method):
         self._metrics = rollouts.metrics()
         advantage = rollouts.rewards
         if self.advantage == "normalised":
-            rewards = advantage.view(policy.runs, -1)
-            spread = rewards.std(1, unbiased=False, keepdim=True).clamp_min(1e-6)
-            advantage = ((rewards - rewards.mean(1, keepdim=True)) / spread).flatten()
+            advantage = (advantage - advantage.mean()) / advantage.std(unbiased=False).clamp_min(1e-6)
         batch = rollouts.batch(advantage)
         seed = [self.seed, iteration]
-        return minibatches(batch, size=self.minibatch_size, epochs=1, seed=seed, runs=policy.runs)
+        return minibatches(batch, size=self.minibatch_size, epochs=1, seed=seed)
 
     def loss(self, policy: Policy, batch: Batch) -> Tensor:
         log_prob = policy.log_prob(batch.obs, batch.action)
         advantage = batch.advantage.unsqueeze(1)
-        mask = batch.action.mask
-        return -mean_over_tokens(advantage * log_prob, mask, policy.runs, batch.tokens_per_row)
+        return -mean_over_tokens(advantage * log_prob, batch.action.mask, batch.tokens_per_row)
 
     def metrics(self) -> dict[str, float]:
         return self._metrics

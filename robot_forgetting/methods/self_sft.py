@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,8 +14,8 @@ from robot_forgetting.errors import UserError
 from robot_forgetting.method import Batch, Method, Optimiser, mean_over_tokens
 from robot_forgetting.methods.on_policy import RolloutPlan, sample_rollouts
 from robot_forgetting.methods.sft import take
-from robot_forgetting.one_step import OneStepTask, answer, repeated
-from robot_forgetting.policy import Action, Policy
+from robot_forgetting.one_step import OneStepTask, answer
+from robot_forgetting.policy import Policy
 from robot_forgetting.ranges import Count, Environments, Seed
 
 
@@ -82,31 +83,23 @@ class SelfSFT(Method):
         streams = np.broadcast_to(rng.integers(2**31, size=self.samples), (len(seeds), self.samples))
         with nullcontext() if self.iterative else policy.base():
             found = answer(policy, task, seeds, streams)
-        right = (found.rewards >= 1).view(policy.runs, len(seeds), self.samples)
-        kept = right.any(2, keepdim=True)
-        first = right.int().argmax(2)[..., None, None].expand(-1, -1, 1, found.action.tokens.shape[1])
-        tokens, mask = (
-            part.view(*right.shape, -1).gather(2, first).squeeze(2) for part in (found.action.tokens, found.action.mask)
-        )
-        mask = mask & kept
-        self._metrics = {
-            "rollout_success": right.float().mean((1, 2)).tolist(),
-            "kept": kept.float().mean((1, 2)).tolist(),
-        }
+        right = (found.rewards >= 1).view(len(seeds), self.samples)
+        kept = right.any(1)
+        chosen = found.action[torch.arange(len(seeds)) * self.samples + right.int().argmax(1)]
+        action = replace(chosen, mask=chosen.mask & kept.unsqueeze(1))
+        self._metrics = {"rollout_success": right.float().mean().item(), "kept": kept.float().mean().item()}
         batches, start = [], 0
         for part in parts:
-            rows = slice(start, start + len(part))
-            action = Action(tokens[:, rows].flatten(0, 1), mask[:, rows].flatten(0, 1))
-            batch = Batch(repeated(task.observations(part), outer=policy.runs), action)
-            if tokens.shape[2] > 1:  # a text that teaches nothing is not computed
-                batch = take(batch, action.mask.any(1).nonzero().squeeze(1))
+            batch = Batch(task.observations(part), action[start : start + len(part)])
+            if action.mask.shape[1] > 1:  # a text that teaches nothing is not computed
+                batch = take(batch, batch.action.mask.any(1).nonzero().squeeze(1))
             batches += [batch] if len(batch) else []
             start += len(part)
         return batches
 
     def loss(self, policy: Policy, batch: Batch) -> Tensor:
         log_prob = policy.log_prob(batch.obs, batch.action)
-        return -mean_over_tokens(log_prob, batch.action.mask, policy.runs, batch.tokens_per_row)
+        return -mean_over_tokens(log_prob, batch.action.mask, batch.tokens_per_row)
 
     def metrics(self) -> dict:
         return self._metrics

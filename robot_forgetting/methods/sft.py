@@ -76,7 +76,7 @@ class SFT(Method):
     def collect(self, policy: Policy, task, iteration: int) -> Sequence[Batch]:
         if isinstance(self._data, LabelledItems):
             steps = range(iteration * self.steps, (iteration + 1) * self.steps)
-            return [self._data.batch(step, self.batch_size, policy.runs) for step in steps]
+            return [self._data.batch(step, self.batch_size) for step in steps]
         rng = np.random.default_rng([self.seed, iteration, 0x5F7])
         rows = rng.integers(len(self._data), size=(self.steps, self.batch_size))
         return [take(self._data, torch.from_numpy(index)) for index in rows]
@@ -90,7 +90,7 @@ class SFT(Method):
             nll = smoothed_nll(logits, batch.action.tokens, self.label_sigma)
         else:
             nll = -policy.log_prob(batch.obs, batch.action)
-        return mean_over_tokens(nll, batch.action.mask, policy.runs, batch.tokens_per_row)
+        return mean_over_tokens(nll, batch.action.mask, batch.tokens_per_row)
 
 
 def encode_demonstrations(policy: Policy, task, demonstrations) -> Batch:

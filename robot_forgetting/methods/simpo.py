@@ -54,8 +54,8 @@ class SimPO(Method):
     def collect(self, policy: Policy, task, iteration: int) -> Sequence[Batch]:
         batches = []
         for step in range(iteration * self.steps, (iteration + 1) * self.steps):
-            batch = self._chosen.batch(step, self.batch_size, policy.runs)
-            rejected = self._rejected.action(step, self.batch_size, policy.runs)
+            batch = self._chosen.batch(step, self.batch_size)
+            rejected = self._rejected.action(step, self.batch_size)
             batches.append(Batch(batch.obs, batch.action, extra={"rejected": rejected.tokens, "counts": rejected.mask}))
         return batches
 
@@ -63,4 +63,4 @@ class SimPO(Method):
         chosen = policy.log_prob(batch.obs, batch.action).sum(1)
         rejected = policy.log_prob(batch.obs, Action(batch.extra["rejected"], batch.extra["counts"])).sum(1)
         loss = -logsigmoid(chosen - rejected - self.margin).unsqueeze(1)
-        return mean_over_tokens(loss, batch.action.mask[:, :1], policy.runs)
+        return mean_over_tokens(loss, batch.action.mask[:, :1])

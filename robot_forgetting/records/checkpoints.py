@@ -58,7 +58,7 @@ def drop_stages(run: RunFolder) -> None:
 
 
 def save_checkpoint(
-    store: Path, policy: Policy, adams, method: Method, penalties: Sequence[Penalty] = (), *, iteration: int, step: int
+    store: Path, policy: Policy, adam, method: Method, penalties: Sequence[Penalty] = (), *, iteration: int, step: int
 ) -> None:
     """Writes STORE/iteration_NNNNNN beside the old one, then removes the old one."""
     folder = store / f"iteration_{iteration:06d}"
@@ -67,7 +67,7 @@ def save_checkpoint(
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         _write({name: p.detach() for name, p in trainable(policy).items()}, part / "policy.safetensors")
-        files = {"optimizer": _adam_tensors(policy, adams), "method": method.state_dict()}
+        files = {"optimizer": _adam_tensors(policy, adam), "method": method.state_dict()}
         of_penalties = _numbered(one.state_dict() for one in penalties)
         files |= {"penalty": of_penalties} if of_penalties else {}
         for name, tensors in files.items():
@@ -81,29 +81,24 @@ def save_checkpoint(
             shutil.rmtree(old, ignore_errors=True)
 
 
-def load_checkpoint(
-    store: Path, policy: Policy, adams, method: Method, penalties: Sequence[Penalty] = ()
-) -> dict:
+def load_checkpoint(store: Path, policy: Policy, adam, method: Method, penalties: Sequence[Penalty] = ()) -> dict:
     """Restores the newest complete checkpoint; {"iteration": 0, "step": 0} where there is none.
 
-    adams: none where the training is over and only what it left behind counts
+    adam: None where the training is over and only what it left behind counts
     """
     folder = newest(store)
     if folder is None:
         return {"iteration": 0, "step": 0}
     state = read_state(folder)
     load_weights(policy, folder)
-    moments = _moments(folder / "optimizer.safetensors", policy, state) if adams else {}
-    by_name = _names(policy)
-    for adam in adams:
-        for parameter in (p for group in adam.param_groups for p in group["params"]):
-            name = by_name[id(parameter)]
-            if f"{name}.exp_avg" in moments:
-                adam.state[parameter] = {
-                    # The step too is where fused AdamW reads it; moments may have been saved in bfloat16.
-                    key: moments[f"{name}.{key}"].to(parameter.device, None if key == "step" else parameter.dtype)
-                    for key in MOMENTS
-                }
+    moments = {} if adam is None else _moments(folder / "optimizer.safetensors", policy, state)
+    for name, parameter in trainable(policy).items():
+        if f"{name}.exp_avg" in moments:
+            adam.state[parameter] = {
+                # The step too is where fused AdamW reads it; moments may have been saved in bfloat16.
+                key: moments[f"{name}.{key}"].to(parameter.device, None if key == "step" else parameter.dtype)
+                for key in MOMENTS
+            }
     _remember(folder / "method.safetensors", state, lambda tensors: method.load_state_dict(tensors))
     if (folder / "penalty.safetensors").exists() or "penalty" in (state.get("layout") or {}):
         _remember(folder / "penalty.safetensors", state, lambda tensors: _distribute(tensors, penalties))
@@ -209,17 +204,11 @@ def newest(store: Path) -> Path | None:
     return complete[-1] if complete else None
 
 
-def _names(policy: Policy) -> dict[int, str]:
-    return {id(parameter): name for name, parameter in trainable(policy).items()}
-
-
-def _adam_tensors(policy: Policy, adams) -> dict[str, Tensor]:
-    by_name = _names(policy)
+def _adam_tensors(policy: Policy, adam) -> dict[str, Tensor]:
     return {
-        f"{by_name[id(parameter)]}.{key}": value.detach()
-        for adam in adams
-        for parameter, state in adam.state.items()
-        for key, value in state.items()
+        f"{name}.{key}": value.detach()
+        for name, parameter in trainable(policy).items()
+        for key, value in adam.state.get(parameter, {}).items()
     }
 
 

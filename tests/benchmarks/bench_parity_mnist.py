@@ -1,14 +1,13 @@
-"""Speed of the controlled study's sweep: a stack of networks against its arithmetic, and against one run at a time.
+"""Speed of the controlled study's sweep: a run's step against its arithmetic, and against the usual loop.
 
-    ROBOT_FORGETTING_DATA=FOLDER python tests/benchmarks/bench_parity_mnist.py [stack] [rounds]
+    ROBOT_FORGETTING_DATA=FOLDER python tests/benchmarks/bench_parity_mnist.py [rounds]
 
 Three things take turns in one process of one thread, so that their ratios hold on a busy machine too; times are the
 process's own (CPU seconds), medians over rounds:
   floor: the products of a step at their shapes (layer 1 forward and weight gradient, layer 2 forward, weight and input
          gradient; layer 3 is 0.6 % of them), each into memory that is there already
-  stack: steps of ``train`` as the sweep runs it, SFT and GRPO
-  loop: the usual loop, one network, nn.Linear layers, autograd, AdamW and a DataLoader over tensors
-Aims: stack within 1.6 times the floor, and at least 3 times faster than the loop.
+  run: steps of ``train`` as the sweep runs it, SFT and GRPO
+  loop: the usual loop, nn.Linear layers, autograd, AdamW and a DataLoader over tensors
 """
 
 from __future__ import annotations
@@ -16,40 +15,39 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
 
 import numpy as np
 import torch
 from torch import nn
 
 from robot_forgetting.engine.train import train
-from robot_forgetting.method import Method, Optimiser
+from robot_forgetting.method import Optimiser
 from robot_forgetting.policies.mlp import MLPPolicy
 from robot_forgetting.records.run_folder import RunFolder
 from robot_forgetting.studies.digits.study_methods import Details, build
 from robot_forgetting.tasks.digits.parity_mnist import ParityMNIST
 
-BATCH, STEPS = 64, 12
+BATCH, STEPS = 64, 60
 SIZES = (785, 512, 256, 10)
 
 
 class Floor:
-    """The products of one step of ``runs`` networks."""
+    """The products of one step."""
 
-    def __init__(self, runs: int):
+    def __init__(self):
         a, b, c, _ = SIZES
-        x, h, g = torch.rand(1, BATCH, a).expand(runs, -1, -1), torch.rand(runs, BATCH, b), torch.rand(runs, BATCH, c)
-        w1, w2 = torch.rand(runs, a, b), torch.rand(runs, b, c)
-        o1, o2, o3 = torch.empty(runs, BATCH, b), torch.empty(runs, BATCH, c), torch.empty(runs, BATCH, b)
-        d1, d2 = torch.empty(runs, a, b), torch.empty(runs, b, c)
+        x, h, g = torch.rand(BATCH, a), torch.rand(BATCH, b), torch.rand(BATCH, c)
+        w1, w2 = torch.rand(a, b), torch.rand(b, c)
+        o1, o2, o3 = torch.empty(BATCH, b), torch.empty(BATCH, c), torch.empty(BATCH, b)
+        d1, d2 = torch.empty(a, b), torch.empty(b, c)
         self.products = {
-            "layer 1 forward": (lambda: torch.bmm(x, w1, out=o1), a * b),
-            "layer 1 weight gradient": (lambda: torch.bmm(x.transpose(1, 2), h, out=d1), a * b),
-            "layer 2 forward": (lambda: torch.bmm(h, w2, out=o2), b * c),
-            "layer 2 weight gradient": (lambda: torch.bmm(h.transpose(1, 2), g, out=d2), b * c),
-            "layer 2 input gradient": (lambda: torch.bmm(g, w2.transpose(1, 2), out=o3), b * c),
+            "layer 1 forward": (lambda: torch.mm(x, w1, out=o1), a * b),
+            "layer 1 weight gradient": (lambda: torch.mm(x.t(), h, out=d1), a * b),
+            "layer 2 forward": (lambda: torch.mm(h, w2, out=o2), b * c),
+            "layer 2 weight gradient": (lambda: torch.mm(h.t(), g, out=d2), b * c),
+            "layer 2 input gradient": (lambda: torch.mm(g, w2.t(), out=o3), b * c),
         }
-        self.flops = {name: 2 * BATCH * size * runs for name, (_, size) in self.products.items()}
+        self.flops = {name: 2 * BATCH * size for name, (_, size) in self.products.items()}
         self.seconds: dict[str, list[float]] = {name: [] for name in self.products}
 
     def __call__(self) -> float:
@@ -63,39 +61,27 @@ class Floor:
         return total
 
 
-class Stack:
+class Run:
     """``train`` as it stands, stopped and continued between iterations."""
 
-    def __init__(self, name: str, runs: int, folder: str):
-        self.task, self.runs = ParityMNIST(), runs
-        self.policy = MLPPolicy(sizes=SIZES, runs=runs)
-        recipe = build(
-            name,
-            epochs=1,
-            steps_per_epoch=STEPS + 1,
-            details=Details(BATCH, 8, {"coefficient": 0.1, "direction": "reverse"}),
-            seed=0,
-        )
-        self.method: Method = recipe.method
-        self.penalties, self.folder, self.count = recipe.penalties, folder, 0
+    def __init__(self, name: str, folder: str):
+        self.task, self.policy = ParityMNIST(), MLPPolicy(sizes=SIZES)
+        details = Details(BATCH, 8, {"coefficient": 0.1, "direction": "reverse"})
+        self.recipe = build(name, epochs=1, steps_per_epoch=STEPS + 1, details=details, seed=0)
+        self.folder, self.count = folder, 0
 
     def __call__(self) -> float:
         marks: list[float] = []
         self.count += 1
-        optimisers = [Optimiser(learning_rate=1e-4, micro_batch=1_000_000) for _ in range(self.runs)]
-        with ExitStack() as stack:
-            folders = [
-                stack.enter_context(RunFolder.create(f"{self.folder}/{id(self)}-{self.count}-{r}", config={}))
-                for r in range(self.runs)
-            ]
+        with RunFolder.create(f"{self.folder}/{id(self)}-{self.count}", config={}) as run:
             train(
                 self.policy,
                 self.task,
-                self.method,
-                optimiser=optimisers,
-                run=folders,
+                self.recipe.method,
+                optimiser=Optimiser(learning_rate=1e-4, micro_batch=1_000_000),
+                run=run,
                 seed=0,
-                penalties=self.penalties,
+                penalties=self.recipe.penalties,
                 checkpoints=False,
                 log_every=100,
                 after_iteration=lambda iteration: marks.append(time.process_time()),
@@ -128,30 +114,23 @@ class Loop:
 
 def main() -> None:
     torch.set_num_threads(1)
-    runs = int(sys.argv[1]) if len(sys.argv) > 1 else 6
-    rounds = int(sys.argv[2]) if len(sys.argv) > 2 else 7
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 7
     with tempfile.TemporaryDirectory() as folder:
-        floor, loop = Floor(runs), Loop()
-        stacks = {name: Stack(name, runs, folder) for name in ("sft_1", "grpo", "grpo_kl")}
-        seconds: dict[str, list[float]] = {name: [] for name in ("floor", "loop", *stacks)}
+        floor = Floor()
+        parts = {"floor": floor, "loop": Loop()} | {n: Run(n, folder) for n in ("sft_1", "grpo", "grpo_kl")}
+        seconds: dict[str, list[float]] = {name: [] for name in parts}
         for turn in range(rounds + 1):
-            found = {"floor": floor() / runs, "loop": loop()}
-            found |= {name: stack() / runs for name, stack in stacks.items()}
-            if turn:  # the first warms up
-                for name, value in found.items():
+            for name, part in parts.items():
+                value = part()
+                if turn:  # the first warms up
                     seconds[name].append(value)
-    print(f"stack of {runs} networks, batch {BATCH}, one thread, medians of {rounds} rounds (CPU time)")
+    print(f"batch {BATCH}, one thread, medians of {rounds} rounds (CPU time)")
     for name, flops in floor.flops.items():
         print(f"  {name:26s} {flops / np.median(floor.seconds[name]) / 1e9:7.1f} GFLOP/s")
-    base = np.median(seconds["floor"])
-    print(f"{'floor':10s} {base * 1e3:7.2f} ms per step and run")
     for name, values in seconds.items():
-        if name != "floor":
-            # Ratios within a round: what slows one down on a busy machine slows its neighbours too.
-            over = np.median(np.array(values) / np.array(seconds["floor"]))
-            against = np.median(np.array(seconds["loop"]) / np.array(values))
-            text = f"{over:5.2f} x floor, {against:5.2f} x faster than the loop"
-            print(f"{name:10s} {np.median(values) * 1e3:7.2f} ms per step and run, {text}")
+        # Ratios within a round: what slows one down on a busy machine slows its neighbours too.
+        over = np.median(np.array(values) / np.array(seconds["floor"]))
+        print(f"{name:10s} {np.median(values) * 1e3:7.2f} ms per step, {over:5.2f} x floor")
 
 
 if __name__ == "__main__":

@@ -242,8 +242,8 @@ class CausalLM(OwnBase):
         """
         column = self._messages(obs)
         repeats = 1
-        if isinstance(column, Repeated) and column.outer == 1:
-            column, repeats = column.values, column.inner
+        if isinstance(column, Repeated):
+            column, repeats = column.values, column.times
         prompts = self.prompts.read(column, room)
         by_length = sorted(range(len(prompts)), key=lambda row: (-len(prompts[row]), row))
         order = torch.tensor([row * repeats + copy for row in by_length for copy in range(repeats)], dtype=torch.int64)

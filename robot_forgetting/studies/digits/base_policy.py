@@ -100,7 +100,7 @@ def pretrain(
         policy = MLPPolicy(sizes=sizes)
         with RunFolder.create(scratch, config={}) as run:
             train(policy, mixture, method, optimiser=optimiser, run=run, seed=seed, checkpoints=False, log_every=steps)
-    return policy.network(0)
+    return policy.network()
 
 
 def pretrained_mlp(

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import functools
-from contextlib import ExitStack
 from dataclasses import asdict
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from robot_forgetting.engine.train import train
 from robot_forgetting.errors import unknown
-from robot_forgetting.method import Optimiser
 from robot_forgetting.methods.labels import correct
 from robot_forgetting.metrics import divergence, dynamics, projection
-from robot_forgetting.one_step import OneStepTask, repeated
+from robot_forgetting.one_step import OneStepTask
 from robot_forgetting.policies.mlp import MLPPolicy
 from robot_forgetting.policy import Action
 from robot_forgetting.records.run_folder import RunFolder
-from robot_forgetting.studies.digits.stack import Spec, done
+from robot_forgetting.studies.digits.train_run import Spec, done, fine_tune
 
 GRADIENT_IMAGES = 1000
 
@@ -31,13 +28,12 @@ def jobs(sweep, settings: dict) -> list:
             raise unknown("key of reproduce.extras", key, ("dynamics", "precision", "theorem"))
     found, seed = [], sweep.seeds[0]
     if settings.get("dynamics"):
-        every = settings["dynamics"]["every"]
         for method in sweep.settings["methods"]:
-            specs = [Spec(method, rate, "constant", 1, seed) for rate in settings["dynamics"]["rates"]]
-            specs = [spec for spec in specs if not done(sweep.folder / "dynamics", spec)]
-            # Drawing data between the steps belongs to iterative SFT's iterations; their steps cannot be told apart.
-            if specs and method != "iterative_sft":
-                found.append(functools.partial(measure_dynamics, sweep, specs, every))
+            for rate in settings["dynamics"]["rates"]:
+                spec = Spec(method, rate, "constant", 1, seed)
+                # Drawing data between the steps belongs to iterative SFT's iterations; its steps cannot be told apart.
+                if method != "iterative_sft" and not done(sweep.folder / "dynamics", spec):
+                    found.append(functools.partial(measure_dynamics, sweep, spec, settings["dynamics"]["every"]))
     if settings.get("precision"):
         for method in settings["precision"]["methods"]:
             spec = Spec(method, settings["precision"]["learning_rate"], "constant", 1, seed)
@@ -49,7 +45,7 @@ def jobs(sweep, settings: dict) -> list:
     return found
 
 
-def measure_dynamics(sweep, specs: list[Spec], every: int, tell) -> None:
+def measure_dynamics(sweep, spec: Spec, every: int, tell) -> None:
     """One epoch; at every ``every``-th step its KL change on new-task inputs, and its cosines with the loss gradients.
 
     dynamics.jsonl: iteration, kl (forward, nats, after the step), kl_change, update_norm, cosine_prior, cosine_new: of
@@ -57,67 +53,37 @@ def measure_dynamics(sweep, specs: list[Spec], every: int, tell) -> None:
     (section C.3). Losses are -log of the probability of all right answers, on training pictures that pre-training did
     not see.
     """
-    policy = MLPPolicy(sizes=sweep.settings["sizes"], runs=len(specs), weights=sweep.base(specs[0].seed))
-    recipe = sweep.recipe(specs[0], sweep.teacher(specs[0]))
+    policy = MLPPolicy(sizes=sweep.settings["sizes"], weights=sweep.base(spec.seed))
+    recipe = sweep.recipe(spec, sweep.teacher(spec))
     losses = {role: _Loss(task) for role, task in sweep.tasks.items()}
     features = losses["new"].features
-    base = policy_logits(MLPPolicy(sizes=policy.sizes, weights=policy.base_network()), features)
-    optimisers = [
-        Optimiser(
-            learning_rate=spec.learning_rate,
-            warmup_steps=round(sweep.settings["warmup_ratio"] * recipe.steps),
-            max_grad_norm=sweep.settings["max_grad_norm"],
-            micro_batch=1_000_000,
-        )
-        for spec in specs
-    ]
+    base = policy.activations(features)[1]
     before: dict = {}
-    rows: list[list[dict]] = [[] for _ in specs]
+    rows: list[dict] = []
+
+    def kl() -> Tensor:
+        return divergence.forward_kl(base, policy.activations(features)[1]).mean()
 
     def measure(iteration: int) -> None:
         if iteration % every == 1 and before:
-            after = policy.stacked()
-            update = {key: after[key] - weights for key, weights in before["weights"].items()}
-            kl = divergence.forward_kl(base, policy_logits(policy, features)).mean(1)
-            length = sum(step.flatten(1).square().sum(1) for step in update.values()).sqrt()
-            numbers = {"kl": kl, "kl_change": kl - before["kl"], "update_norm": length}
+            update = {key: after - before["weights"][key] for key, after in policy.network().items()}
+            now, length = kl(), sum(step.flatten().square().sum() for step in update.values()).sqrt()
+            numbers = {"kl": now, "kl_change": now - before["kl"], "update_norm": length}
             for role, gradient in before["gradients"].items():
-                numbers[f"cosine_{role}"] = dynamics.cosine(update, gradient, run_dims=1)
-            for index, run in enumerate(rows):
-                run.append({"iteration": iteration, **{name: float(value[index]) for name, value in numbers.items()}})
+                numbers[f"cosine_{role}"] = dynamics.cosine(update, gradient)
+            rows.append({"iteration": iteration, **{name: float(value) for name, value in numbers.items()}})
         if iteration % every == 0 and iteration < recipe.method.iterations:
             before["gradients"] = {role: loss.gradient(policy) for role, loss in losses.items()}
-            before["weights"] = {key: weights.clone() for key, weights in policy.stacked().items()}
-            before["kl"] = divergence.forward_kl(base, policy_logits(policy, features)).mean(1)
+            before["weights"] = {key: weights.clone() for key, weights in policy.network().items()}
+            before["kl"] = kl()
 
-    with ExitStack() as stack:
-        folders = []
-        for spec in specs:
-            config = {**sweep.config(), **asdict(spec), "every": every}
-            header = {**sweep.header(), "part": "dynamics", "method": spec.method, "seed": spec.seed}
-            folder = RunFolder.create(sweep.folder / "dynamics" / spec.id, config=config, run=header)
-            folders.append(stack.enter_context(folder))
-            folder.keep("dynamics", lambda row: False)
-        train(
-            policy,
-            sweep.tasks["new"],
-            recipe.method,
-            optimiser=optimisers,
-            run=folders,
-            seed=specs[0].seed,
-            penalties=recipe.penalties,
-            checkpoints=False,
-            log_every=sweep.settings["log_every"],
-            after_iteration=measure,
-            diverged=lambda index, message: None,
-        )
-        for folder, run in zip(folders, rows, strict=True):
-            folder.append("dynamics", *run)
-            folder.finish({"dynamics": run})
-
-
-def policy_logits(policy: MLPPolicy, features: np.ndarray) -> Tensor:
-    return policy.activations(features)[1]
+    config = {**sweep.config(), **asdict(spec), "every": every}
+    header = {**sweep.header(), "part": "dynamics", "method": spec.method, "seed": spec.seed}
+    with RunFolder.create(sweep.folder / "dynamics" / spec.id, config=config, run=header) as run:
+        run.keep("dynamics", lambda row: False)
+        fine_tune(spec, recipe, policy, sweep.tasks, run, settings=sweep.settings, after_iteration=measure)
+        run.append("dynamics", *rows)
+        run.finish({"dynamics": rows})
 
 
 class _Loss:
@@ -130,15 +96,15 @@ class _Loss:
         self.right = correct(task, seeds)
 
     def gradient(self, policy: MLPPolicy) -> dict[str, Tensor]:
-        """By layer name, [R, *shape]; leaves the policy's own gradients empty."""
-        tokens = torch.zeros(policy.runs * len(self.right), 1, dtype=torch.int64)
-        obs = repeated({"features": self.features}, outer=policy.runs)
-        logits = policy.logits(obs, Action(tokens, torch.ones_like(tokens, dtype=torch.bool)))[:, 0]
-        right = torch.where(self.right > 0, 0.0, -torch.inf).repeat(policy.runs, 1)
+        """By layer name; leaves the policy's own gradients empty."""
+        tokens = torch.zeros(len(self.right), 1, dtype=torch.int64)
+        action = Action(tokens, torch.ones_like(tokens, dtype=torch.bool))
+        logits = policy.logits({"features": self.features}, action)[:, 0]
+        right = torch.where(self.right > 0, 0.0, -torch.inf)
         policy.zero_grad()
         loss = logits.logsumexp(1) - (logits + right).logsumexp(1)
         (loss.sum() / len(self.right)).backward()
-        found = policy.gradients()
+        found = policy.layers(policy.matrices.grad, policy.vectors.grad)
         policy.zero_grad()
         return found
 

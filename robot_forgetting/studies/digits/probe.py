@@ -1,11 +1,11 @@
-"""What is measured of a stack of networks at a checkpoint: success on both tasks, and every predictor of forgetting.
+"""What is measured of a network at a checkpoint: success on both tasks, and every predictor of forgetting.
 
-All networks of a stack are measured in the same products; what belongs to the base alone is computed once.
+What belongs to the base alone is computed once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -57,36 +57,30 @@ class Probe:
         self.weights = policy.base_network()
         self._inputs = {role: _Inputs(policy, task, settings) for role, task in tasks.items()}
 
-    def success(self, policy: MLPPolicy) -> list[list[dict]]:
-        """For each network, rows of summary.json's table ``success`` without stage and iteration."""
-        return self.measure(policy, divergences=False)[0]
+    def base_success(self) -> list[dict]:
+        """The base's rows of summary.json's table ``success``, without stage and iteration."""
+        return [row for role, inputs in self._inputs.items() for row in inputs.success(role, inputs.logits)]
 
-    def measure(
-        self, policy: MLPPolicy, *, divergences: bool = True, ranks: bool = False
-    ) -> tuple[list[list[dict]], list[list[dict]]]:
-        """For each network: its rows of success, and of divergence.jsonl (both without stage and iteration).
+    def measure(self, policy: MLPPolicy, *, ranks: bool = False) -> tuple[list[dict], list[dict]]:
+        """Rows of ``success`` and of divergence.jsonl, both without stage and iteration.
 
         ranks: also of the weight change; they cost as much as everything else together.
         """
-        rows: list[list[dict]] = [[] for _ in range(policy.runs)]
-        found: list[list[dict]] = [[] for _ in range(policy.runs)]
+        success, found = [], []
         for role, inputs in self._inputs.items():
             hidden, logits = policy.activations(inputs.features)
-            for run, more in enumerate(inputs.success(role, logits)):
-                rows[run] += more
-            if divergences:
-                where = {"task": inputs.task.name, "role": role, "states": "test"}
-                for name, (values, errors, n) in inputs.divergences(hidden, logits).items():
-                    _spread(found, {**where, "measure": name, "unit": UNITS.get(name, "1")}, values, errors, n)
-        if divergences:
-            for (role, states, name), values in self._weight_changes(policy, ranks).items():
-                task = self.tasks[role].name if role else None
-                where = {"task": task, "role": role, "states": states, "measure": name, "unit": "1"}
-                _spread(found, where, values, None, None)
-        return rows, found
+            success += inputs.success(role, logits)
+            where = {"task": inputs.task.name, "role": role, "states": "test"}
+            for name, value, error, n in inputs.divergences(hidden, logits):
+                row = {"measure": name, "unit": UNITS.get(name, "1"), "value": value, "standard_error": error, "n": n}
+                found.append({**where, **row})
+        for (role, states, name), value in self._weight_changes(policy.network(), ranks).items():
+            task = self.tasks[role].name if role else None
+            where = {"task": task, "role": role, "states": states, "measure": name, "unit": "1"}
+            found.append({**where, "value": float(value), "standard_error": None, "n": None})
+        return success, found
 
-    def _weight_changes(self, policy: MLPPolicy, ranks: bool) -> dict:
-        weights = policy.stacked()
+    def _weight_changes(self, weights: dict[str, Tensor], ranks: bool) -> dict:
         found = {}
         changed = drift.weight_change(self.weights, weights, fisher=self._inputs["prior"].fisher)
         found["prior", "train", "weight_fisher_l2"] = changed.pop("weight_fisher_l2")
@@ -96,7 +90,7 @@ class Probe:
             changed |= drift.ranks(self.weights, weights)
             changed["weight_sparsity_exact"] = drift.sparsity(self.weights, weights, tolerance=0.0)
             changed["weight_sparsity_bfloat16"] = drift.sparsity(self.weights, weights, dtype=torch.bfloat16)
-        return found | {(None, None, name): values for name, values in changed.items()}
+        return found | {(None, None, name): value for name, value in changed.items()}
 
 
 class _Inputs:
@@ -112,55 +106,38 @@ class _Inputs:
         self.features = task.observations(self.seeds)["features"]
         self.right = correct(task, self.seeds)
         base = MLPPolicy(sizes=policy.sizes, weights=policy.base_network())
-        hidden, logits = base.activations(self.features)
-        self.hidden, self.logits = [h[0] for h in hidden], logits[0]
+        self.hidden, self.logits = base.activations(self.features)
         # Training inputs, after those of pre-training (which are the first): the base did not see these.
         items = task.seeds("train").start + task.size("train") - 1 - np.arange(min(settings.fisher, task.size("train")))
         self.fisher = fisher(policy.base_network(), task.observations(items)["features"])
 
-    def success(self, role: str, logits: Tensor) -> list[list[dict]]:
-        rows = []
-        for one in logits:
-            # A network that ended in NaN answers nothing; it is reported as failed elsewhere.
-            probabilities = one.softmax(-1).nan_to_num(0.1)
-            answers = {
-                "sampled": torch.from_numpy(draw(probabilities, self.seeds, SAMPLING)),
-                "greedy": probabilities.argmax(-1),
-            }
-            rows.append([])
-            for decode, chosen in answers.items():
-                won, n = int(self.right.gather(1, chosen.unsqueeze(1)).sum()), len(chosen)
-                low, high = wilson(won, n)
-                row = {"task": self.task.name, "role": role, "decode": decode, "n": n, "successes": won}
-                rows[-1].append({**row, "rate": won / n, "low": low, "high": high})
-        return rows
+    def success(self, role: str, logits: Tensor) -> Iterator[dict]:
+        probabilities = logits.softmax(-1)
+        answers = {
+            "sampled": torch.from_numpy(draw(probabilities, self.seeds, SAMPLING)),
+            "greedy": probabilities.argmax(-1),
+        }
+        for decode, chosen in answers.items():
+            won, n = int(self.right.gather(1, chosen.unsqueeze(1)).sum()), len(chosen)
+            low, high = wilson(won, n)
+            row = {"task": self.task.name, "role": role, "decode": decode, "n": n, "successes": won}
+            yield {**row, "rate": won / n, "low": low, "high": high}
 
-    def divergences(self, hidden: list[Tensor], logits: Tensor) -> dict[str, tuple]:
-        """Name -> (values [R], standard errors [R] or None, n)."""
-        n = logits.shape[1]
-        found = {}
+    def divergences(self, hidden: list[Tensor], logits: Tensor) -> Iterator[tuple[str, float, float | None, int]]:
+        """Measure, value, standard error and n."""
+        n = len(logits)
         for name, values in divergence.all_measures(self.logits, logits).items():
             values = values.double()
-            found[name] = (values.mean(1), values.std(1) / n**0.5, n)
-        before, changed = torch.cat(self.hidden, -1), {"activation_l1": [], "activation_l2": []}
-        for run in range(len(logits)):  # the layers of one network fit into the cache, those of all do not
-            after = torch.cat([layer[run] for layer in hidden], -1)
-            for name, values in changed.items():
-                values.append(getattr(drift, name)(before, after))
-        found |= {name: (torch.stack(values), None, n) for name, values in changed.items()}
+            yield name, float(values.mean()), float(values.std() / n**0.5), n
+        before, after = torch.cat(self.hidden, -1), torch.cat(hidden, -1)
+        for name in ("activation_l1", "activation_l2"):
+            yield name, float(getattr(drift, name)(before, after)), None, n
         few, layer = self.settings.similarity, self.settings.layer - 1
         spread = torch.arange(few) * n // few
-        before, after = self.hidden[layer][spread], hidden[layer][:, spread]
-        found["cka"] = (representation.linear_cka(before, after), None, few)
+        before, after = self.hidden[layer][spread], hidden[layer][spread]
+        yield "cka", float(representation.linear_cka(before, after)), None, few
         for mask in representation.MASKS:  # the paper's, and the replication's
-            found[f"cknna_{mask}"] = (representation.cknna(before, after, k=self.settings.k, mask=mask), None, few)
-        return found
-
-
-def _spread(found: list[list[dict]], where: dict, values, errors, n) -> None:
-    errors = [None] * len(found) if errors is None else errors.tolist()
-    for run, (value, error) in enumerate(zip(values.tolist(), errors, strict=True)):
-        found[run].append({**where, "value": value, "standard_error": error, "n": n})
+            yield f"cknna_{mask}", float(representation.cknna(before, after, k=self.settings.k, mask=mask)), None, few
 
 
 def fisher(weights: dict[str, Tensor], features: np.ndarray | Tensor) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from robot_forgetting.methods.self_sft import SelfSFT
 from robot_forgetting.methods.sft import SFT
 from robot_forgetting.methods.simpo import SimPO
 from robot_forgetting.policies.mlp import MLPPolicy
-from robot_forgetting.studies.digits.stack import Recipe
+from robot_forgetting.studies.digits.train_run import Recipe
 from robot_forgetting.tasks.digits.parity_mnist import parity_labels
 
 

@@ -30,7 +30,7 @@ from robot_forgetting.studies.digits import base_policy as base
 from robot_forgetting.studies.digits import extras
 from robot_forgetting.studies.digits import study_methods as methods
 from robot_forgetting.studies.digits.probe import Probe, Settings, mean_success
-from robot_forgetting.studies.digits.stack import Spec, done, train_stack
+from robot_forgetting.studies.digits.train_run import Spec, done, train_run
 from robot_forgetting.studies.jobs import work_through
 from robot_forgetting.tasks.digits.parity_mnist import FashionMNIST, ParityMNIST
 
@@ -71,7 +71,7 @@ class Study:
     rates: how many learning rates, evenly spaced in the logarithm from ``lowest_rate`` to ``highest_rate``; or a list
     checkpoints: measurements per run, evenly spaced, the last at its end
     images: training pictures of the new task, None for all
-    stack: networks trained as one, by one process
+    stack: runs that one process does in turn; what they share is prepared once
     pretraining: arguments of ``base.pretrain``; teacher: method, learning_rate, schedule and epochs of the run whose
         samples ``sft_teacher`` clones; kl: coefficient and direction of the +KL methods
     extras: settings of ``extras.jobs``: dynamics, precision, theorem
@@ -158,7 +158,7 @@ class Sweep:
         yield [functools.partial(self._make_base, seed) for seed in self.seeds]
         if "sft_teacher" in self.settings["methods"]:
             yield [functools.partial(self._make_teacher, seed) for seed in self.seeds]
-        yield [functools.partial(self._train, stack) for stack in self.stacks()]
+        yield [functools.partial(self.train, stack) for stack in self.stacks()]
         yield extras.jobs(self, self.settings["extras"])
 
     def stacks(self) -> list[list[Spec]]:
@@ -186,7 +186,7 @@ class Sweep:
             new, prior = ParityMNIST(), FashionMNIST()
             weights = base.pretrain(new, prior, seed=seed, **settings)
             base.save_weights(weights, file)
-            rows = self.probe(seed, weights).success(MLPPolicy(sizes=settings["sizes"], weights=weights))[0]
+            rows = self.probe(seed, weights).base_success()
             new, prior = (mean_success(rows, role) for role in ("new", "prior"))
             say(f"  base policy, seed {seed}: parity {new:.3f}, fashion {prior:.3f}")
         return base.load_weights(file)
@@ -195,43 +195,39 @@ class Sweep:
         file = self._teacher_file(seed)
         if not file.is_file():
             spec = Spec(seed=seed, **self.settings["teacher"])
-            policy = self._train_specs([spec], self.folder / "teacher", lambda steps: None, part="teacher")
-            base.save_weights(policy.network(0), file)
+            policy = self.train([spec], lambda steps: None, self.folder / "teacher", part="teacher")
+            base.save_weights(policy.network(), file)
 
-    def _train(self, specs: Sequence[Spec], tell) -> None:
-        self._train_specs(specs, self.folder, tell)
-
-    def train_in(self, dtype: str, spec: Spec, tell) -> None:
-        """A run whose weights, gradients and moments have another precision, for the sparsity of its update."""
-        folder = self.folder / "precision" / dtype
-        self._train_specs([spec], folder, lambda steps: None, part="precision", dtype=dtype)
-
-    def _train_specs(self, specs, folder: Path, tell, *, part: str = "sweep", dtype: str = "float32") -> MLPPolicy:
+    def train(self, specs: Sequence[Spec], tell, folder: Path | None = None, *, part="sweep", dtype="float32"):
+        """One run after the other, of one method and seed; returns the last one's policy."""
         seed, weights = specs[0].seed, self.base(specs[0].seed)
-        settings, config = self.settings, self.config()
+        recipe, probe = self.recipe(specs[0], self.teacher(specs[0])), self.probe(seed, weights)
+        config = self.config()
         if specs[0].method == "sft_teacher":
-            config["teacher"] = settings["teacher"]
-        probe = self.probe(seed, weights)
+            config["teacher"] = self.settings["teacher"]
         if dtype != "float32":
             config["dtype"] = dtype
             rounded = {key: value.to(getattr(torch, dtype)).float() for key, value in weights.items()}
-            probe = Probe(MLPPolicy(sizes=settings["sizes"], weights=rounded), self.tasks, self.probe_settings)
-        return train_stack(
-            specs,
-            self.recipe(specs[0], self.teacher(specs[0])),
-            weights,
-            self.tasks,
-            probe,
-            folder,
-            config=config,
-            header={**self.header(), "part": part},
-            warmup_ratio=settings["warmup_ratio"],
-            max_grad_norm=settings["max_grad_norm"],
-            checkpoints=settings["checkpoints"],
-            log_every=settings["log_every"],
-            dtype=dtype,
-            advanced=tell,
-        )
+            probe = Probe(MLPPolicy(sizes=self.settings["sizes"], weights=rounded), self.tasks, self.probe_settings)
+        for spec in specs:
+            policy = train_run(
+                spec,
+                recipe,
+                weights,
+                self.tasks,
+                probe,
+                folder or self.folder,
+                settings=self.settings,
+                config=config,
+                header={**self.header(), "part": part},
+                dtype=dtype,
+                advanced=tell,
+            )
+        return policy
+
+    def train_in(self, dtype: str, spec: Spec, tell) -> None:
+        """A run whose weights, gradients and moments have another precision, for the sparsity of its update."""
+        self.train([spec], lambda steps: None, self.folder / "precision" / dtype, part="precision", dtype=dtype)
 
     # ---- parts
 
