@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from robot_forgetting.metrics.sequence import sequence_metrics
 from robot_forgetting.records.run_folder import RunFolder
 from robot_forgetting.records.summary import summarise
 from robot_forgetting.records.video import video_name, write_episode
@@ -112,6 +113,35 @@ def _train(folder, method, penalty, seed, n, iterations, every, reached, generat
         if divergence:
             _diverge(folder, iteration, kl * done**1.5, last)
     folder.append("train", *rows)
+
+
+def make_sequence(path: Path, *, method: str = "sft", seed: int = 0, n: int = 40, lost: float = 0.3) -> Path:
+    """A run over three tasks: each stage learns its own and loses a share of all that was known."""
+    learned, other = ["stack_cube", "lift_peg", "poke_cube"], {"prior": ["pick_cube"], "held_out": ["place_sphere"]}
+    rates = {"stack_cube": 0.2, "lift_peg": 0.1, "poke_cube": 0.05, "pick_cube": 0.9, "place_sphere": 0.15}
+    state = {"verb": "run", "policy": "openvla-nano", "task": " + ".join(learned), "method": method, "seed": seed}
+    state |= {"roles": {"new": learned, **other}, "sequence": learned, "decode": {"temperature": 1.0}}
+    shared = {"split": "test", "temperature": 1.0, "reward": 0.0, "steps": 5, "seconds": 0.1}
+    shared |= {"error": None, "video": None, "source": None}
+    generator, R = np.random.default_rng(seed), {}
+    with RunFolder.create(path, config={"seed": seed, "method": {"name": method}}, run=state) as folder:
+        for stage in range(len(learned) + 1):
+            now, before = learned[max(stage, 1) - 1], learned[: max(stage - 1, 0)]
+            roles = {"pick_cube": "prior", "place_sphere": "held_out", now: "new"} | dict.fromkeys(before, "prior")
+            rates = {task: rate * (1 - lost * (stage > 0)) for task, rate in rates.items()}
+            rates |= {now: 0.85} if stage else {}
+            head = {**shared, "stage": stage, "iteration": 4 * (stage > 0), "trained_on": learned[:stage]}
+            for task, decode in ((task, decode) for task in rates for decode in ("sampled", "greedy")):
+                row = {**head, "task": task, "role": roles.get(task, "unseen"), "decode": decode}
+                won = (generator.random(n) < rates[task]).tolist()
+                folder.append("episodes", *({**row, "episode": i, "seed": i, "success": won[i]} for i in range(n)))
+                R.setdefault(decode, []).append(sum(won) / n)
+            row = {"stage": stage, "step": 0, "loss": 1.0, "seconds": 30.0}
+            folder.append("train", *({**row, "iteration": i + 1} for i in range(4 if stage else 0)))
+        tables = {decode: np.reshape(values, (-1, len(rates)))[:, :3] for decode, values in R.items()}
+        metrics = {decode: sequence_metrics(table[0], table[1:]) for decode, table in tables.items()}
+        folder.finish({"sequence": metrics} | summarise(folder))
+    return path
 
 
 def _evaluate(folder, stage, iteration, n, rates, generator, videos, who, complete=True) -> None:

@@ -46,7 +46,7 @@ def _point(run: Run, checkpoint: tuple[int, int]) -> dict | None:
         row["forgetting"], row["forgetting_low"], row["forgetting_high"] = mean_of_intervals(
             [pair[:3] for pair in pairs]
         )
-    row["seconds"] = run.progress.get(checkpoint[1], {}).get("seconds") if checkpoint[0] else 0.0
+    row["seconds"] = run.progress.get(checkpoint, {}).get("seconds") if checkpoint[0] else 0.0
     row["divergence"] = _divergence(run, checkpoint)
     return row
 

@@ -41,11 +41,11 @@ class Curves(Section):
 def curve_rows(groups: Sequence[Group]) -> list[dict]:
     """Per run: success of training rollouts by iteration with cumulative environment steps and seconds."""
     return [
-        {**group.keys, "run": run.id, "seed": run.state.get("seed"), "iteration": iteration, **entry}
+        {**group.keys, "run": run.id, "seed": run.state.get("seed"), "stage": stage, "iteration": iteration, **entry}
         for group in groups
         if group.method != BASE
         for run in group.runs
-        for iteration, entry in sorted(run.progress.items())
+        for (stage, iteration), entry in sorted(run.progress.items())
     ]
 
 

@@ -15,11 +15,12 @@ TABLE = Markup(
 
 @dataclass(frozen=True)
 class Cell:
-    """A table's cell: what it shows, its CSS class, how many columns it spans."""
+    """A table's cell: what it shows, its CSS class, how many columns it spans, and how dark it is (0 to 1)."""
 
     content: Content
     css: str = ""
     span: int = 1
+    shade: float | None = None
 
 
 def join(parts: Iterable[Content], between: str = "") -> Markup:
@@ -81,7 +82,8 @@ def _cell(content: Content | Cell, tag: str, scope: str) -> Markup:
     scope = f' scope="{scope}"' * (tag == "th")
     css = f' class="{cell.css}"' if cell.css else ""
     span = f' colspan="{cell.span}"' if cell.span > 1 else ""
-    return Markup(f"<{tag}{scope}{css}{span}>{{}}</{tag}>").format(cell.content)
+    shade = "" if cell.shade is None else f' style="background:rgba(0,114,178,{0.5 * cell.shade:.2f})"'
+    return Markup(f"<{tag}{scope}{css}{span}{shade}>{{}}</{tag}>").format(cell.content)
 
 
 def pictured(figure: Content, caption: Content, wide: bool = False) -> Markup:

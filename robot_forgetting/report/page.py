@@ -22,6 +22,7 @@ from robot_forgetting.report.forgetting_section import Forgetting
 from robot_forgetting.report.front_section import Fronts
 from robot_forgetting.report.layer_section import Layers
 from robot_forgetting.report.markup import badge, join, paragraph
+from robot_forgetting.report.matrix_section import Matrix
 from robot_forgetting.report.media import Embedder
 from robot_forgetting.report.predictor_section import Predictors, plotted
 from robot_forgetting.report.provenance_section import Provenance, Terms
@@ -33,6 +34,7 @@ from robot_forgetting.report.video_section import Videos
 
 # The sections of a page, in its order. One more is one file and one line here.
 SECTIONS: tuple[type[Section], ...] = (
+    Matrix,
     Success,
     Forgetting,
     Fronts,

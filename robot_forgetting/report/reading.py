@@ -124,10 +124,10 @@ def _more_lost(rows: Sequence[dict], told: Sequence[dict] | None = None) -> str:
 
 def _fell(curves: Sequence[dict]) -> str:
     """Runs whose training went down: rollout success in the last quarter of iterations below that in the first."""
-    runs: dict[str, list[dict]] = {}
+    runs: dict[tuple, list[dict]] = {}
     for row in curves:
         if row.get("success") is not None:
-            runs.setdefault(row["run"], []).append(row)
+            runs.setdefault((row["run"], row.get("stage")), []).append(row)
     falls = []
     for rows in runs.values():
         quarter = max(1, len(rows) // 4)

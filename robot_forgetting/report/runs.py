@@ -67,9 +67,22 @@ class Run:
         """Role -> tasks, in the order of the run's configuration, then as met in its episodes."""
         roles = {role: [name_of(task) for task in tasks] for role, tasks in (self.state.get("roles") or {}).items()}
         for _, _, task, role, _ in self.outcomes:
-            if task not in roles.setdefault(role, []):
-                roles[role].append(task)
+            if not any(task in tasks for tasks in roles.values()):  # a sequence's task is a prior one in later stages
+                roles.setdefault(role, []).append(task)
         return {role: roles.get(role, []) for role in ("new", "prior", "held_out")}
+
+    @property
+    def sequence(self) -> list[str]:
+        """The new tasks in the order of their stages, 1 .. T."""
+        return [str(task) for task in self.state.get("sequence") or self.tasks["new"]]
+
+    @cached_property
+    def ends(self) -> dict[int, tuple[int, int]]:
+        """Stage -> the checkpoint at its end; without a stage that a run which is not finished is in. (0, 0): base."""
+        last = {stage: (stage, iteration) for stage, iteration in self.checkpoints}
+        if self.status != "finished" and last:
+            del last[max(last)]
+        return {0: (0, 0), **last}
 
     @property
     def new_task(self) -> str:
@@ -112,15 +125,16 @@ class Run:
         return [task for task in self.tasks[role] if task not in self.silent]
 
     @cached_property
-    def progress(self) -> dict[int, dict]:
-        """Iteration -> {"seconds", "env_steps", "success", "episodes"}: cumulative training time and steps, success and
-        number of rollouts."""
-        result: dict[int, dict] = {}
+    def progress(self) -> dict[tuple[int, int], dict]:
+        """(stage, iteration) -> {"seconds", "env_steps", "success", "episodes"}: cumulative training time and steps,
+        success and number of rollouts."""
+        result: dict[tuple[int, int], dict] = {}
         seconds = steps = 0.0
         for row in self.train:
             seconds += row.get("seconds") or 0.0
             steps += row.get("env_steps") or 0
-            entry = result.setdefault(row["iteration"], {"success": None, "episodes": None})
+            place = row.get("stage") or 1, row["iteration"]
+            entry = result.setdefault(place, {"success": None, "episodes": None})
             entry |= {"seconds": seconds, "env_steps": steps}
             if row.get("rollout_success") is not None:
                 entry |= {"success": row["rollout_success"], "episodes": row.get("episodes")}
