@@ -28,9 +28,9 @@ BUDGET = {
 
 
 def run(path: Path, method: str = "grpo", *, policy=None, task=None, budget=(), penalty=None, **options) -> RunFolder:
-    optimiser = Optimiser(learning_rate=0.05)
+    optimiser, made = Optimiser(learning_rate=0.05), options.pop("made", None)
     if method == "grpo":
-        made = GRPO(iterations=4, groups=6, group_size=4, optimiser=optimiser, minibatch_size=40, seed=0)
+        made = made or GRPO(iterations=4, groups=6, group_size=4, optimiser=optimiser, minibatch_size=40, seed=0)
     else:
         made = SFT(iterations=4, steps_per_iteration=2, batch_size=8, demonstrations=5, optimiser=optimiser)
     arguments = {

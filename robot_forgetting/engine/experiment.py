@@ -74,6 +74,7 @@ def run(setup: Setup) -> int:
     """Fine-tunes the policy on the tasks and records what it gained and forgot; continues an unfinished run."""
     for task in setup.sequence:
         check_parts(setup.policy, task, setup.method, setup.penalty)
+        check_data(setup.method, task)
     prior, left_out = measurable(setup.prior)
     started = start_from(setup.policy, setup.checkpoint, setup.config)
     experiment = Experiment(replace(setup, prior=prior), started)
@@ -81,8 +82,6 @@ def run(setup: Setup) -> int:
     for reason in dict.fromkeys(left_out.values()):
         say(f"left out: {reason}")
     check_conventions(setup.policy, experiment.tasks)
-    for task in setup.sequence:
-        check_data(setup.method, task)
     setup.policy.check_training()
     for task in setup.sequence:
         setup.method.check(setup.policy, task)

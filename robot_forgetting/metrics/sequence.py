@@ -83,4 +83,7 @@ def _cora(rows: np.ndarray) -> dict[str, float]:
 
 
 def _plain(value):
-    return [_plain(item) for item in value] if isinstance(value, list) else None if value is None else float(value)
+    """Floats; without the sign of a zero."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return None if value is None else float(value) + 0.0

@@ -166,7 +166,7 @@ RUN: dict = {
 SUMMARY: dict = {
     name: list_of(OBJECT) | None
     for name in ("success", "forgetting", "no_signal", "divergence", "errors", "dynamics", "theorem")
-}
+} | {"matrix": object_of(OBJECT) | None, "sequence": object_of(OBJECT) | None}
 # Rows of summary.json; its other lists are written for people and not read back.
 SUCCESS: dict = {
     **CHECKPOINT,

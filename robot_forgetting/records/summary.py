@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from robot_forgetting.metrics.statistics import paired_difference, retention, wilson
+from robot_forgetting.records.matrix import matrix, metrics_of
 from robot_forgetting.records.run_folder import SCHEMA_VERSION, RunFolder
 
 ROLES = ("new", "prior", "held_out")
@@ -14,14 +15,16 @@ SCORED = "scored"  # "decode" of benchmarks with a protocol of their own, which 
 
 
 def summarise(folder: RunFolder) -> dict:
-    """summary.json: success with Wilson intervals, forgetting on paired seeds, divergence. Pure function of the rows.
+    """summary.json: success with Wilson intervals, forgetting on paired seeds, divergence, and what a sequence's tasks
+    come to after each stage. Pure function of the rows and of the roles in run.json.
 
     An errored episode counts as a failure and is listed under ``errors``.
     """
     episodes = folder.episodes()
+    success = success_table(episodes)
     return {
         "schema_version": SCHEMA_VERSION,
-        "success": success_table(episodes),
+        "success": success,
         "no_signal": no_signal(outcomes(episodes), folder.run.get("chance") or {}),
         "cut": cut_table(episodes),
         "forgetting": forgetting_table(episodes),
@@ -33,7 +36,17 @@ def summarise(folder: RunFolder) -> dict:
             for row in episodes
             if row.get("error")
         ],
+        **_of_sequence(folder.run, success),
     }
+
+
+def _of_sequence(run: Mapping, success: list[dict]) -> dict:
+    """``matrix``, and of several stages ``sequence``; nothing of what is no training."""
+    stages, roles = len(run.get("sequence") or []), run.get("roles") or {}
+    if not stages or not roles.get("new"):
+        return {}
+    R = matrix(success, roles, stages)
+    return {"matrix": R} | ({"sequence": metrics_of(R)} if stages > 1 else {})
 
 
 def latest(rows: Iterable[Mapping], keys: tuple[str, ...]) -> list[dict]:

@@ -1,0 +1,283 @@
+"""Sequences on the toy tasks: however often killed, they end with the same summary; what a stage hands to the next."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+import torch
+from toy import ToyPolicy, ToyTask
+from toy_runs import run, same, summary
+from toy_training import die, killed
+
+from robot_forgetting.api.arguments import Arguments
+from robot_forgetting.cli import main
+from robot_forgetting.engine import experiment
+from robot_forgetting.engine.run_policy import with_checkpoint
+from robot_forgetting.machine import doctor
+from robot_forgetting.method import Optimiser, Penalty
+from robot_forgetting.methods.grpo import GRPO
+from robot_forgetting.metrics.sequence import sequence_metrics
+from robot_forgetting.metrics.statistics import wilson
+from robot_forgetting.records.checkpoints import latest_checkpoint, load_weights
+from robot_forgetting.records.run_folder import RunFolder
+from robot_forgetting.report import write_report
+
+pytestmark = pytest.mark.usefixtures("no_renderer", "four_instructions")
+NAMES = ["reach", "mirror", "again"]
+ITERATIONS = 2
+METHODS = []
+
+
+@pytest.fixture(scope="module")
+def four_instructions():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("toy.INSTRUCTIONS", (*NAMES, "before"))
+        yield
+
+
+class Merging(GRPO):
+    """At the end of a stage it goes a quarter of the way back to where the stage began."""
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.learned: list = []
+
+    def begin(self, policy, task, past):
+        self.start = [p.detach().clone() for p in policy.parameters()]
+        self.learned.append((task.name, [other.name for other in past]))
+
+    def end(self, policy, task):
+        with torch.no_grad():
+            for parameter, start in zip(policy.parameters(), self.start, strict=True):
+                parameter.lerp_(start, 0.25)
+
+
+class Anchor(Penalty):
+    """(w - w*)^2, with w* the mean of the weights at the ends of earlier stages."""
+
+    def __init__(self):
+        self.mean: dict = {}
+
+    def end(self, policy, task):
+        old, count = self.mean, 1 + int(self.mean.get("count", 0))
+        self.mean = {n: p.detach() / count + old.get(n, 0) * (1 - 1 / count) for n, p in policy.named_parameters()}
+        self.mean["count"] = torch.tensor(count)
+
+    def __call__(self, policy, batch):
+        parts = [(p - self.mean[name]).square().sum() for name, p in policy.named_parameters() if self.mean]
+        return 0.1 * sum(parts, start=torch.zeros(()))
+
+    def state_dict(self):
+        return self.mean
+
+    def load_state_dict(self, state):
+        self.mean = dict(state)
+
+
+def sequence(path, names=NAMES, **options) -> RunFolder:
+    optimiser = Optimiser(learning_rate=0.05)
+    method = Merging(iterations=ITERATIONS, groups=4, group_size=3, optimiser=optimiser, minibatch_size=20, seed=0)
+    METHODS.append(method)
+    arguments = {"made": method, "penalty": Anchor(), "prior": [ToyTask("before")], "held_out": []} | options
+    return run(path, sequence=[ToyTask(name) for name in names], **arguments)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, four_instructions) -> RunFolder:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(doctor, "render_backend", dict)
+        folder = sequence(tmp_path_factory.mktemp("sweep") / "whole", keep_stages=True)
+    assert METHODS[0].learned == [(NAMES[k], [*NAMES[:k], "before"]) for k in range(3)]  # one, through all stages
+    return folder
+
+
+def in_collect(stage: int):
+    collect = GRPO.collect
+
+    def dying(self, policy, task, iteration):
+        made = collect(self, policy, task, iteration)
+        return die() if iteration == (stage - 1) * ITERATIONS + stage % ITERATIONS else made
+
+    GRPO.collect = dying
+
+
+def after_rows(stage: int, table: str):
+    """Between the rows and the checkpoint, amid an evaluation, amid the divergences."""
+    append = RunFolder.append
+
+    def dying(self, name, *rows):
+        append(self, name, *rows)
+        if (name, rows[0]["stage"], rows[0]["iteration"]) == (table, stage, ITERATIONS):
+            die()
+
+    RunFolder.append = dying
+
+
+def in_end(stage: int):
+    end = Anchor.end
+
+    def dying(self, policy, task):
+        end(self, policy, task)
+        if task.name == NAMES[stage - 1]:
+            die()
+
+    Anchor.end = dying
+
+
+def between_stages(stage: int):
+    """The next stage is said to have begun; nothing of it is there."""
+    experiment.drop_moments = lambda store: die()
+
+
+POINTS = [
+    (how, stage, *more)
+    for stage in (1, 2, 3)
+    for how, *more in (
+        (in_collect,), (after_rows, "train"), (in_end,), (after_rows, "episodes"), (after_rows, "divergence"),
+        (between_stages,),
+    )
+    if (how, stage) != (between_stages, 3)
+]  # fmt: skip
+
+
+def test_killed_at_every_step_of_every_stage(tmp_path, undisturbed):
+    for how, *where in POINTS:
+
+        def doomed(how=how, where=where):
+            how(*where)
+            sequence(tmp_path / "parts")
+
+        assert killed(doomed) == -signal.SIGKILL, (how, where)
+        assert RunFolder(tmp_path / "parts").status == "interrupted"
+    folder = sequence(tmp_path / "parts")
+    assert folder.run["restarts"] == len(POINTS)
+    same(folder, undisturbed)
+    assert os.listdir(folder.checkpoints) == ["stage_03"]
+
+
+# ---- what is recorded
+
+
+def test_records(undisturbed):
+    header = undisturbed.run
+    assert header["sequence"] == NAMES and header["task"] == "reach + mirror + again"
+    assert header["roles"] == {"new": NAMES, "prior": ["before"], "held_out": []}
+    assert header["stages"][1] == {"new": ["mirror"], "prior": ["reach", "before"], "held_out": [], "unseen": ["again"]}
+    trained = [(row["stage"], row["iteration"]) for row in undisturbed.rows("train")]
+    assert trained == sorted(trained) and len(set(trained)) == 3 * ITERATIONS
+    found = {(row["stage"], row["iteration"], row["task"], row["role"]) for row in undisturbed.episodes()}
+    roles = {
+        0: ("new", "unseen", "unseen"), 1: ("new", "unseen", "unseen"), 2: ("prior", "new", "unseen"),
+        3: ("prior", "prior", "new"),
+    }  # fmt: skip
+    expected = {
+        (stage, ITERATIONS if stage else 0, *pair)
+        for stage, said in roles.items()
+        for pair in zip([*NAMES, "before"], [*said, "prior"], strict=True)
+    }
+    interim = {(stage, 1, task, role) for stage, _, task, role in expected if stage and role != "unseen"}
+    assert found == expected | interim
+    trained = {(row["stage"], *row["trained_on"]) for row in undisturbed.episodes()}
+    assert trained == {(stage, *NAMES[:stage]) for stage in range(4)}
+    drift = {(row["stage"], row["task"]) for row in undisturbed.rows("divergence")}
+    assert drift == {(stage, task) for stage in (1, 2, 3) for task in [*NAMES[:stage], "before"]}
+
+
+def test_matrix_by_hand(undisturbed):
+    found, episodes = summary(undisturbed), undisturbed.episodes()
+    assert found["matrix"].keys() == {"sequence", "prior", "held_out"}
+    rates = []
+    for stage in range(4):
+        rates.append([])
+        for number, task in enumerate(NAMES):
+            where = (stage, ITERATIONS if stage else 0, task, "sampled")
+            rows = [r for r in episodes if (r["stage"], r["iteration"], r["task"], r["decode"]) == where]
+            won, n = sum(row["success"] for row in rows), len(rows)
+            low, high = wilson(won, n)
+            cell = {"n": 6, "successes": won, "rate": won / n, "low": low, "high": high}
+            assert found["matrix"]["sequence"]["sampled"][stage][number] == cell
+            rates[-1].append(won / n)
+    assert found["matrix"]["prior"]["tasks"] == ["before"] and len(found["matrix"]["prior"]["greedy"]) == 4
+    assert found["matrix"]["held_out"] == {"tasks": []}
+    assert found["sequence"]["sampled"] == sequence_metrics(rates[0], rates[1:])
+    # A task's rows pair with the base's, whatever it is called in a stage.
+    paired = {(row["stage"], row["task"]) for row in found["forgetting"] if row["iteration"] == ITERATIONS}
+    assert paired == {(stage, task) for stage in (1, 2, 3) for task in [*NAMES, "before"]}
+
+
+def test_the_page_of_a_sequence(tmp_path, undisturbed):
+    write_report([undisturbed.path], tmp_path / "page.html")
+    assert "reach + mirror + again" in (tmp_path / "page.html").read_text()
+
+
+# ---- what a stage hands to the next
+
+
+def test_stages_draw_different_noise(undisturbed):
+    """The same task learned twice in a row would meet other initial states the second time."""
+    drawn = []
+    for iteration in range(2 * ITERATIONS):
+        plan = Merging(iterations=ITERATIONS, groups=4, group_size=3, optimiser=None, seed=0).plan
+        drawn.append([(key.seed, key.stream) for key in plan.keys(ToyTask(), iteration)])
+    assert len({tuple(keys) for keys in drawn}) == 2 * ITERATIONS
+
+
+def test_the_first_stage_is_the_run_of_one_task(tmp_path, undisturbed):
+    options = {"held_out": [ToyTask(name) for name in NAMES[1:]]}
+    alone = sequence(tmp_path / "alone", NAMES[:1], **options)
+    assert os.listdir(alone.checkpoints) == [f"iteration_{ITERATIONS:06d}"]
+    for table, different in (("train", ()), ("episodes", ("role", "source")), ("divergence", ())):
+        rows = [
+            sorted(
+                str({key: value for key, value in row.items() if "seconds" not in key and key not in different})
+                for row in folder.rows(table)
+                if row["stage"] <= 1
+            )
+            for folder in (alone, undisturbed)
+        ]
+        assert rows[0] == rows[1]
+
+
+def test_the_policy_of_a_sequence(tmp_path, undisturbed):
+    state = with_checkpoint(ToyPolicy(seed=1), str(undisturbed.path))
+    assert (state["stage"], state["iteration"], state["trained_on"]) == (3, ITERATIONS, NAMES)
+    stores = sorted(undisturbed.checkpoints.iterdir())
+    assert [store.name for store in stores] == ["stage_01", "stage_02", "stage_03"]  # keep_stages
+    policy = ToyPolicy(seed=1)
+    load_weights(policy, latest_checkpoint(undisturbed))
+    assert not [file for store in stores[:2] for file in store.glob("*/optimizer.safetensors")]
+    following = sequence(tmp_path / "next", ["before"], prior=[], checkpoint=str(undisturbed.path))
+    assert following.run["checkpoint_state"]["trained_on"] == NAMES
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ("run sequence=[]", "sequence=[] is no list of tasks"),
+        ("run sequence=stack_cube", "sequence=stack_cube is no list of tasks"),
+        ("run sequence=[stack_cube,place_sphere] task=stack_cube", "'task=stack_cube' beside a sequence"),
+        ("run sequence=[stack_cube,place_sphere] task.max_steps=3", "'task.max_steps=3' beside a sequence"),
+        ("run sequence=[stack_cube,nothing]", "unknown task 'nothing'"),
+        ("run sequence=[nothing,stack_cube]", "unknown task 'nothing'"),
+        ("run sequence=[stack_cube,stack_cube]", "'stack_cube' stands twice in the sequence"),
+        ("run sequence=[stack_cube,pick_cube]", "'pick_cube' has two roles"),
+        ("run policy=qwen-nano sequence=[skill_over,winogrande] prior=[]", "'winogrande' is a benchmark"),
+        ("evaluate sequence=[stack_cube,place_sphere]", "evaluate does not use sequence=; run does"),
+    ],
+)
+def test_no_sequence(tmp_path, capsys, arguments, words):
+    assert main([*arguments.split(), f"run_dir={tmp_path / 'run'}"]) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_a_sequence_of_one_is_the_task():
+    one, other = (Arguments("run", [text]) for text in ("sequence=[place_sphere]", "task=place_sphere"))
+    assert {**one.plain, "sequence": None} == other.plain
+    assert one.run_folder(experiment.run) == other.run_folder(experiment.run)
+    assert [task.name for task in one.value("sequence")] == ["place_sphere"]
