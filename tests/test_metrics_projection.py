@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import minimize
+from torch import Tensor
 
 from robot_forgetting.errors import UserError
+from robot_forgetting.metrics import projection
 from robot_forgetting.metrics.projection import (
     expectation_maximisation,
     information_projection,
     kl,
-    log_linear_expectation_maximisation,
     policy_gradient,
     supervised,
 )
@@ -116,6 +117,48 @@ def test_first_natural_step_is_the_natural_policy_gradient():
     assert torch.allclose(found, expected, atol=1e-12)
 
 
+def log_linear_expectation_maximisation(
+    base: Tensor, features: Tensor, reward: Tensor, *, steps: int, rate: float = 0.5
+) -> projection.Trajectory:
+    """Alternating projections within pi_theta = pi_0 exp(theta . phi(y)) / Z, an exponential (e-flat) family.
+
+    base, reward [Y]; features phi [Y, D]. The M-projection of (1 - rate) pi + rate I(pi) matches E phi, by Newton's
+    method from the last theta to 1e-12. rate < 1: the exact projection of I(pi) lies at infinite theta. Where the
+    reward is in the span of the features and 1, the end is the target, whatever the other features are.
+    """
+    theta = features.new_zeros(features.shape[1])
+
+    def step(pi: Tensor) -> Tensor:
+        nonlocal theta
+        wanted = ((1 - rate) * pi + rate * information_projection(pi, reward)) @ features
+        theta = match(base.log(), features, wanted, theta)
+        return torch.softmax(base.log() + features @ theta, -1)
+
+    return projection._run(base, reward, steps, step)
+
+
+def match(log_base: Tensor, features: Tensor, wanted: Tensor, theta: Tensor) -> Tensor:
+    """theta at which E phi is as wanted: maximises the concave theta . wanted - log Z(theta)."""
+
+    def objective(theta: Tensor) -> Tensor:
+        return theta @ wanted - torch.logsumexp(log_base + features @ theta, 0)
+
+    for _ in range(100):
+        pi = torch.softmax(log_base + features @ theta, -1)
+        mean = pi @ features
+        gap = wanted - mean
+        if gap.abs().max() < 1e-12 * features.abs().max():
+            break
+        centred = features - mean
+        # Features may be redundant: the least-norm step.
+        step = torch.linalg.pinv(centred.T @ (centred * pi[:, None]), hermitian=True, rtol=1e-14) @ gap
+        size = 1.0
+        while objective(theta + size * step) < objective(theta) - 1e-14 and size > 1e-8:
+            size /= 2
+        theta = theta + size * step
+    return theta
+
+
 def test_exponential_family_with_the_reward_among_its_features():
     generator = torch.Generator().manual_seed(0)
     other = torch.randn(5, 2, generator=generator, dtype=torch.float64)
@@ -150,7 +193,6 @@ def test_exponential_family_without_it_may_end_elsewhere():
         (lambda: expectation_maximisation(BASE.float(), REWARD, steps=1), "float64"),
         (lambda: expectation_maximisation(TARGET, REWARD, steps=1), "none of them 0"),
         (lambda: expectation_maximisation(BASE * 2, REWARD, steps=1), "sum to 1"),
-        (lambda: log_linear_expectation_maximisation(BASE, BASE, REWARD, steps=1), r"give \[Y, D\] and \[Y\]"),
     ],
 )
 def test_bad_input(call, message):

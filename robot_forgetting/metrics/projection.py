@@ -19,8 +19,8 @@ What these functions show, and the tests state as numbers:
    this adds up without bound. One plain step per batch is not an exact M-projection, which the theorem asks for;
    with more steps on the same batch (``inner_steps``) the end comes nearer.
 4. Full support and E R = 1 exclude each other unless every answer is right. The theorem holds for the closure of the
-   family, and there where the reward is in the span of the features (``log_linear_expectation_maximisation``);
-   without that the end may be another member of P*, further from pi_0.
+   family, and there where the reward is in the span of the features; without that the end may be another member of P*,
+   further from pi_0.
 """
 
 from __future__ import annotations
@@ -114,52 +114,6 @@ def policy_gradient(
         return pi
 
     return _run(base, reward, steps, step)
-
-
-def log_linear_expectation_maximisation(
-    base: Tensor, features: Tensor, reward: Tensor, *, steps: int, rate: float = 0.5
-) -> Trajectory:
-    """Alternating projections within pi_theta = pi_0 exp(theta . phi(y)) / Z, an exponential (e-flat) family.
-
-    base, reward [Y]; features phi [Y, D]. The M-projection of (1 - rate) pi + rate I(pi) matches E phi, by Newton's
-    method from the last theta to 1e-12. rate < 1: the exact projection of I(pi) lies at infinite theta. Where the
-    reward is in the span of the features and 1, the end is the target, whatever the other features are.
-    """
-    if base.ndim != 1 or features.ndim != 2 or len(features) != len(base):
-        raise UserError(
-            f"features of shape {tuple(features.shape)} for {tuple(base.shape)} answers; give [Y, D] and [Y]"
-        )
-    theta = features.new_zeros(features.shape[1])
-
-    def step(pi: Tensor) -> Tensor:
-        nonlocal theta
-        wanted = _towards(pi, information_projection(pi, reward), rate) @ features
-        theta = _match(base.log(), features, wanted, theta)
-        return _softmax(base.log() + features @ theta)
-
-    return _run(base, reward, steps, step)
-
-
-def _match(log_base: Tensor, features: Tensor, wanted: Tensor, theta: Tensor) -> Tensor:
-    """theta at which E phi is as wanted: maximises the concave theta . wanted - log Z(theta)."""
-
-    def objective(theta: Tensor) -> Tensor:
-        return theta @ wanted - torch.logsumexp(log_base + features @ theta, 0)
-
-    for _ in range(100):
-        pi = _softmax(log_base + features @ theta)
-        mean = pi @ features
-        gap = wanted - mean
-        if gap.abs().max() < 1e-12 * features.abs().max():
-            break
-        centred = features - mean
-        # Features may be redundant: the least-norm step.
-        step = torch.linalg.pinv(centred.T @ (centred * pi[:, None]), hermitian=True, rtol=1e-14) @ gap
-        size = 1.0
-        while objective(theta + size * step) < objective(theta) - 1e-14 and size > 1e-8:
-            size /= 2
-        theta = theta + size * step
-    return theta
 
 
 def _towards(policy: Tensor, labels: Tensor, rate: float) -> Tensor:

@@ -21,11 +21,6 @@ def hand(env) -> np.ndarray:
     return np.asarray(env.agent.tcp._objs[0].entity_pose.p, dtype=np.float64)
 
 
-def gripper_width(env) -> float:
-    """Opening of the two fingers in metres, 0 (closed) to 0.08."""
-    return float(env.agent.robot._objs[0].qpos[-2:].sum())
-
-
 def move_to(env, target, gripper: float, *, gain: float = 0.8, limit: float = 0.5) -> np.ndarray:
     """Proportional command towards ``target`` [3] (metres), at most ``limit`` (of 0.1 m) per axis and step."""
     step = np.clip(gain * (np.asarray(target) - hand(env)) / METRES_PER_UNIT, -limit, limit)
