@@ -43,7 +43,7 @@ def pairs(bundle):
         if name not in made:
             spec = configured(name, "image_size=64", "full_pictures=false", "task.max_steps=40").spec
             made[name] = simulation, batch = Simulation(spec), BatchedSimulation(spec, 1, CPU)
-            batch.env.evaluate = batch.env.flags
+            batch.env._found = batch.env._found_of_many
             batch.env._initialize_episode = lambda env_idx, options: batch.env._place_robot()
             assert batch.env._segmentation_ids_to_keep.tolist() == simulation.env._segmentation_ids_to_keep.tolist()
         return made[name]
@@ -184,7 +184,8 @@ class Things:
 
         from robot_forgetting.tasks.widowx.bridge import BridgeScene
 
-        self.evaluate, self._stepped = (types.MethodType(f, self) for f in (BridgeScene.evaluate, BridgeScene._stepped))
+        for name in ("evaluate", "_stepped", "_found_of_many"):
+            setattr(self, name, types.MethodType(getattr(BridgeScene, name), self))
         self.places = torch.zeros(4, 2, 3)
         self.places[:, 0] = torch.tensor([0.2, 0, 0.01])
         self.impulses = {name: torch.zeros(4, 3) for name in ("left", "right", "arena")}
@@ -195,7 +196,7 @@ class Things:
         self.consecutive_grasp, self.configuration = torch.zeros(4, dtype=torch.int64), torch.arange(4)
         self._elapsed_steps = torch.zeros(4, dtype=torch.int32)
         self._mass_centres = [Pose.create(torch.tensor([[0.0, 0, 0, 1, 0, 0, 0]]).repeat(4, 1)) for _ in range(2)]
-        self.scene, self._pose = self, Pose
+        self.scene, self._pose, self.gpu_sim_enabled = self, Pose, True
         fingers = [types.SimpleNamespace(name=name, pose=self.pose_of(torch.zeros(4, 3))) for name in ("left", "right")]
         self.agent = types.SimpleNamespace(scene=self, finger1_link=fingers[0], finger2_link=fingers[1])
         self.actors = {"arena": types.SimpleNamespace(name="arena")}

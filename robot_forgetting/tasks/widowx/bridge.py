@@ -18,7 +18,7 @@ from mani_skill.envs.tasks.digital_twins.bridge_dataset_eval.base_env import Bas
 from mani_skill.utils import io_utils
 
 from robot_forgetting.machine import assets
-from robot_forgetting.tasks.simulator.grasp import TOUCH, pressing_fingers_batched
+from robot_forgetting.tasks.simulator.grasp import TOUCH, pressing_fingers, pressing_fingers_batched
 from robot_forgetting.tasks.simulator.grid import Grid
 from robot_forgetting.tasks.simulator.settling import drop
 from robot_forgetting.tasks.simulator.twins import Twin
@@ -128,6 +128,17 @@ class BridgeScene(Twin, BaseBridgeEnv):
 
     # ---- success
 
+    def _found_of_many(self, *things) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Centres of mass [N, 3] of source and target, and whether the source is grasped, [N] bool."""
+        centres = [(thing.pose * own).p for thing, own in zip(things, self._mass_centres, strict=True)]
+        return centres, pressing_fingers_batched(self.agent, things[0])
+
+    def _found(self, *things) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """The same of the only environment, in a fifth of the time."""
+        bodies = (thing._bodies[0] for thing in things)
+        centres = [torch.from_numpy((body.entity_pose * body.cmass_local_pose).p)[None] for body in bodies]
+        return centres, torch.tensor([pressing_fingers(self.agent, things[0])])
+
     def evaluate(self) -> dict:
         """The original's flags, of this instant; ``configuration`` is that of the evaluation grid, -1 in training.
 
@@ -135,10 +146,9 @@ class BridgeScene(Twin, BaseBridgeEnv):
         came to rest. Contacts are known by pairs: what the source may touch besides robot and target is the arena.
         """
         source, target = (self.objs[name] for name in self.obj_names)
-        centres = [(thing.pose * own).p for thing, own in zip((source, target), self._mass_centres, strict=True)]
+        centres, grasped = (self._found_of_many if self.gpu_sim_enabled else self._found)(source, target)
         now = torch.stack([centres[0], target.pose.p], dim=1)
         moved = (now - self.at_rest)[..., :2].norm(dim=2)
-        grasped = pressing_fingers_batched(self.agent, source)
         held = torch.where(grasped, self.consecutive_grasp + 1, 0)
         self.consecutive_grasp = torch.where(self._stepped(), held, self.consecutive_grasp)
         offset, halves = centres[0] - centres[1], self.extents / 2
