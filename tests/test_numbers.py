@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from dataclasses import replace
@@ -15,6 +16,7 @@ from robot_forgetting.cli import command_line as cli
 from robot_forgetting.conformance.check_table import Table
 from robot_forgetting.conformance.task_checks import check_task
 from robot_forgetting.conformance.toy_task import ToyEnv, ToyTask, tiny_policy
+from robot_forgetting.engine.drift import Drift
 from robot_forgetting.errors import UserError
 from robot_forgetting.methods.sft import SFT, demonstration_columns, encode_demonstrations
 from robot_forgetting.policy import Action, Policy
@@ -76,6 +78,20 @@ def test_check(folder, capsys, no_renderer):
     assert command("check", *parts) == 0, capsys.readouterr().out
     out = capsys.readouterr().out
     assert "12 recorded, 2 of them for divergences alone" in out and "a copy of policy 'flow'" in out
+
+
+@pytest.mark.parametrize("policy, method", [("gaussian", "sft"), ("gaussian", "grpo"), ("flow", "clone_by_flow")])
+def test_a_run(folder, capsys, no_renderer, policy, method):
+    assert command("run", f"policy={policy}", f"method={method}", *RUN) == 0, capsys.readouterr().err
+    (run,) = (folder / "runs" / "default").iterdir()
+    rows = [json.loads(line) for line in (run / "train.jsonl").read_text().splitlines()]
+    assert all(np.isfinite(row["loss"]) for row in rows if row["loss"] is not None)
+    assert {row["stage"] for row in json.loads((run / "summary.json").read_text())["success"]} == {0, 1}
+    if method == "clone_by_flow":
+        assert cli.main(["report", "runs/default"]) == 0
+        page = (folder / "report.html").read_text()
+        assert re.search(r"forward KL, .*: not defined \(policy .*flow.* has no tokens", page)
+        assert "divergence" not in {path.stem for path in run.glob("*.jsonl") if path.read_text()}
 
 
 @pytest.mark.parametrize(
@@ -163,6 +179,9 @@ def test_recorded_demonstrations(count, learned, capsys):
     kept = [episode.seed for episode in task.held_out_demonstrations(99)]
     assert seen == list(range(learned)) and kept == list(range(learned, count))
     assert ("demonstrations" in task.compared_at()) is (count > 1)
+    budget = {"divergence_episodes": 1, "divergence_states": 1}
+    drift = Drift([], tiny_policy(ToyTask()), [task], budget, held_out_text=None, seed=0, num_envs=1)
+    assert list(drift.without) == ([] if count > 1 else ["demonstrations of 'toy'"])
 
 
 def test_recorded_demonstrations_that_go_on(no_renderer):

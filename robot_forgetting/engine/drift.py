@@ -29,7 +29,7 @@ class Drift:
 
     measures: those that the policy can be measured by are taken; tasks: all of the run
     budget: divergence_episodes, divergence_states; held_out_text: see ``held_out_texts``
-    without: {what is not measured: why}
+    undefined: {measure that says nothing about this policy: why}; without: {what is not measured: a line that says so}
     """
 
     def __init__(
@@ -46,24 +46,28 @@ class Drift:
         self.policy, self.seed, self.num_envs = policy, seed, num_envs
         self.count, self.limit = budget["divergence_episodes"], budget["divergence_states"]
         self.without: dict[str, str] = {}
+        self.undefined: dict[str, str] = {}
         self.measures = self._defined(measures)
+        for task in tasks:
+            if task.has_demonstrations and DEMONSTRATIONS not in task.compared_at() and not task.scored:
+                where = f"demonstrations of '{task.name}'"
+                self.without[where] = f"nothing is measured at {where}: all there are may be learned from"
         self.source, self.texts = (held_out_text or {}).get("source"), []
         if self.source is not None:
             self._read_texts(held_out_text, tasks)
 
     def _defined(self, measures: Sequence[Measure]) -> list[Measure]:
         """Those that say something about the policy; of the others the reason, said once for all that share it."""
-        reasons: dict[str, list[Measure]] = {}
         for one in measures:
             checked_kind("measure", one, Measure)
             if [other.name for other in measures].count(one.name) > 1:
                 raise UserError(f"two of the measures are called '{one.name}'; name each once in measures=")
             if reason := one.undefined(self.policy):
-                reasons.setdefault(reason, []).append(one)
-        for reason, members in reasons.items():
-            names = ", ".join(one.name for one in members)
-            self.without |= {one.name: f"{names}: {reason}" for one in members}
-        return [one for one in measures if one.name not in self.without]
+                self.undefined[one.name] = reason
+        for reason in dict.fromkeys(self.undefined.values()):
+            names = ", ".join(name for name, other in self.undefined.items() if other == reason)
+            self.without[names] = f"{names}: {reason}"
+        return [one for one in measures if one.name not in self.undefined]
 
     def _read_texts(self, settings: dict, tasks: Sequence[Task]) -> None:
         if not self.policy.blocks:

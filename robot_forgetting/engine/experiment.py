@@ -85,7 +85,7 @@ def run(setup: Setup) -> int:
     setup.policy.check_training()
     for task in setup.sequence:
         setup.method.check(setup.policy, task)
-    header = experiment.header() | {"left_out": left_out}
+    header = experiment.header() | {"left_out": left_out, "undefined": experiment.drift.undefined}
     check_same_base(setup.run_dir, header)
     with open_run(setup.run_dir, setup.config, header) as folder:
         if folder.finished:

@@ -55,10 +55,9 @@ def _of_file(file: Path) -> list[str]:
 
 def _of_task(name: str, number: int, tasks: Sequence[Task], first: int) -> list[str]:
     task = next((task for task in tasks if task.name == name), None)
-    ask = getattr(task, "prompts", None) or getattr(task, "observations", None)
-    if ask is None:
+    if task is None:
         raise LookupError(f"none of the tasks is {name}, whose prompts would be the texts")
-    asked = ask(task.seeds("test").start + first + np.arange(number))
-    if "messages" not in asked:
+    asked = task.prompts(task.seeds("test").start + first + np.arange(number))
+    if "messages" not in (asked or {}):
         raise LookupError(f"{name} has no prompts in words")
     return [chat[-1]["content"] for chat in asked["messages"]]

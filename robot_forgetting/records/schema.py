@@ -146,6 +146,7 @@ RUN: dict = {
     "chance": object_of(RATE) | None,
     "protocols": OBJECT | None,
     "left_out": OBJECT | None,
+    "undefined": OBJECT | None,
     "versions": OBJECT | None,
     "hardware": OBJECT | None,
     "render": OBJECT | None,

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from robot_forgetting.measure import TEXT, WEIGHTS
 from robot_forgetting.report import words
-from robot_forgetting.report.markup import Content, folded, join, note, of, table
+from robot_forgetting.report.markup import Content, bullets, folded, join, note, of, table
 from robot_forgetting.report.predictor_section import STATES
 from robot_forgetting.report.runs import Group
 from robot_forgetting.report.section import Part, Runs, Section
@@ -21,7 +21,7 @@ class Divergence(Section):
     name, title, trained = "divergence", "Distance from the base policy", True
 
     def rows(self, runs: Runs) -> dict[str, list[dict]]:
-        return {"divergence": divergence_rows(runs.groups)}
+        return {"divergence": divergence_rows(runs.groups), "undefined": undefined_rows(runs.groups)}
 
     def html(self, part: Part, figure: Markup) -> Content:
         rows, shown = part.rows(self.name), []
@@ -42,7 +42,22 @@ class Divergence(Section):
             head = ["policy", "task", *named, ("n", "states (episodes)")]
             made = table(f"{caption}{name}. Mean ± one standard error.", head, lines)
             shown.append(folded(f"The same at states of: {name}", made) if shown else made)
-        return join(shown) or note("No divergence was recorded.")
+        said: dict[tuple[str, str], list[str]] = {}
+        for row in part.rows("undefined"):
+            said.setdefault((row["variant"], row["reason"]), []).append(words.measure_name(row["measure"]))
+        lines = [f"{who}: {', '.join(names)}: not defined ({reason})" for (who, reason), names in said.items()]
+        return join([*shown, bullets(lines) if lines else ""]) or note("No divergence was recorded.")
+
+
+def undefined_rows(groups: Iterable[Group]) -> list[dict]:
+    """Which measures say nothing about a policy, and why."""
+    found = {}
+    for group in groups:
+        for run in group.runs:
+            for measure, reason in (run.state.get("undefined") or {}).items():
+                row = {**group.keys, "measure": measure, "reason": reason}
+                found[tuple(row.values())] = row
+    return list(found.values())
 
 
 def _value(row: dict | None) -> Content:
