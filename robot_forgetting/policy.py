@@ -239,10 +239,11 @@ class Policy(BuiltWith, nn.Module, ABC):
         compared: whether it will be asked to act as its base too
         """
 
-    def hidden_states(self, obs: dict) -> Tensor:
-        """What each layer makes of an observation, one vector each: [1 + blocks, N, D] float32, without gradients.
+    def hidden_states(self, obs: dict) -> Sequence[Tensor]:
+        """What each layer makes of an observation, one vector each: 1 + blocks of [N, D] float32, without gradients.
 
-        The first layer is the embedding, then come the blocks. A language model reads plain texts (column ``text``).
+        The first layer is the embedding, then come the blocks. ``layers_read`` is the column that must be there: a
+        language model reads plain texts, and is then compared on held-out ones; others read what tasks show.
         """
         raise self._lacks("hidden_states", "does not show its layers")
 

@@ -27,6 +27,7 @@ class MLPPolicy(Policy):
 
     declares = ConventionSpec(action_dimensions=1, action_mode="label")
     noise_width = 1
+    layers_read = "features"
     splits_batches = False  # a batch takes a millisecond, sending a part of it to another process as long
 
     def __init__(
@@ -45,6 +46,7 @@ class MLPPolicy(Policy):
         self.name, self.sizes = name, tuple(sizes)
         self._shapes = list(zip(self.sizes, self.sizes[1:], strict=False))
         self.depth = len(self._shapes)
+        self.blocks = self.depth - 1
         given = _fresh(self._shapes) if weights is None else weights
         shapes = {f"layer{n}.weight": shape for n, shape in enumerate(self._shapes, start=1)}
         shapes |= {f"layer{n}.bias": shape[1:] for n, shape in enumerate(self._shapes, start=1)}
@@ -132,6 +134,18 @@ class MLPPolicy(Policy):
         """Hidden layers [N, width] after their ReLU, and logits [N, V]."""
         found = self._forward(torch.as_tensor(features))
         return found.hidden[1:], found.out
+
+    @torch.no_grad()
+    def hidden_states(self, obs: dict) -> list[Tensor]:
+        """The features, and each hidden layer after its ReLU, [N, width]."""
+        return self._pass(obs["features"])[0].hidden
+
+    def layer_weights(self) -> Iterator[tuple[int | None, dict[str, Tensor], dict[str, Tensor]]]:
+        own = self.network()
+        for layer in range(1, self.depth + 1):
+            names = (f"layer{layer}.weight", f"layer{layer}.bias")
+            sides = ({name: side[name] for name in names} for side in (self._base, own))
+            yield (layer if layer <= self.blocks else None, *sides)
 
     # ---- products
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from robot_forgetting.errors import UserError
@@ -34,6 +36,48 @@ class OwnBase(Policy):
         self._in_base = False
         self._base_weights: list[Tensor] | None = None
         self.continues = bool(lora and lora.get("adapter"))  # whether its adapters were trained before
+
+    @abstractmethod
+    def layers(self) -> list[nn.Module]:
+        """The embedding, then the blocks one above the other, as ``hidden_states`` numbers them."""
+
+    @torch.no_grad()
+    def layer_weights(self) -> Iterator[tuple[int | None, dict[str, Tensor], dict[str, Tensor]]]:
+        """(layer, base weights, own weights): the embedding (0), each block (1 ...), and what is left (None).
+
+        Of what is computed. What an adapter adds is merged into a float32 copy, one layer's at a time.
+        """
+        base: dict[int, Tensor] = {}
+        if self.lora is None:
+            self._check_base()
+            base = dict(zip(map(id, self.trainable_parameters()), self._base_weights, strict=True))
+        tuned = (module for module in self.model.modules() if isinstance(module, BaseTunerLayer))
+        adapted = {id(layer.get_base_layer().weight): layer for layer in tuned}
+        seen = set(map(id, getattr(self.model, "unused_parameters", list)()))
+
+        def merged(own: Tensor, layer: BaseTunerLayer) -> Tensor:
+            return own.float() + layer.get_delta_weight(adapters.ADAPTER).float()
+
+        def pair(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+            before, after = {}, {}
+            for name, parameter in module.named_parameters():
+                if id(parameter) in seen or f".{adapters.ADAPTER}." in name:
+                    continue
+                seen.add(id(parameter))
+                own = parameter.detach()
+                before[name], after[name] = base.get(id(parameter), own), own
+                if (layer := adapted.get(id(parameter))) is not None:
+                    after[name] = merged(own, layer)
+                    if self.continues:  # the base has adapters too
+                        with self._swapped():
+                            before[name] = merged(own, layer)
+            return before, after
+
+        for number, module in enumerate(self.layers()):
+            yield number, *pair(module)
+        rest = pair(self.model)
+        if rest[0]:
+            yield None, *rest
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.parameters() if parameter.requires_grad]

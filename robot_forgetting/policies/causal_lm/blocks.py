@@ -1,16 +1,13 @@
-"""A language model layer by layer: what each makes of a text, and its weights before and after fine-tuning."""
+"""A language model layer by layer: what each makes of a text."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from robot_forgetting.policies.causal_lm.hidden import of_like_length
-from robot_forgetting.policies.lora import ADAPTER
 
 TOKENS_AT_ONCE = 2048  # of a forward pass that keeps the states of every layer
 
@@ -49,50 +46,3 @@ def _means(body: nn.Module, rows: Sequence[Sequence[int]], pad: int, device) -> 
     states = body(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
     means = [(state.float() * counts.unsqueeze(2)).sum(1) / counts.sum(1, keepdim=True) for state in states]
     return torch.stack(means).cpu()
-
-
-def weights_by_layer(
-    model: nn.Module,
-    body: nn.Module,
-    base: Mapping[int, Tensor] | None,
-    started_from: Callable[[], AbstractContextManager] | None = None,
-) -> Iterator[tuple[int | None, dict[str, Tensor], dict[str, Tensor]]]:
-    """(layer, base weights, own weights): the embedding (0), each block (1 ...), and what is left (None).
-
-    base: the base's tensor by id of the parameter; None: they are the model's own, and adapters add to them. What an
-    adapter adds is merged into a float32 copy, one layer's at a time. started_from: inside it, adapters are the base's;
-    None: the base has none.
-    """
-    adapted = {} if base is not None else _adapted(model)
-
-    def pair(parameters) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        before, after = {}, {}
-        for name, parameter in parameters:
-            if id(parameter) in seen or f".{ADAPTER}." in name:
-                continue
-            seen.add(id(parameter))
-            own = parameter.detach()
-            before[name] = own if base is None else base[id(parameter)]
-            after[name] = own
-            if (layer := adapted.get(id(parameter))) is not None:
-                after[name] = merged(own, layer)
-                if started_from is not None:
-                    with started_from():
-                        before[name] = merged(own, layer)
-        return before, after
-
-    def merged(own: Tensor, layer: BaseTunerLayer) -> Tensor:
-        return own.float() + layer.get_delta_weight(ADAPTER).float()
-
-    seen: set[int] = set()
-    layers = [model.get_input_embeddings(), *blocks_of(body)]
-    for number, module in enumerate(layers):
-        yield number, *pair(module.named_parameters())
-    before, after = pair(model.named_parameters())
-    if before:
-        yield None, before, after
-
-
-def _adapted(model: nn.Module) -> dict[int, BaseTunerLayer]:
-    layers = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
-    return {id(layer.get_base_layer().weight): layer for layer in layers}

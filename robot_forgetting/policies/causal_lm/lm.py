@@ -14,7 +14,7 @@ from robot_forgetting.machine.device import PRECISIONS, parse_device
 from robot_forgetting.machine.files import disk
 from robot_forgetting.one_step import Repeated
 from robot_forgetting.policies import lora as adapters
-from robot_forgetting.policies.causal_lm.blocks import blocks_of, mean_states, weights_by_layer
+from robot_forgetting.policies.causal_lm.blocks import blocks_of, mean_states
 from robot_forgetting.policies.causal_lm.chat import ChatTemplate
 from robot_forgetting.policies.causal_lm.hidden import Prompts, completion_states
 from robot_forgetting.policies.causal_lm.lm_checkpoint import load, quiet
@@ -93,7 +93,7 @@ class CausalLM(OwnBase):
         self.pad = self.tokenizer.eos_token_id if pad is None else pad
         _without_dropout(self.model)
         self._check_head()
-        self.blocks = len(blocks_of(self.body))
+        self.blocks = len(self.layers()) - 1
         if gradient_checkpointing:
             # The older name, which transformers 5.23 deprecates, is the only one of its first 5.x releases.
             enable = getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)
@@ -204,13 +204,8 @@ class CausalLM(OwnBase):
         with self._products():
             return mean_states(self.body, self.prompts.plain(obs["text"]), self.pad, self.batch_rows)
 
-    @torch.no_grad()
-    def layer_weights(self) -> Iterator[tuple[int | None, dict[str, Tensor], dict[str, Tensor]]]:
-        base = None
-        if self.lora is None:
-            self._check_base()
-            base = dict(zip(map(id, self.trainable_parameters()), self._base_weights, strict=True))
-        yield from weights_by_layer(self.model, self.body, base, self._swapped if self.continues else None)
+    def layers(self) -> list[nn.Module]:
+        return [self.model.get_input_embeddings(), *blocks_of(self.body)]
 
     def cut_off(self, action: Action) -> list[bool]:
         rows = zip(action.tokens.cpu(), action.mask.cpu(), strict=True)

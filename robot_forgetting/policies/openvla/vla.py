@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from robot_forgetting.errors import UserError
 from robot_forgetting.machine.device import parse_device, parse_precision
@@ -45,6 +45,7 @@ class OpenVLAPolicy(OwnBase):
     """
 
     declares = ConventionSpec(action_mode="delta")
+    layers_read = "image"
 
     def __init__(
         self,
@@ -72,6 +73,7 @@ class OpenVLAPolicy(OwnBase):
         self.source, self.tokenizer = checkpoint.source, checkpoint.tokenizer
         self.model: OpenVLAModel = checkpoint.model.to(place, precision.weights).eval()
         self.model.products = precision.products
+        self.blocks = len(self.layers()) - 1
         config = checkpoint.model.config
         if add_statistics:
             config = checkpoint.model.config = replace(config, norm_stats={**config.norm_stats, **add_statistics})
@@ -156,6 +158,17 @@ class OpenVLAPolicy(OwnBase):
         """The rows of a batch without gradients in parts for which there is memory; empty where all fit."""
         rows = self.rows_at_once(most=count)
         return [slice(start, start + rows) for start in range(0, count, rows)] if rows < count else []
+
+    @torch.no_grad()
+    def hidden_states(self, obs: dict) -> Tensor:
+        """Means over the positions of prompt and picture but the first, on which attention rests."""
+        if parts := self._parts(len(obs["instruction"])):
+            return torch.cat([self.hidden_states(take_rows(obs, part)) for part in parts], 1)
+        with self._products():
+            return self.model.layer_states(*self._inputs(obs)).cpu()
+
+    def layers(self) -> list[nn.Module]:
+        return self.model.layers()
 
     # ---- beyond Policy
 

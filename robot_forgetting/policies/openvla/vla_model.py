@@ -169,6 +169,24 @@ class OpenVLAModel(nn.Module):
             inputs_embeds=hidden, attention_mask=mask, position_ids=positions, use_cache=False
         ).logits
 
+    def layers(self) -> list[nn.Module]:
+        """The Llama's embedding and its blocks."""
+        return [self.language_model.get_input_embeddings(), *self.language_model.model.layers]
+
+    def layer_states(self, input_ids: Tensor, attention_mask: Tensor | None, pixel_values: Tensor) -> Tensor:
+        """What the Llama makes of patches and prompt, the mean over its positions but the first: after the embedding,
+        then after each block, the last after the final norm, [1 + blocks, N, hidden] float32."""
+        hidden = self.embed(input_ids, pixel_values)
+        mask = self._mask(attention_mask, hidden.shape[1])
+        positions = None if mask is None else self._positions(mask)
+        states = self.language_model.model(
+            inputs_embeds=hidden, attention_mask=mask, position_ids=positions, use_cache=False,
+            output_hidden_states=True,
+        ).hidden_states  # fmt: skip
+        counts = torch.ones_like(hidden[..., :1]) if mask is None else mask.unsqueeze(2).to(hidden.dtype)
+        counts = counts[:, 1:].float()
+        return torch.stack([(state[:, 1:].float() * counts).sum(1) / counts.sum(1) for state in states])
+
     def action_logits(
         self, input_ids: Tensor, attention_mask: Tensor | None, pixel_values: Tensor, bins: Tensor
     ) -> Tensor:
