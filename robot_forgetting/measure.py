@@ -5,10 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from robot_forgetting.policy import Policy
+if TYPE_CHECKING:  # the report reads ``Quantity`` without torch
+    from robot_forgetting.policy import Policy
 
 BASE, FINE_TUNED, DEMONSTRATIONS = DECISIONS = ("base", "fine_tuned", "demonstrations")  # whose states of a task
 TEXT, WEIGHTS = "text", "weights"  # held-out texts; no inputs at all

@@ -147,6 +147,7 @@ class Experiment:
             "policy": setup.names.get("policy"),
             "task": " + ".join(learned),
             "method": setup.names.get("method"),
+            "measures": {one.name: {"title": one.title, "similarity": one.similarity} for one in self.drift.measures},
             "penalty": None if setup.penalty is None else setup.names.get("penalty"),
             "seed": setup.seed,
             "decode": {"temperature": setup.temperature},

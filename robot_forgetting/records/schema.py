@@ -147,6 +147,7 @@ RUN: dict = {
     "protocols": OBJECT | None,
     "left_out": OBJECT | None,
     "undefined": OBJECT | None,
+    "measures": OBJECT | None,
     "versions": OBJECT | None,
     "hardware": OBJECT | None,
     "render": OBJECT | None,

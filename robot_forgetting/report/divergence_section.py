@@ -8,7 +8,6 @@ from collections.abc import Iterable
 import numpy as np
 from markupsafe import Markup
 
-from robot_forgetting.measure import TEXT, WEIGHTS
 from robot_forgetting.report import words
 from robot_forgetting.report.markup import Content, bullets, folded, join, note, of, table
 from robot_forgetting.report.predictor_section import STATES
@@ -38,13 +37,13 @@ class Divergence(Section):
                         values = [_value(cells.get(key)) for key in measures]
                         lines.append([part.who(first), where, *values, f"{first['n']} ({first['episodes']})"])
             caption = "Distance between the action distributions of base and final policy, at states of: "
-            named = [(words.measure_name(measure), unit.replace("1/", "per ")) for measure, unit in measures]
+            named = [(part.measure_name(measure), unit.replace("1/", "per ")) for measure, unit in measures]
             head = ["policy", "task", *named, ("n", "states (episodes)")]
             made = table(f"{caption}{name}. Mean ± one standard error.", head, lines)
             shown.append(folded(f"The same at states of: {name}", made) if shown else made)
         said: dict[tuple[str, str], list[str]] = {}
         for row in part.rows("undefined"):
-            said.setdefault((row["variant"], row["reason"]), []).append(words.measure_name(row["measure"]))
+            said.setdefault((row["variant"], row["reason"]), []).append(part.measure_name(row["measure"]))
         lines = [f"{who}: {', '.join(names)}: not defined ({reason})" for (who, reason), names in said.items()]
         return join([*shown, bullets(lines) if lines else ""]) or note("No divergence was recorded.")
 
@@ -76,7 +75,7 @@ def divergence_rows(groups: Iterable[Group]) -> list[dict]:
     for group in groups:
         found: dict[tuple, list[dict]] = {}
         for row in (row for run in group.runs for row in final_divergence(run)):
-            if row.get("states") not in (TEXT, WEIGHTS, None):  # by layer, see ``layer_section``; None: of weights
+            if "layer" not in row and row.get("states") is not None:  # by layer: ``layer_section``; None: of weights
                 key = tuple(row.get(name) for name in ("task", "role", "states", "measure", "unit"))
                 found.setdefault(key, []).append(row)
         for key, members in found.items():

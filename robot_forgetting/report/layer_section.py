@@ -41,11 +41,12 @@ class Layers(Section):
         whole = [row for row in part.rows(self.name) if row["layer"] is None]
         if not whole:
             return ""
-        texts = " or ".join(dict.fromkeys(f"{row['n']} texts of {row['texts']}" for row in whole if row["n"]))
+        read = dict.fromkeys((row["n"], row["inputs"], row["texts"]) for row in whole if row["n"])
+        texts = " or ".join(f"{n} {'texts' if inputs == TEXT else 'states'} of {name}" for n, inputs, name in read)
         k = " or ".join(dict.fromkeys(str(row["k"]) for row in whole if row["k"]))
         shown = pictured(
             figure,
-            f"Left: similarity of what base and final policy make of {texts} (mean state of a text's tokens but the "
+            f"Left: similarity of what base and final policy make of {texts} (mean state of an input's tokens but the "
             "first; the last layer is after the final norm). Right: length of the change of a layer's weights over "
             "their own, adapters merged. Lines: mean of all runs of a method; shaded: their range. The methods are not "
             "at equal new-task success here.",
@@ -56,8 +57,9 @@ class Layers(Section):
             f"no drift for CKNNA (k = {k}; few texts can carry it a little above 1) and CKA, 0 for the changes, which "
             "are relative. In brackets the least and the largest run."
         )
-        measures = [name for name in words.MEASURES if any(row["measure"] == name for row in whole)]
-        titles = [words.measure_name(name).rstrip(")").partition(" (")[::2] for name in measures]
+        known = list(words.MEASURES)
+        measures = sorted({row["measure"]: None for row in whole}, key=lambda name: (known + [name]).index(name))
+        titles = [part.measure_name(name).rstrip(")").partition(" (")[::2] for name in measures]
         lines = []
         for variant in dict.fromkeys(row["variant"] for row in whole):
             cells = {row["measure"]: row for row in whole if row["variant"] == variant}
@@ -90,7 +92,8 @@ def layer_rows(groups: Sequence[Group]) -> list[dict]:
         for run in group.runs:
             for (measure, layer), row in _of_run(final_divergence(run)).items():
                 found.setdefault((measure, layer), []).append(row["value"])
-                about[measure] = {"texts": row.get("task"), "n": row.get("n"), "k": row.get("k")}
+                about[measure] = {"texts": row.get("task"), "inputs": row.get("role")}
+                about[measure] |= {"n": row.get("n"), "k": row.get("k")}
         for (measure, layer), values in found.items():
             spread = {"value": float(np.mean(values)), "least": min(values), "largest": max(values)}
             rows.append(
@@ -100,10 +103,11 @@ def layer_rows(groups: Sequence[Group]) -> list[dict]:
 
 
 def _of_run(rows: Sequence[dict]) -> dict[tuple, dict]:
-    """(measure, layer) -> row, with the mean over blocks."""
-    rows = [row for row in rows if row.get("states") in (TEXT, WEIGHTS) and row.get("value") is not None]
-    found = {(row["measure"], row.get("layer")): row for row in rows}
-    for measure in dict.fromkeys(row["measure"] for row in rows if row["states"] == TEXT):
+    """(measure, layer) -> row, with the mean over blocks. Of what layers read: texts, or the new task's states."""
+    rows = [row for row in rows if row.get("role") in (None, TEXT, "new")]
+    rows = [row for row in rows if "layer" in row and row.get("value") is not None]
+    found = {(row["measure"], row["layer"]): row for row in rows}
+    for measure in dict.fromkeys(row["measure"] for row in rows if row["states"] != WEIGHTS):
         blocks = [row for row in rows if row["measure"] == measure and row.get("layer")]
         if blocks:
             mean = float(np.mean([row["value"] for row in blocks]))
@@ -127,7 +131,8 @@ def by_layer(rows: Sequence[dict], colours: Colours) -> Figure:
             axes.set_ylim(0, None)
         axes.set(title=title, xlabel="layer (0: embedding)")
         axes.xaxis.get_major_locator().set_params(integer=True)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper")
+    lines = max((axes.get_legend_handles_labels() for axes in figure.axes), key=lambda pair: len(pair[0]))
+    figure.legend(*lines, loc="outside right upper")
     return figure
 
 

@@ -73,17 +73,17 @@ class Predictors(Section):
         return join(
             [
                 shown,
-                table(caption, head, map(_line, fitted)),
+                table(caption, head, [_line(part, row) for row in fitted]),
                 note(words.too_few(fitted)),
                 table(unseen, head_unseen, lines),
             ]
         )
 
 
-def _line(row: dict) -> list:
+def _line(part: Part, row: dict) -> list:
     where = "" if row["low"] is None else f" [{row['low']:.2f}, {row['high']:.2f}]"
     return [
-        words.measure_name(row["predictor"]),
+        part.measure_name(row["predictor"]),
         words.role_name(row["inputs"]),
         words.states_name(row["states"]),
         f"{row['r2']:.2f}{where}" + wrapped(row["note"]),

@@ -65,6 +65,12 @@ class Part:
         """Whether some run has a fine-tuned policy, or is to have one."""
         return any(group.method != BASE for group in self.groups)
 
+    def measure_name(self, measure: str) -> str:
+        """Its title, as the runs declare it."""
+        declared = (run.state.get("measures") or {} for run in self.runs)
+        title = next((found[measure].get("title") for found in declared if isinstance(found.get(measure), dict)), None)
+        return str(title or words.measure_name(measure))
+
     def who(self, row: dict) -> Markup:
         """What a row of a method is headed by."""
         return swatch(self.colours.colour(row["method"]).replace(INK, "currentColor"), row["variant"])

@@ -12,7 +12,7 @@ MINUS = "\N{MINUS SIGN}"
 SQUARED = "\N{SUPERSCRIPT TWO}"
 SPACE = "\N{NO-BREAK SPACE}"
 ENOUGH_CHECKPOINTS = 10  # for a law of forgetting
-# In the order of the tables' columns.
+# Titles of what was measured before runs declared them.
 MEASURES = {
     "forward_kl": "forward KL",
     "reverse_kl": "reverse KL",
