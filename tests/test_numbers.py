@@ -20,6 +20,7 @@ from robot_forgetting.engine.drift import Drift
 from robot_forgetting.errors import UserError
 from robot_forgetting.methods.sft import SFT, demonstration_columns, encode_demonstrations
 from robot_forgetting.policy import Action, Policy
+from robot_forgetting.records.run_folder import RunFolder
 from robot_forgetting.rollout import EpisodeKey, noise_of_many, rollout
 from robot_forgetting.task import Demonstration
 
@@ -82,16 +83,19 @@ def test_check(folder, capsys, no_renderer):
 
 @pytest.mark.parametrize("policy, method", [("gaussian", "sft"), ("gaussian", "grpo"), ("flow", "clone_by_flow")])
 def test_a_run(folder, capsys, no_renderer, policy, method):
-    assert command("run", f"policy={policy}", f"method={method}", *RUN) == 0, capsys.readouterr().err
+    measures = ["measures=[forward_kl, gaussian_kl]"]
+    assert command("run", f"policy={policy}", f"method={method}", *measures, *RUN) == 0, capsys.readouterr().err
     (run,) = (folder / "runs" / "default").iterdir()
-    rows = [json.loads(line) for line in (run / "train.jsonl").read_text().splitlines()]
+    rows = RunFolder(run).rows("train")
     assert all(np.isfinite(row["loss"]) for row in rows if row["loss"] is not None)
     assert {row["stage"] for row in json.loads((run / "summary.json").read_text())["success"]} == {0, 1}
-    if method == "clone_by_flow":
+    found = RunFolder(run).rows("divergence")
+    assert {row["measure"] for row in found} == ({"gaussian_kl"} if policy == "gaussian" else set())
+    assert all(row["value"] > 0 for row in found if row["iteration"] == 2 and method == "sft")
+    if policy == "flow":
         assert cli.main(["report", "runs/default"]) == 0
         page = (folder / "report.html").read_text()
-        assert re.search(r"forward KL, .*: not defined \(policy .*flow.* has no tokens", page)
-        assert "divergence" not in {path.stem for path in run.glob("*.jsonl") if path.read_text()}
+        assert re.search(r"forward KL: not defined \(policy .*flow.* has no tokens", page)
 
 
 @pytest.mark.parametrize(
