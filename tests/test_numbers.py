@@ -27,7 +27,7 @@ from robot_forgetting.task import Demonstration
 DOCUMENT = (Path(__file__).resolve().parents[1] / "docs" / "plug_ins.md").read_text(encoding="utf-8")
 SNIPPETS = dict(re.findall(r"^```(?:python|yaml) (\S+)\n(.*?)^```$", DOCUMENT, re.M | re.S))
 SNIPPETS |= {"my_configs/task/toy.yaml": "# A dot\n_target_: test_numbers.Recorded\n"}
-RUN = ["task=toy", "prior=[]", "held_out=[]", "budget=tiny", "budget.videos=0", "image_size=32", "num_envs=2",
+RUN = ["task=toy", "prior=[]", "held_out=[]", "budget=tiny", "image_size=32", "num_envs=2",
        "processes=1", "device=cpu"]  # fmt: skip
 
 
@@ -83,8 +83,8 @@ def test_check(folder, capsys, no_renderer):
 
 @pytest.mark.parametrize("policy, method", [("gaussian", "sft"), ("gaussian", "grpo"), ("flow", "clone_by_flow")])
 def test_a_run(folder, capsys, no_renderer, policy, method):
-    measures = ["measures=[forward_kl, gaussian_kl]"]
-    assert command("run", f"policy={policy}", f"method={method}", *measures, *RUN) == 0, capsys.readouterr().err
+    measures = ["measures=[forward_kl, gaussian_kl]", f"budget.videos={int(policy == 'flow')}"]
+    assert command("run", f"policy={policy}", f"method={method}", *RUN, *measures) == 0, capsys.readouterr().err
     (run,) = (folder / "runs" / "default").iterdir()
     rows = RunFolder(run).rows("train")
     assert all(np.isfinite(row["loss"]) for row in rows if row["loss"] is not None)
@@ -92,6 +92,7 @@ def test_a_run(folder, capsys, no_renderer, policy, method):
     found = RunFolder(run).rows("divergence")
     assert {row["measure"] for row in found} == ({"gaussian_kl"} if policy == "gaussian" else set())
     assert all(row["value"] > 0 for row in found if row["iteration"] == 2 and method == "sft")
+    assert len(list(run.glob("videos/*.mp4"))) == (2 if policy == "flow" else 0)
     if policy == "flow":
         assert cli.main(["report", "runs/default"]) == 0
         page = (folder / "report.html").read_text()

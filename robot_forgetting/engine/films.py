@@ -40,8 +40,10 @@ def record(
     episodes = []
     slots = min(num_envs, len(seeds))
     for episode in evaluate(policy, task, seeds, temperature=temperature, num_envs=slots, render=True):
-        if episode.error:
-            say(f"  {task.name}, seed {episode.key.seed}: no video, {episode.error}")
+        if not episode.frames:  # the environment draws nothing larger than what the policy sees
+            episode.frames = [row["image"] for row in episode.observations if "image" in row]
+        if episode.error or not episode.frames:
+            say(f"  {task.name}, seed {episode.key.seed}: no video, {episode.error or 'it shows no image'}")
             continue
         name = video_name(task.name, episode.key.seed, who, episode.success)
         said = episode.instructions(task.instruction)
