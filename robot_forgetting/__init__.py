@@ -19,7 +19,8 @@ API = {
     "record": "api.calls",
     "check": "api.calls",
     "load_runs": "records.reader",
-    "write_report": "report",
+    "read_tables": "report.page",
+    "write_report": "studies",
 }
 
 

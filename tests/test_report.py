@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
 from fake_runs import make_run
 
+from robot_forgetting.cli import main
 from robot_forgetting.errors import UserError
 from robot_forgetting.metrics.statistics import crossed_mean, paired_difference, wilson
 from robot_forgetting.records.run_folder import RunFolder
@@ -425,3 +428,37 @@ def test_matched_comparison_where_the_runs_bases_differ(tmp_path):
     path = write_report([tmp_path], tmp_path / "r.html")
     for row in json.loads(path.with_suffix(".json").read_text())["matched"]:
         assert row["level"] is None or row["level"] > 0.8
+
+
+def test_a_section_of_ones_own_as_the_document_prints_it(demo, tmp_path, monkeypatch):
+    document = (Path(__file__).resolve().parents[1] / "docs" / "plug_ins.md").read_text(encoding="utf-8")
+    (tmp_path / "my_steps.py").write_text(re.search(r"```python my_steps.py\n(.*?)```", document, re.S).group(1))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    run = str(demo / "stack_cube-sft-seed0")
+    assert main(["report", run, "sections=[success,my_steps.Steps]", "output=page.html"]) == 0
+    html, tables = Path("page.html").read_text(), json.loads(Path("page.json").read_text())
+    sys.modules.pop("my_steps")
+    won = [row for row in RunFolder(run).episodes() if row["stage"] and row["success"] and row["task"] == "pick_cube"]
+    (row,) = (row for row in tables["steps"] if row["task"] == "pick_cube")
+    assert (row["n"], row["mean_steps"]) == (len(won), pytest.approx(np.mean([one["steps"] for one in won])))
+    assert re.findall(r"<h3[^>]*>(.*?)</h3>", html) == ["Success", "How long success takes"]
+    assert 'aria-label="How long success takes"' in html and "mean steps</th>" in html
+    assert tables["forgetting"] and "Provenance" not in html
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [("suces", "unknown section 'suces'"), ("my_sections.Gone", "cannot import 'my_sections.Gone'"),
+     ("my_sections.Other", "is no subclass of"), ("my_sections.Bad", "my_sections.py, line 5, in rows: ")],
+)  # fmt: skip
+def test_a_wrong_section_is_one_line(demo, tmp_path, monkeypatch, capsys, section, said):
+    lines = ["from robot_forgetting.report.section import Section", "class Other: ...", "class Bad(Section):"]
+    lines += ["    name = title = 'bad'", "    def rows(self, runs): return runs.missing"]
+    (tmp_path / "my_sections.py").write_text("\n".join(lines))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert main(["report", str(demo / "stack_cube-sft-seed0"), f"sections=[{section}]"]) == 2
+    error = capsys.readouterr().err
+    sys.modules.pop("my_sections", None)
+    assert said in error and error.count("\n") == 1, error

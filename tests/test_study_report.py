@@ -42,7 +42,7 @@ def page(tmp_path_factory):
         noise=0.02,
     )
     fail_run(folder, "grpo", 0.01)
-    path = studies.report([folder], tmp_path_factory.mktemp("out"))
+    path = studies.write_report([folder], tmp_path_factory.mktemp("out"))
     return path, path.read_text(encoding="utf-8"), json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
 
 
@@ -213,7 +213,7 @@ def test_what_cannot_be_used_is_named(tmp_path):
 )
 def test_too_few_runs_leave_a_line_in_place_of_a_number(tmp_path, make, line):
     make(tmp_path / "study")
-    html = studies.report([tmp_path], tmp_path / "r.html").read_text(encoding="utf-8")
+    html = studies.write_report([tmp_path], tmp_path / "r.html").read_text(encoding="utf-8")
     assert line in html
     assert "Needs runs of" in html and "The theorem was not checked" in html
 
@@ -246,7 +246,7 @@ def test_measured_at_the_end_only_is_no_failure(tmp_path):
 
 def test_bad_folders(tmp_path):
     with pytest.raises(UserError, match="holds no run folder"):
-        studies.report([tmp_path], tmp_path / "r.html")
+        studies.write_report([tmp_path], tmp_path / "r.html")
     make_robot_run(tmp_path / "robot", n=4)
     with pytest.raises(UserError, match="run of a study; run `robot-forgetting reproduce"):
         load_study(find_runs([tmp_path]))
@@ -299,7 +299,7 @@ def test_robot_runs_get_the_law_too(tmp_path):
 
 def test_robot_page_says_why_there_is_no_law(tmp_path):
     make_robot_run(tmp_path / "a", n=6, iterations=2, evaluate_every=2)
-    html = studies.report([tmp_path], tmp_path / "r.html").read_text(encoding="utf-8")
+    html = studies.write_report([tmp_path], tmp_path / "r.html").read_text(encoding="utf-8")
     assert re.search(r"No law of forgetting over distance: too few points for a fit: \d, needs 4", html)
 
 

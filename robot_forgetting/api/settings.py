@@ -91,6 +91,7 @@ class Settings(TypedDict):
     sweep: str
     run_dir: str | None
     output: str | None
+    sections: list[str]
     render: str
     image_size: Pixels
     full_pictures: bool

@@ -35,7 +35,7 @@ VERBS = {
         "robot_forgetting.studies:reproduce",
         "a published study, with all its runs: parity_mnist, llm/science",
     ),
-    "report": ("robot_forgetting.studies:report", "one HTML page from run folders"),
+    "report": ("robot_forgetting.studies:write_report", "one HTML page from run folders"),
     "check": ("robot_forgetting.conformance:check", "what is wrong with a task, method or policy of your own"),
     "assets": (
         "robot_forgetting.machine.assets:command",
@@ -197,7 +197,8 @@ def _configured(
     def attempt(point: list[str], job: Callable[[Arguments], None], before: str = "") -> int:
         try:
             arguments = Arguments(verb, point, positional)
-            if verb in BUILDING or (verb, *positional) == LIST_KEYS:
+            own = verb == "report" and any("." in name for name in arguments.plain["sections"])
+            if verb in BUILDING or own or (verb, *positional) == LIST_KEYS:
                 search([os.getcwd(), *arguments.sources[1:]])
             job(arguments)
         except Exception as error:
