@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -16,22 +17,33 @@ from robot_forgetting.machine import user_modules, vulkan
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = ROOT / "results" / "three-seeds" / "stack_cube-sft-table-seed0"
-SCRIPT = "import sys\nfrom robot_forgetting.cli import main\n\nif __name__ == '__main__':\n    sys.exit(main())\n"
+# The commands of one process, which the installed script would be, one after the other. It imports nothing itself.
+SCRIPT = """
+import sys
+from robot_forgetting.cli import main
+
+if __name__ == "__main__":
+    said = []
+    for number, arguments in enumerate({commands!r}):
+        with open(f"{place}-{{number}}", "w+") as sys.stderr:
+            code = main(arguments)
+            sys.stderr.seek(0)
+            said.append((code, sys.stderr.read(), list(sys.path)))
+    with open("{place}", "w") as file:
+        file.write(repr(said))
+"""
 INSTALLED = ("numpy", "markupsafe", "torch", "yaml", "datasets", "robot_forgetting", "sapien", "hydra", "transformers")
 STANDARD = ("json", "multiprocessing", "random", "signal", "logging", "sitecustomize", "usercustomize")
 OPTIONAL = ("numexpr", "bottleneck", "flash_attn", "tensorflow", "torchvision", "wandb")  # used where they are there
 TRAP = "import pathlib\npathlib.Path(__file__ + '.was-run').touch()\n"
 METHOD = "from robot_forgetting.methods.sft import SFT\n\n\nclass Mine(SFT):\n    pass\n"
 NAME = "my_method.Mine"
-PAGES = ("page.html", "usual.html")
+PAGES = ("page.html", "again.html")
 TEXT = ("policy=qwen-nano", "task=skill_reverse", "prior=[]", "held_out=[]", "device=cpu", "held_out_text.source=null")
-needs_vulkan = pytest.mark.skipif(not vulkan.physical_devices(), reason="no Vulkan device; `make setup` installs one")
 
 
-@pytest.fixture
-def downloaded(tmp_path) -> Path:
+def plant(folder: Path) -> Path:
     """A folder of somebody's runs, in which every module that might be asked for leaves a mark when it is."""
-    folder = tmp_path / "downloaded"
     shutil.copytree(RUN, folder / "run")
     for name in (*INSTALLED, *STANDARD, *OPTIONAL, "hydra_plugins/trap", "planted"):
         for place in (folder, folder / "run"):
@@ -43,45 +55,99 @@ def downloaded(tmp_path) -> Path:
     return folder
 
 
-def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """What the installed script does, in ``folder``: its own folder is first on the path, not the working one."""
-    script = folder.parent / "bin" / "robot-forgetting"
+@pytest.fixture
+def downloaded(tmp_path) -> Path:
+    return plant(tmp_path / "downloaded")
+
+
+def typed(folder: Path, *commands: tuple[str, ...]) -> list[tuple[int, str, list[str]]]:
+    """Types commands in ``folder``; (exit code, what it said on stderr, the path that modules are looked for on).
+
+    The script's own folder is first on the path, not the working one, as with the installed script.
+    """
+    script, place = folder.parent / "bin" / "robot-forgetting", folder.parent / "said"
     script.parent.mkdir(exist_ok=True)
-    script.write_text(SCRIPT)
+    script.write_text(SCRIPT.format(commands=commands, place=place))
     kept = os.environ.keys() - {"PYTHONSAFEPATH", "ROBOT_FORGETTING_DATA"}
     environment = {key: os.environ[key] for key in kept} | {"HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [sys.executable, script, *arguments], cwd=folder, env=environment, capture_output=True, text=True
-    )
+    ended = subprocess.run([sys.executable, script], cwd=folder, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    return ast.literal_eval(place.read_text())
 
 
 def marks(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.rglob("*.was-run"))
 
 
-@pytest.mark.parametrize(
-    "code, arguments",
-    [
-        (None, ("doctor",)),
-        (0, ("list",)),
-        (2, ("assets",)),
-        (0, ("report", "run", "output=page.html")),
-        (0, ("check", "method=sft")),
-        (0, ("evaluate", *TEXT, "episodes=2")),
-        (0, ("run", *TEXT, "budget=tiny", "run_dir=mine")),
-        (None, ("pretrain", *TEXT, "pretrain.iterations=1", "pretrain.demonstrations={skill_reverse: 8}",
-                "pretrain.steps_per_iteration=1", "pretrain.episodes=1", "run_dir=first", "output=mine")),
-        (2, ("reproduce", "parity_mnist", "quick=true", "output=nowhere")),
-        pytest.param(0, ("record", "task=push_cube", "episodes=1", "processes=1", "task.max_steps=2", "device=cpu"),
-                     marks=needs_vulkan),
-    ],
-    ids=lambda value: value[0] if isinstance(value, tuple) else None,
-)  # fmt: skip
-def test_no_verb_runs_what_lies_in_the_working_folder(downloaded, code, arguments):
-    result = command(downloaded, *arguments)
-    assert marks(downloaded) == [], result.stderr
-    assert code is None or result.returncode == code, result.stderr
-    assert "Traceback" not in result.stderr
+VERBS = [
+    (None, ("doctor",)),
+    (0, ("list",)),
+    (2, ("assets",)),
+    (0, ("report", "run", "output=page.html")),
+    (0, ("check", "method=sft")),
+    (0, ("evaluate", *TEXT, "episodes=2")),
+    (0, ("run", *TEXT, "budget=tiny", "budget.interim_points=0", "budget.divergence_episodes=1", "run_dir=mine")),
+    (None, ("pretrain", *TEXT, "pretrain.iterations=1", "pretrain.demonstrations={skill_reverse: 8}",
+            "pretrain.steps_per_iteration=1", "pretrain.episodes=1", "run_dir=first", "output=mine")),
+    (2, ("reproduce", "parity_mnist", "quick=true", "output=nowhere")),
+]  # fmt: skip
+RECORD = (0, ("record", "task=push_cube", "episodes=1", "processes=1", "task.max_steps=2", "device=cpu"))
+# A downloaded run's config.yaml is read as plain values, or as nothing at all.
+OF_A_RUN = [
+    (None, ("list", "--config-dir", "run")),
+    (None, ("list", "hydra.searchpath=[file://run]")),
+    (None, ("evaluate", "--config-dir", "run", *TEXT, "episodes=2")),
+    (None, ("evaluate", "task=push_cube", "checkpoint=run")),
+]
+# What transformers could be talked into: auto_map of model and tokenizer, a generate of the folder's own.
+TEMPLATES = {"plain": None, "bad": "{{ ''.__class__.__mro__[1].__subclasses__() }}", "worse": "{% include 'x' %}"}
+OF_A_MODEL = [
+    (0 if template is None else 2, ("evaluate", *TEXT, "episodes=2", f"policy.checkpoint=./{name}"))
+    for name, template in TEMPLATES.items()
+]
+
+
+def test_nothing_that_lies_in_the_working_folder_runs(downloaded):
+    bait(downloaded / "run")
+    for name, template in TEMPLATES.items():
+        bait_model(downloaded / name, template)
+    commands = [*VERBS, *OF_A_RUN, *OF_A_MODEL, *([RECORD] if vulkan.physical_devices() else [])]
+    found = typed(downloaded, *(arguments for _, arguments in commands))
+    assert marks(downloaded) == [], found
+    for (code, arguments), (ended, said, path) in zip(commands, found, strict=True):
+        assert ended in ((0, 2) if code is None else (code,)) and "Traceback" not in said, (arguments, said)
+        assert not {"", ".", str(downloaded)} & set(path), arguments
+    # Matplotlib reads a `matplotlibrc` of the working folder: this one would run LaTeX and paint in red.
+    (downloaded / "matplotlibrc").write_text("backend: module://planted\ntext.usetex: True\nfigure.facecolor: red\n")
+    ((code, said, _),) = typed(downloaded, ("report", "run", "output=again.html"))
+    assert code == 0, said
+    page, again = (re.findall(r"<svg.*?</svg>", (downloaded / name).read_text(), re.S) for name in PAGES)
+    assert page == again and page
+    assert marks(downloaded) == []
+
+
+def bait(run: Path) -> None:
+    text = (run / "config.yaml").read_text()
+    assert "_target_: robot_forgetting." in text
+    text = text.replace("_target_: robot_forgetting.", "_target_: planted.") + "hydra:\n  searchpath: [file://model]\n"
+    (run / "config.yaml").write_text(text + "again: {_target_: os.system, command: touch planted.py.was-run}\n")
+    (run / "task").mkdir()
+    (run / "task" / "other.yaml").write_text("_target_: planted.Task\n")
+
+
+def bait_model(model: Path, template: str | None) -> None:
+    shutil.copytree(ROOT / "robot_forgetting" / "weights" / "qwen-nano", model)
+    for name in ("modeling", "custom_generate/generate", "tokenization", "configuration"):
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / f"{name}.py").write_text(TRAP)
+    for file, kinds in (("config.json", ("AutoConfig", "AutoModelForCausalLM")), ("tokenizer_config.json", ("Auto",))):
+        values = json.loads((model / file).read_text())
+        values["auto_map"] = {kind: ["tokenization.Trap", None] for kind in ("AutoTokenizer",)} | {
+            kind: "modeling.Trap" for kind in kinds
+        }
+        (model / file).write_text(json.dumps(values))
+    if template is not None:
+        (model / "chat_template.jinja").write_text(template)
 
 
 def test_an_own_module_runs_beside_them(downloaded):
@@ -89,20 +155,15 @@ def test_an_own_module_runs_beside_them(downloaded):
     (downloaded / "method").mkdir()
     yaml = (ROOT / "configs" / "method" / "sft.yaml").read_text().replace("robot_forgetting.methods.sft.SFT", NAME)
     (downloaded / "method" / "mine.yaml").write_text(yaml)
+    (downloaded / "method" / "hidden.yaml").write_text("_target_: datasets.Mine\n")
     for name in OPTIONAL:  # the folder is behind the installed modules: what is not installed it may answer for
         (downloaded / f"{name}.py").unlink()
-    result = command(downloaded, "check", "method=mine", "hydra.searchpath=[file://.]")
-    assert result.returncode == 0 and "method Mine" in result.stdout, result.stderr + result.stdout
-    assert marks(downloaded) == []
-
-
-def test_a_name_that_an_installed_module_has_is_named(downloaded):
-    (downloaded / "method").mkdir()
-    (downloaded / "method" / "mine.yaml").write_text("_target_: datasets.Mine\n")
-    result = command(downloaded, "check", "method=mine", "hydra.searchpath=[file://.]")
-    assert result.returncode == 2 and result.stderr.count("\n") == 1
-    assert f"{downloaded / 'datasets.py'} is hidden by " in result.stderr
-    assert "give your module a name that no installed one has" in result.stderr
+    searched = "hydra.searchpath=[file://.]"
+    hidden, mine = typed(downloaded, ("check", "method=hidden", searched), ("check", "method=mine", searched))
+    assert mine[:2] == (0, ""), mine
+    assert hidden[0] == 2 and hidden[1].count("\n") == 1
+    assert f"{downloaded / 'datasets.py'} is hidden by " in hidden[1]
+    assert "give your module a name that no installed one has" in hidden[1]
     assert marks(downloaded) == []
 
 
@@ -115,59 +176,6 @@ def test_only_an_unknown_name_opens_the_folders(tmp_path, monkeypatch):
     assert user_modules.load_object("quite_my_own.VALUE") == 3
     assert sys.path[-1] == str(tmp_path)
     sys.modules.pop("quite_my_own")
-
-
-@pytest.mark.parametrize("template", [None, "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{% include 'x' %}"])
-def test_a_downloaded_model_runs_nothing(downloaded, template):
-    """What transformers could be talked into: auto_map of model and tokenizer, a generate of the folder's own."""
-    model = shutil.copytree(ROOT / "robot_forgetting" / "weights" / "qwen-nano", downloaded / "model")
-    for name in ("modeling", "custom_generate/generate", "tokenization", "configuration"):
-        (model / name).parent.mkdir(exist_ok=True)
-        (model / f"{name}.py").write_text(TRAP)
-    for file, kinds in (("config.json", ("AutoConfig", "AutoModelForCausalLM")), ("tokenizer_config.json", ("Auto",))):
-        values = json.loads((model / file).read_text())
-        values["auto_map"] = {kind: ["tokenization.Trap", None] for kind in ("AutoTokenizer",)} | {
-            kind: "modeling.Trap" for kind in kinds
-        }
-        (model / file).write_text(json.dumps(values))
-    if template is not None:
-        (model / "chat_template.jinja").write_text(template)
-    result = command(downloaded, "evaluate", *TEXT, "episodes=2", f"policy.checkpoint={model}")
-    assert marks(downloaded) == []
-    assert "Traceback" not in result.stderr
-    assert result.returncode == (0 if template is None else 2), result.stderr
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [("report", "run", "output=page.html"), ("list", "--config-dir", "run"), ("list", "hydra.searchpath=[file://run]"),
-     ("evaluate", "--config-dir", "run", *TEXT, "episodes=2"), ("evaluate", "task=push_cube", "checkpoint=run")],
-    ids=lambda arguments: "-".join(arguments[:2]),
-)  # fmt: skip
-def test_a_downloaded_run_names_nothing_that_is_built(downloaded, arguments):
-    """Its config.yaml is read as plain values, or as nothing at all."""
-    folder = downloaded / "run"
-    (folder / "planted.py").write_text(TRAP)
-    text = (folder / "config.yaml").read_text()
-    assert "_target_: robot_forgetting." in text
-    bait = text.replace("_target_: robot_forgetting.", "_target_: planted.") + "hydra:\n  searchpath: [file://model]\n"
-    (folder / "config.yaml").write_text(bait + "again: {_target_: os.system, command: touch planted.py.was-run}\n")
-    (folder / "task").mkdir()
-    (folder / "task" / "other.yaml").write_text("_target_: planted.Task\n")
-    result = command(downloaded, *arguments)
-    assert marks(downloaded) == [] and "Traceback" not in result.stderr
-    assert result.returncode in (0, 2), result.stderr
-
-
-def test_settings_beside_the_data_do_not_change_the_page(downloaded):
-    """Matplotlib reads a `matplotlibrc` of the working folder: this one would run LaTeX and paint in red."""
-    usual = command(downloaded, "report", "run", "run", "output=usual.html")
-    (downloaded / "matplotlibrc").write_text("backend: module://planted\ntext.usetex: True\nfigure.facecolor: red\n")
-    result = command(downloaded, "report", "run", "run", "output=page.html")
-    assert (usual.returncode, result.returncode) == (0, 0), usual.stderr + result.stderr
-    page, expected = (re.findall(r"<svg.*?</svg>", (downloaded / name).read_text(), re.S) for name in PAGES)
-    assert page == expected and page
-    assert marks(downloaded) == []
 
 
 def test_every_python_that_is_started_takes_the_safe_path():
