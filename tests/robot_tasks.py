@@ -10,7 +10,7 @@ from robot_forgetting import configs
 from robot_forgetting.tasks.simulator.maniskill_task import ManiSkillTask
 
 CONFIGS = Path(configs.__file__).parent
-TASKS = sorted(path.stem for path in (CONFIGS / "task").glob("*.yaml") if "ManiSkillTask" in path.read_text())
+TASKS = sorted(path.stem for path in (CONFIGS / "task").glob("*.yaml") if "[_maniskill," in path.read_text())
 
 
 def configured(name: str, *overrides: str) -> ManiSkillTask:
