@@ -319,7 +319,7 @@ def test_what_cannot_be_scored_says_why(winogrande, originals, shared, monkeypat
         list(winogrande.score(ToyPolicy(), [START]))
     with pytest.raises(UserError, match="num_fewshot=1 takes examples from the training split"):
         LmEval("hellaswag", configuration="hellaswag/hellaswag.yaml", metric="acc", num_fewshot=1).size()
-    with pytest.raises(UserError, match="limit=0 is too small"):
+    with pytest.raises(UserError, match="limit=0 is not a whole number from 1"):
         LmEval("winogrande", configuration="winogrande/default.yaml", metric="acc", limit=0)
     monkeypatch.setenv("ROBOT_FORGETTING_DATA", str(shared / "data"))
     humaneval = LmEval("humaneval", configuration="humaneval/humaneval.yaml", metric="pass@1")
