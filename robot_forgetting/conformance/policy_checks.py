@@ -162,31 +162,20 @@ def _computed(policy: Policy, obs: dict, action: Action) -> Tensor:
 
 @torch.no_grad()
 def _sees(policy: Policy, obs: dict) -> str:
+    """Two observations that differ in the picture alone, or two questions: the same decision must differ in chance."""
     if _answers_texts(policy):
-        return _reads(policy)
-    if "image" not in obs:
+        two, kind = {key: column[:2] for key, column in _observations(policy, None).items()}, "two questions"
+    elif "image" in obs:
+        two, kind = {key: column[[0, 0]] if isinstance(column, np.ndarray) else [column[0]] * 2
+                     for key, column in obs.items()}, "a black and a white picture"  # fmt: skip
+        two["image"][:] = np.array([0, 255], np.uint8)[:, None, None, None]
+    else:
         raise NotApplicable(f"no pictures, only {', '.join(sorted(obs))}")
-    first = {key: [column[0]] * 2 for key, column in obs.items()}
-    images = np.stack([np.zeros_like(obs["image"][0]), np.full_like(obs["image"][0], 255)])
-    obs = {**{key: np.stack(rows) if isinstance(rows[0], np.ndarray) else rows for key, rows in first.items()},
-           "image": images}  # fmt: skip
-    black, white = _computed(policy, obs, policy.act(obs, temperature=0.0)[torch.tensor([0, 0])])
-    difference = float((black - white).abs().max())
-    what = "logits" if policy.can("logits") else "decision"
-    expect(
-        difference > 1e-4,
-        f"a black and a white picture give the same {what}; the picture does not reach the actions",
-    )
-    return f"black and white pictures differ by up to {difference:.3g} in the {what}"
-
-
-def _reads(policy: Policy) -> str:
-    obs = {"messages": [[{"role": "user", "content": question}] for question in QUESTIONS[:2]]}
-    action = policy.act(obs, temperature=0.0)
-    first, second = policy.logits(obs, Action(action.tokens[:1].repeat(2, 1), action.mask[:1].repeat(2, 1)))[:, 0]
-    difference = float((first - second).abs().max())
-    expect(difference > 1e-4, "two questions give the same logits; the prompt does not reach the answer's tokens")
-    return f"two questions differ by up to {difference:.3g} in a logit"
+    both = torch.tensor([0, 0])
+    first, second = _computed(policy, two, policy.act(two, temperature=0.0)[both])
+    difference, what = _largest(first - second), "logits" if policy.can("logits") else "decision"
+    expect(difference > 1e-4, f"{kind} give the same {what}; what is observed does not reach the actions")
+    return f"{kind} differ by up to {difference:.3g} in the {what}"
 
 
 @torch.no_grad()

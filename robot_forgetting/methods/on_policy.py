@@ -13,7 +13,7 @@ from robot_forgetting.errors import UserError
 from robot_forgetting.method import Batch
 from robot_forgetting.methods.sft import take
 from robot_forgetting.one_step import Answers, Repeated, answer
-from robot_forgetting.policy import Policy
+from robot_forgetting.policy import Action, Policy
 from robot_forgetting.ranges import Count, Environments, Seed, check_fields
 from robot_forgetting.rollout import Episode, EpisodeKey, columns, rollout
 
@@ -85,7 +85,7 @@ class Rollouts:
         if not kept:
             return None
         rows = [row for episode, _ in kept for row in episode.observations[: episode.steps]]
-        action = type(kept[0][0].actions[0]).cat([episode.action() for episode, _ in kept])
+        action = Action.cat([episode.action() for episode, _ in kept])
         weights = torch.cat([value.repeat(episode.steps) for episode, value in kept])
         return Batch(columns(rows), action, weights, tokens_per_row=tokens_per_row)
 
