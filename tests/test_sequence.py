@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 
 import pytest
@@ -15,6 +16,7 @@ from robot_forgetting.api.arguments import Arguments
 from robot_forgetting.cli import main
 from robot_forgetting.engine import experiment
 from robot_forgetting.engine.run_policy import with_checkpoint
+from robot_forgetting.errors import UserError
 from robot_forgetting.machine import doctor
 from robot_forgetting.method import Optimiser, Penalty
 from robot_forgetting.methods.grpo import GRPO
@@ -22,7 +24,10 @@ from robot_forgetting.metrics.sequence import sequence_metrics
 from robot_forgetting.metrics.statistics import wilson
 from robot_forgetting.records.checkpoints import latest_checkpoint, load_weights
 from robot_forgetting.records.run_folder import RunFolder
+from robot_forgetting.records.video import video_name
 from robot_forgetting.report import write_report
+from robot_forgetting.report.media import recorded
+from robot_forgetting.report.runs import load
 
 pytestmark = pytest.mark.usefixtures("no_renderer", "four_instructions")
 NAMES = ["reach", "mirror", "again"]
@@ -208,8 +213,14 @@ def test_matrix_by_hand(undisturbed):
 
 
 def test_the_page_of_a_sequence(tmp_path, undisturbed):
-    write_report([undisturbed.path], tmp_path / "page.html")
+    shutil.copytree(undisturbed.path, tmp_path / "run")
+    (tmp_path / "run" / "videos").mkdir()
+    for who in ("base", "grpo_stage1", "grpo_stage3"):
+        (tmp_path / "run" / "videos" / video_name("reach", 1_600_000, who, True)).touch()
+    write_report([tmp_path / "run"], tmp_path / "page.html")
     assert "reach + mirror + again" in (tmp_path / "page.html").read_text()
+    found = {(row["stage"], row["iteration"]) for row in recorded(load(RunFolder(tmp_path / "run")))}
+    assert found == {(0, 0), (1, ITERATIONS), (3, ITERATIONS)}
 
 
 # ---- what a stage hands to the next
@@ -246,10 +257,16 @@ def test_the_policy_of_a_sequence(tmp_path, undisturbed):
     stores = sorted(undisturbed.checkpoints.iterdir())
     assert [store.name for store in stores] == ["stage_01", "stage_02", "stage_03"]  # keep_stages
     policy = ToyPolicy(seed=1)
-    load_weights(policy, latest_checkpoint(undisturbed))
     assert not [file for store in stores[:2] for file in store.glob("*/optimizer.safetensors")]
+    load_weights(policy, latest_checkpoint(undisturbed))
+    second = ToyPolicy(seed=1)
+    state = with_checkpoint(second, str(stores[1]), trained=True)
+    assert (state["stage"], state["trained_on"]) == (2, NAMES[:2])
+    assert not torch.equal(second.table, policy.table)
     following = sequence(tmp_path / "next", ["before"], prior=[], checkpoint=str(undisturbed.path))
     assert following.run["checkpoint_state"]["trained_on"] == NAMES
+    with pytest.raises(UserError, match="keeps no weights of stage 1; run it with keep_stages=true"):
+        with_checkpoint(second, f"{following.path}/checkpoints/stage_01")
 
 
 # ---- bad input

@@ -39,7 +39,7 @@ class RecordedPolicy:
         """None without a run, and where its records do not say (a run that was not made by the command line)."""
         if run is None:
             return None
-        folder = RunFolder(run)
+        folder, _ = opened(run)
         name, config = folder.run.get("policy"), folder.config()
         if not isinstance(name, str) or not isinstance(config.get("policy"), dict):
             return None
@@ -160,7 +160,7 @@ def _said(value) -> str:
 
 
 def with_checkpoint(policy: Policy, run: str | None, *, trained: bool = False) -> dict:
-    """Loads the fine-tuned weights of a run folder into its base policy, if asked.
+    """Loads the fine-tuned weights of a run folder into its base policy, if asked; run: see ``opened``.
 
     trained: whether a run that was stopped before its last iteration is refused; otherwise it is said
     Returns what the policy now is: {"who", "checkpoint", "stage", "iteration", "trained_on"}, with a run also
@@ -168,14 +168,15 @@ def with_checkpoint(policy: Policy, run: str | None, *, trained: bool = False) -
     """
     if run is None:
         return {"who": "base", "checkpoint": None, "stage": 0, "iteration": 0, "trained_on": []}
-    folder = RunFolder(run)
-    checkpoint = trained_checkpoint(folder)
+    folder, stage = opened(run)
+    checkpoint = trained_checkpoint(folder, stage)
     state = checkpoint_state(folder, checkpoint)
-    if trained:
-        check_trained(folder, f"checkpoint={run}")
+    reason = _unfinished(state | {"stages": stage or state["stages"]})
+    if trained and reason is not None:
+        raise untrained(f"checkpoint={run}", reason)
     load_weights(policy, checkpoint)
     who = folder.run.get("method") or "fine_tuned"
-    reason, lora = _unfinished(state), getattr(policy, "lora", None)
+    lora = getattr(policy, "lora", None)
     say(f"policy: {policy.name}{f' with lora {lora}' if lora else ''}, fine-tuned by {who} in {run}")
     if reason is not None:
         say(f"{run} {reason}: these are its weights of then, not those of a finished run")
@@ -187,6 +188,13 @@ def with_checkpoint(policy: Policy, run: str | None, *, trained: bool = False) -
         "trained_on": state["trained_on"],
         "checkpoint_state": state,
     }
+
+
+def opened(run: str) -> tuple[RunFolder, int | None]:
+    """The run folder that RUN names, and the stage, where it is RUN/checkpoints/stage_NN; else None: the last one."""
+    path = Path(run)
+    found = re.fullmatch(r"stage_(\d{2,9})", path.name) if path.parent.name == "checkpoints" else None
+    return (RunFolder(path), None) if found is None else (RunFolder(path.parent.parent), int(found[1]))
 
 
 def checkpoint_state(folder: RunFolder, checkpoint: Path) -> dict:
@@ -228,7 +236,11 @@ def check_trained(folder: RunFolder, said: str) -> None:
     """``UserError`` unless a run was trained to its last iteration."""
     reason = _unfinished(checkpoint_state(folder, trained_checkpoint(folder)))
     if reason is not None:
-        raise UserError(f"{said} {reason}; finish it first: the same command that made it continues it")
+        raise untrained(said, reason)
+
+
+def untrained(said: str, reason: str) -> UserError:
+    return UserError(f"{said} {reason}; finish it first: the same command that made it continues it")
 
 
 def _unfinished(state: dict) -> str | None:

@@ -50,24 +50,29 @@ class SelfSFT(Method):
         self._metrics: dict[str, float] = {}
 
     def begin(self, policy: Policy, task, past: Sequence) -> None:
-        if not task.one_step and not self.iterative:
-            with policy.base():
-                self._data = self._successes(policy, task, 0)
-            if self._data is None:
-                raise UserError(
-                    f"the base policy never succeeded at '{task.name}' in {self.plan.groups * self.samples} episodes; "
-                    "give more states or samples, or another method"
-                )
+        self._data = None
 
     def collect(self, policy: Policy, task, iteration: int) -> Sequence[Batch]:
         if task.one_step:
             return self._own_answers(policy, task, iteration)
-        data = self._successes(policy, task, iteration) if self.iterative else self._data
+        data = self._successes(policy, task, iteration) if self.iterative else self._of_base(policy, task, iteration)
         if data is None:
             return []
         rng = np.random.default_rng([self.seed, iteration, 0x5E1F])
         rows = rng.integers(len(data), size=(self.steps, self.batch_size))
         return [take(data, torch.from_numpy(index)) for index in rows]
+
+    def _of_base(self, policy: Policy, task, iteration: int) -> Batch:
+        """The base policy's successes, drawn once a stage with the noise of its first iteration."""
+        if self._data is None:
+            with policy.base():
+                self._data = self._successes(policy, task, iteration - iteration % self.iterations)
+        if self._data is None:
+            raise UserError(
+                f"the base policy never succeeded at '{task.name}' in {self.plan.groups * self.samples} episodes; "
+                "give more states or samples, or another method"
+            )
+        return self._data
 
     def _successes(self, policy: Policy, task, iteration: int) -> Batch | None:
         rollouts = sample_rollouts(policy, task, self.plan, iteration)

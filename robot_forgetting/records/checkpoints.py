@@ -184,9 +184,11 @@ def load_weights(policy: Policy, folder: Path) -> None:
             parameter.copy_(tensors[name])
 
 
-def trained_checkpoint(run: RunFolder) -> Path:
-    """The folder of a run's fine-tuned weights, for ``load_weights``."""
-    checkpoint = latest_checkpoint(run)
+def trained_checkpoint(run: RunFolder, stage: int | None = None) -> Path:
+    """The folder of a run's fine-tuned weights, for ``load_weights``; of a stage that was kept, or the last ones."""
+    checkpoint = latest_checkpoint(run) if stage is None else newest(stage_store(run, stage))
+    if checkpoint is None and stage is not None:
+        raise UserError(f"{run.path} keeps no weights of stage {stage}; run it with keep_stages=true")
     if checkpoint is None:
         raise UserError(f"{run.path} holds no checkpoint; finish `robot-forgetting run` there first")
     return checkpoint

@@ -11,7 +11,9 @@ from robot_forgetting.records.summary import succeeded
 from robot_forgetting.report.runs import BASE, Group, Run
 
 BUDGET_BYTES = 10_000_000  # of mp4 per page; base64 makes it a third more
-NAME = re.compile(r"(?P<task>.+)-seed(?P<seed>\d+)-(?P<who>.+)-(?P<outcome>success|failure)\.mp4")
+NAME = re.compile(
+    r"(?P<task>.+)-seed(?P<seed>\d+)-(?P<who>.+?)(_stage(?P<stage>\d{1,4}))?-(?P<outcome>success|failure)\.mp4"
+)
 
 
 def recorded(run: Run) -> list[dict]:
@@ -26,13 +28,13 @@ def recorded(run: Run) -> list[dict]:
     for path in sorted(run.folder.videos.glob("*.mp4")) if run.folder.videos.is_dir() else []:
         match, path = NAME.fullmatch(path.name), run.folder.file(path)
         if match and path is not None and path not in found:
-            stage = 0 if match["who"] == BASE else 1
+            stage = 0 if match["who"] == BASE else int(match["stage"] or 1)
             found[path] = {
                 "task": match["task"],
                 "role": roles.get(match["task"], ""),
                 "seed": int(match["seed"]),
                 "stage": stage,
-                "iteration": run.final[1] if stage and run.final else 0,
+                "iteration": run.ends.get(stage, run.final or (0, 0))[1],
                 "decode": "sampled",
                 "success": match["outcome"] == "success",
                 "path": path,
