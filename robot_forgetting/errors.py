@@ -95,6 +95,11 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def shortened(text: str, most: int = 60) -> str:
+    """A text of at most so many letters, ``...`` in the place of the rest."""
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
 def described(error: BaseException) -> str:
     """'KeyError: 'x''."""
     name, text = type(error).__name__, one_line(error)

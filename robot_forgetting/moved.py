@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 
 PACKAGE = "robot_forgetting"
@@ -50,10 +49,13 @@ def current(dotted: str) -> str:
     return dotted if new is None else f"{PACKAGE}.{new}.{name}"
 
 
-class _Finder(MetaPathFinder, Loader):
+class _Finder:  # not of importlib.abc's, which take ten milliseconds to import
     def find_spec(self, name, path=None, target=None):
         old = name.removeprefix(f"{PACKAGE}.")
         return ModuleSpec(name, self, is_package=MOVED[old] is None) if name != old and old in MOVED else None
+
+    def create_module(self, spec) -> None:
+        return None  # the usual one
 
     def exec_module(self, module) -> None:
         new = MOVED[module.__name__.removeprefix(f"{PACKAGE}.")]

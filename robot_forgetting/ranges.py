@@ -15,9 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from robot_forgetting.errors import UserError
-
-SHOWN = 60  # letters of a wrong value in an error
+from robot_forgetting.errors import UserError, shortened
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,7 @@ def problem(path: str, value: Any, kind: Any) -> str | None:
     if None in found:
         return None
     fix = f"; as a text it is written '\"{value}\"'" if str in options(kind) and isinstance(value, int | float) else ""
-    return next((text for text in found if text), f"{path}={_shown(value)} is not {words(kind)}{fix}")
+    return next((text for text in found if text), f"{path}={shortened(str(value))} is not {words(kind)}{fix}")
 
 
 def _problem(path: str, value: Any, option: Any) -> str | None:
@@ -236,11 +234,6 @@ def _numbers(value: Any) -> Iterator[float]:
 
 def _first(found: Iterator[str | None]) -> str | None:
     return next((text for text in found if text), None)
-
-
-def _shown(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= SHOWN else text[:SHOWN] + "..."
 
 
 def _number(value: float) -> str:

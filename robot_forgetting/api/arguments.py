@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass, replace
 from pathlib import Path
 
-from robot_forgetting.api.composing import GROUPS, Composed, compose, entries, key_of, readable
+from robot_forgetting.api.composing import GROUPS, Composed, compose, entries, key_of, readable, replacing
 from robot_forgetting.api.config_checks import check_node, check_root
 from robot_forgetting.api.run_id import BUDGET, LIST, POLICY, SETTING, WHAT, run_folder
 from robot_forgetting.api.settings import Settings
@@ -105,6 +105,12 @@ class Arguments:
     def _composed(self, overrides: Sequence[str]) -> Composed:
         """The configuration that overrides make, with the policy of checkpoint=RUN where there is one."""
         return self._recorded.configuration(overrides, compose) if self._recorded else compose(overrides)
+
+    def for_hydra(self) -> list[str]:
+        """The overrides for hydra's own command line, with the policy that checkpoint=RUN's records name."""
+        policy = [f"policy={self.names['policy']}"] if self._recorded else []
+        own = [text for text in self.overrides if not (policy and text.startswith("policy="))]
+        return [text for override in [*policy, *own] for text in replacing(override)]
 
     def _check_added(self) -> None:
         """`+key=value` at the top, which nothing reads: neither we nor any `${key}` in the configuration."""

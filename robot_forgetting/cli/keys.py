@@ -11,6 +11,7 @@ from typing import Any
 from robot_forgetting.api.composing import CONFIGS, GROUPS, entries, files
 from robot_forgetting.api.config_checks import signature
 from robot_forgetting.api.settings import Root
+from robot_forgetting.errors import shortened
 from robot_forgetting.machine.user_modules import load_object
 from robot_forgetting.ranges import known_keys, options, unmarked, words
 
@@ -159,7 +160,7 @@ def shown(value: Any) -> str:
     ):
         text = re.sub(pattern, words_, text)
     text = text.splitlines()[0] + " ..." if "\n" in text else text
-    return text if len(text) <= 80 else text[:77] + "..."
+    return shortened(text, 80)
 
 
 def page(folder: Path) -> str:

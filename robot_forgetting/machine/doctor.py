@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from robot_forgetting.errors import described
 from robot_forgetting.machine import nvidia, vulkan
 
 # Installed versions of these go into run.json: what a result may depend on.
@@ -58,7 +59,7 @@ def guarded(examine: Callable[[], Check]) -> Check:
     try:
         return examine()
     except Exception as error:
-        return Check(examine.__name__, "FAIL", f"{type(error).__name__}: {' '.join(str(error).split())}")
+        return Check(examine.__name__, "FAIL", described(error))
 
 
 # --- the checks ---

@@ -18,6 +18,7 @@ import sys
 import time
 from pathlib import Path
 
+from robot_forgetting.errors import described
 from robot_forgetting.machine import children
 
 TIMEOUT_SECONDS = 90
@@ -189,6 +190,6 @@ if __name__ == "__main__":
     try:
         answer = render()
     except Exception as error:  # which devices there are may say why
-        answer = {"error": f"{type(error).__name__}: {' '.join(str(error).split())}", "devices": physical_devices()}
+        answer = {"error": described(error), "devices": physical_devices()}
     print(json.dumps(answer), flush=True)
     os._exit(0)  # some drivers crash while they are unloaded, after all is said

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from robot_forgetting.errors import UserError
+from robot_forgetting.errors import UserError, one_line
 from robot_forgetting.finite import check_finite, misfits
 from robot_forgetting.machine.files import disk, follow_umask, read_json
 from robot_forgetting.ranges import Range
@@ -65,7 +65,7 @@ def add(
         inject_adapter_in_model(config, model, ADAPTER)
     except ValueError as error:  # no such layer, or one of a kind that peft does not adapt
         raise UserError(
-            f"the adapter {adapter or ''} does not fit this policy: {' '.join(str(error).split())}"
+            f"the adapter {adapter or ''} does not fit this policy: {one_line(error)}"
         ) from error
     _check_layers(model)
     model.lora_config = config

@@ -352,7 +352,7 @@ def _read_yaml(path: Path) -> dict:
         if not isinstance(value, dict):
             raise TypeError("no mapping")
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is not valid YAML ({' '.join(str(error).split())}); restore it") from None
+        raise UserError(f"{path} is not valid YAML ({one_line(error)}); restore it") from None
     return value
 
 

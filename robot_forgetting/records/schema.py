@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from robot_forgetting.errors import UserError
+from robot_forgetting.errors import UserError, shortened
 
 REQUIRED = object()
 
@@ -200,5 +200,4 @@ def checked(value: Mapping, keys: Mapping, where: str, fix: str) -> dict:
 
 
 def _short(value) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return shortened(json.dumps(value, default=str))

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 
-from robot_forgetting.errors import UserError
+from robot_forgetting.errors import UserError, one_line
 from robot_forgetting.machine.files import cache_folder, write_atomic
 
 VARIABLE = "ROBOT_FORGETTING_DATA"
@@ -66,7 +66,7 @@ def download(origin: str, file: str, otherwise: str) -> Path:
     except UserError:
         raise
     except (OSError, ValueError, HTTPException) as error:  # no network, no such file, a cut connection
-        text = " ".join(str(error).split())[:200] or type(error).__name__
+        text = one_line(error)[:200]
         raise UserError(f"{file} cannot be downloaded from {origin} ({text}); {otherwise}") from error
 
 

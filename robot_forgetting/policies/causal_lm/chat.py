@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-from robot_forgetting.errors import UserError
+from robot_forgetting.errors import UserError, one_line
 from robot_forgetting.machine.progress import say
 
 MOST_STEPS = 2_000_000  # of one rendering: lines of the template, and calls of whatever they call; about a second
@@ -92,7 +92,7 @@ class ChatTemplate:
         except TooLong:
             raise self._unusable(f"does not end within {MOST_STEPS:,} steps") from None
         except Exception as error:  # a template is a program: anything can be wrong with it
-            said = " ".join(str(error).split())[:200]
+            said = one_line(error)[:200]
             raise self._unusable(f"fails ({type(error).__name__}: {said})") from error
 
     def _unusable(self, what: str) -> UserError:

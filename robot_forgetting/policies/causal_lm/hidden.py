@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from robot_forgetting.errors import UserError
+from robot_forgetting.errors import UserError, shortened
 from robot_forgetting.policies.causal_lm.chat import ChatTemplate
 from robot_forgetting.policies.causal_lm.sampling import read_prompts
 from robot_forgetting.policy import Action
@@ -80,7 +80,7 @@ class Prompts:
 
 def _beginning(chat: list[dict]) -> str:
     words = " ".join(str(chat[-1].get("content", "")).split()) if chat else ""
-    return words if len(words) <= 60 else words[:57] + "..."
+    return shortened(words)
 
 
 def completion_states(

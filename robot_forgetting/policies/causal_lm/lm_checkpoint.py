@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from robot_forgetting.errors import UserError
+from robot_forgetting.errors import UserError, one_line
 from robot_forgetting.finite import misfits
 from robot_forgetting.machine.files import cache_folder, disk
 from robot_forgetting.machine.progress import say
@@ -99,7 +99,7 @@ def _loaded(found: str, checkpoint: str, dtype: torch.dtype) -> tuple[nn.Module,
             ignore_mismatched_sizes=True,  # ``_check_complete`` names them
         )
     except Exception as error:  # whatever a folder of somebody else's makes transformers, torch or safetensors raise
-        said = " ".join(str(error).split()).split(". ")[0]
+        said = one_line(error).split(". ")[0]
         if "trust_remote_code" in str(error):
             raise UserError(
                 f"{checkpoint} brings a program of its own, which is never run; choose a model of a kind that "
@@ -199,7 +199,7 @@ def _convert(file: Path, folder: Path) -> None:
             loading = {"dtype": torch.float32, "trust_remote_code": False, "output_loading_info": True}
             model, read = AutoModelForCausalLM.from_pretrained(**options, **loading)
     except Exception as error:  # as in ``_loaded``
-        raise UserError(f"{file} cannot be read ({' '.join(str(error).split())}); download it again") from error
+        raise UserError(f"{file} cannot be read ({one_line(error)}); download it again") from error
     _check_complete(read, str(file))
     config = model.config
     del config.quantization_config  # the weights are plain numbers from here on

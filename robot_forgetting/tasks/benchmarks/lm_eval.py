@@ -28,7 +28,7 @@ from typing import Annotated
 import numpy as np
 
 from robot_forgetting.contracts import checked_settings
-from robot_forgetting.errors import UserError
+from robot_forgetting.errors import UserError, one_line
 from robot_forgetting.machine.progress import say
 from robot_forgetting.policy import Policy
 from robot_forgetting.ranges import Count, Range, Tokens
@@ -228,7 +228,7 @@ class LmEval(ScoredTask):
         except (OSError, ValueError) as error:  # what `datasets` raises without a network, or for a data set that moved
             if local is not None:
                 raise
-            text = " ".join(str(error).split())[:200]
+            text = one_line(error)[:200]
             raise UserError(
                 f"{self.name} cannot be loaded from the Hub ({text}); set {VARIABLE} to a folder with {self.name}/"
             ) from error

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from robot_forgetting.errors import UserError
+from robot_forgetting.errors import UserError, one_line
 from robot_forgetting.tasks.sources import VARIABLE, local_folder
 
 STEMS = {"train": "train", "test": "t10k"}
@@ -84,7 +84,7 @@ def _from_hub(name: str, split: str) -> Images:
     try:
         table = load_dataset(HUB[name], split=split)
     except Exception as error:  # no network, no such data set, a full disk
-        text = " ".join(str(error).split())[:200]
+        text = one_line(error)[:200]
         raise UserError(f"{HUB[name]} cannot be downloaded ({text}); or {where}") from error
     pixels = np.stack([np.asarray(image, np.uint8).reshape(-1) for image in table["image"]])
     return Images(pixels, np.asarray(table["label"], np.uint8))
