@@ -1,6 +1,6 @@
 """What an object was built with: a run that is given objects in the place of names records them so.
 
-``Policy``, ``Task``, ``Method`` and ``Penalty`` remember the arguments of their constructors by themselves.
+``Policy``, ``Task``, ``Method``, ``Penalty`` and ``Measure`` remember their constructor's arguments by themselves.
 """
 
 from __future__ import annotations

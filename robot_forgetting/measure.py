@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from robot_forgetting.built_with import BuiltWith
+
 if TYPE_CHECKING:  # the report reads ``Quantity`` without torch
     from robot_forgetting.policy import Policy
 
@@ -58,7 +60,7 @@ class States:
         return len(self.episode)
 
 
-class Measure(ABC):
+class Measure(BuiltWith, ABC):
     """A distance between a policy and its base, or a similarity of the two.
 
     name: in the records and in ``measures=[...]``, the name of its yaml; title: on the page

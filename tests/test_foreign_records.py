@@ -220,9 +220,9 @@ def test_a_damaged_neighbour(tmp_path, capsys):
             folder.append("episodes", *({**row, "seed": seed, "success": True} for seed in range(3)))
     file = tmp_path / "damaged" / "episodes.jsonl"
     file.write_text(file.read_text().replace('"seed":1', '"seed":null'))
-    wanted = {(0, 0, "x", "sampled", 1.0, seed): seed for seed in range(3)}
+    wanted = {(0, 0, "x", "sampled", 1.0, seed): (seed, "new") for seed in range(3)}
     with RunFolder.create(tmp_path / "mine", config={}, run=head) as folder:
-        reuse(folder, wanted, lambda task: "new")
+        reuse(folder, wanted)
         assert [(r["seed"], r["source"]) for r in folder.episodes()] == [(seed, "sound") for seed in range(3)]
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "damaged is passed over" in said and "line 2: 'seed' is null" in said

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from toy import ToyPolicy, ToyTask
+from toy_runs import DISTANCES, same
 from toy_runs import run as toy_run
-from toy_runs import same
 
 import robot_forgetting as rf
 from robot_forgetting.api.arguments import Arguments
@@ -58,7 +58,8 @@ def made(groups: int = 6, **more) -> dict:
     method = GRPO(iterations=4, groups=groups, group_size=4, optimiser=optimiser, minibatch_size=40, seed=0)
     budget = {"episodes": 6, "greedy_episodes": 3, "interim_episodes": 3, "divergence_episodes": 3, "videos": 0}
     budget |= {"divergence_states": 12}
-    given = {"policy": ToyPolicy(seed=1), "task": ToyTask(), "method": method, "prior": [ToyTask("mirror")]}
+    given = {"policy": ToyPolicy(seed=1), "task": ToyTask(), "method": method, "prior": [ToyTask("mirror")],
+             "measures": DISTANCES}  # fmt: skip
     return given | {"budget": budget, "num_envs": 4, "processes": 1} | more
 
 
@@ -69,14 +70,19 @@ def test_objects_alone_need_no_hydra(monkeypatch, tmp_path):
     assert run.summary()["success"][0]["task"] == "reach" and run.folder.run["method"] == "grpo"
     expected = [row["rate"] for row in run.summary()["success"]]
     assert run.success.rate.tolist() == expected and set(run.success.run) == {run.path.name}
+    assert run.folder.config()["measures"] == ["forward_kl", "total_variation", "l2", "reverse_kl"]
     # The same again is the same run, another argument another one, though the method does not keep it by that name.
     assert rf.run(**made()).path == run.path and run.folder.config()["method"]["groups"] == 6
     (other,) = {rf.run(**made(groups=8)).path} - {run.path}
+    named = rf.run(**made(measures=["forward_kl", "cka_debiased"]))
+    assert set(named.measures.measure) == {"forward_kl"} and "cka_debiased" in str(named.folder.run["left_out"])
     after = rf.evaluate(policy=ToyPolicy(seed=1), task=ToyTask(), checkpoint=run.path, episodes=6, num_envs=4)
     tuned = run.episodes.query("stage == 1 and iteration == 4 and task == 'reach' and decode == 'sampled'")
     found = after.episodes.query("decode == 'sampled'")
     assert dict(zip(found.seed, found.success, strict=True)) == dict(zip(tuned.seed, tuned.success, strict=True))
-    assert {path.name for path in Path("runs/default").iterdir()} == {run.path.name, other.name, after.path.name}
+    assert {path.name for path in Path("runs/default").iterdir()} == {
+        one.name for one in (run.path, other, named.path, after.path)
+    }
     page = rf.write_report([run.path, other], tmp_path / "page.html")
     assert page.is_file()
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass, replace
 from pathlib import Path
 
-from robot_forgetting.api.composing import GROUPS, Composed, compose, entries, key_of, readable, replacing
+from robot_forgetting.api.composing import GROUPS, Composed, beside, compose, entries, key_of, readable, replacing
 from robot_forgetting.api.config_checks import check_node, check_root
 from robot_forgetting.api.run_id import BUDGET, LIST, POLICY, SETTING, WHAT, run_folder
 from robot_forgetting.api.settings import Settings
@@ -52,6 +52,7 @@ class Arguments:
         self._verb, self.overrides, self._objects = verb, list(overrides), dict(objects or {})
         self.run_folders = [Path(folder) for folder in run_folders]
         self._recorded = None  # the policy of checkpoint=RUN
+        self._bare = composed is not None  # without hydra: what is named is read as it is
         self._named: dict[tuple[str, str], object] = {}
         composed = composed or self._chosen()
         self._config, self.names, self.sources = composed.config, composed.names, composed.sources
@@ -150,16 +151,14 @@ class Arguments:
     def check(self, function: Callable) -> None:
         """``UserError`` for what is wrong with anything that a function asks for, before any of it is built."""
         for name, kind in _asked(function):
-            if name in self._objects and name in BUILT:
-                continue
-            if name in BUILT and self._chooses(name):
-                self._checked(name, self._config.get(name), self.names[name])
-            elif name in BUILT and self._verb != "check" and kind is not inspect.Parameter.empty:
-                if type(None) not in typing.get_args(kind):
-                    raise UserError(f"{self._verb} needs a {name}: give {name}=NAME, see robot-forgetting list")
-            elif name in LISTS:
-                if name == "sequence" and "task" not in self._objects:
-                    self._checked("task", self._config.get("task"), self.names["task"])
+            part = "task" if name == "sequence" else name  # whose first task is the chosen one
+            if part in BUILT and part not in self._objects:
+                if self._chooses(part):
+                    self._checked(part, self._config.get(part), self.names[part])
+                elif self._verb != "check" and kind is not inspect.Parameter.empty:
+                    if type(None) not in typing.get_args(kind):
+                        raise UserError(f"{self._verb} needs a {part}: give {part}=NAME, see robot-forgetting list")
+            if name in LISTS:
                 for one in self._members(name):
                     if isinstance(one, str):
                         self._checked(LISTS[name], self._entry(LISTS[name], one), one)
@@ -231,15 +230,16 @@ class Arguments:
     def _entry(self, group: str, name: str):
         """Another entry of a group, as this command's other keys would have it (`prior: [pick_cube, ...]`)."""
         if group == "measure" and (group, name) not in self._named:  # they are many: composed together
-            listed, offered = (
-                [one for one in self._members("measures") if isinstance(one, str)],
-                entries(self.sources, group),
-            )
+            listed = [one for one in self._members("measures") if isinstance(one, str)]
+            offered = entries(self.sources, group)
             for one in listed:
                 if one not in offered:
                     raise unknown(group, one, offered)
-            added = [f"+measure@listed.m{index}={one}" for index, one in enumerate(listed)]
-            nodes = self._composed([*self.overrides, *added]).config["listed"].values()
+            if self._bare:
+                nodes = beside(self._config, [offered[one] for one in listed])
+            else:
+                added = [f"+measure@listed.m{index}={one}" for index, one in enumerate(listed)]
+                nodes = self._composed([*self.overrides, *added]).config["listed"].values()
             self._named |= {(group, one): node for one, node in zip(listed, nodes, strict=True)}
         if (group, name) not in self._named:
             # Not the overrides meant for the chosen entry (task.spawn=near): the named one may not know them.
@@ -248,7 +248,8 @@ class Arguments:
             self._named[group, name] = self._composed([*shared, f"{group}={name}"]).config[group]
         return self._named[group, name]
 
-    def _checked(self, group: str, node, name: str) -> None:
+    def _checked(self, group: str, node, name: str) -> dict:
+        """The plain values of a node that names what can be built."""
         from omegaconf import OmegaConf
 
         values = Composed(node, {}, []).plain() if OmegaConf.is_config(node) else node
@@ -266,6 +267,7 @@ class Arguments:
                 f"task={name} cannot be simulated on the GPU; use simulation=cpu "
                 "(a task of your own says `simulation: ${simulation}` in its yaml)"
             )
+        return values
 
     def _check_conventions(self, tasks: Sequence) -> None:
         """Compares what the chosen policy is known to mean before it is built, which may load or fetch gigabytes."""
@@ -280,9 +282,11 @@ class Arguments:
             compare_conventions(replace(declared, **given), node.get("name") or self.names["policy"], tasks)
 
     def _build(self, group: str, node, name: str):
+        values = self._checked(group, node, name)
+        if self._bare and group == "measure":
+            return load_object(values.pop("_target_"), name)(**values)
         from hydra.utils import instantiate
 
-        self._checked(group, node, name)
         if group == "policy":
             import torch
 
@@ -299,7 +303,7 @@ class Arguments:
         words = [(WHAT, name) for name in ([] if run else [self._verb]) + [learned] + [names["method"]] * run]
         words += [(rank, names[group]) for group, usual, rank in USUAL if names[group] != usual]
         words = [(rank, word) for rank, word in words if word is not None]
-        whole = [self._verb, *(f"{group}={names[group]}" for group in GROUPS)]
+        whole = [self._verb, *(f"{group}={name}" for group, name in names.items() if name is not None)]
         for text in self.overrides:
             key, _, value = text.lstrip("+~").partition("=")
             if key not in NOT_IN_ID and not key.startswith("hydra."):

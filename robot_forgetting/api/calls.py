@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from robot_forgetting.api.arguments import OTHERS, Arguments
+from robot_forgetting.api.arguments import LISTS, Arguments
 from robot_forgetting.api.composing import OWN_KEYS, defaults, written
 from robot_forgetting.api.scripts import check_script
 from robot_forgetting.errors import UserError
@@ -74,7 +74,7 @@ def _arguments(verb: str, given: Mapping) -> Arguments:
     """The keywords of a call as the arguments of a verb."""
     check_script(f"robot_forgetting.{verb}()")
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of worker processes
-    given = {key: value for key, value in given.items() if value is not None or key not in (*PARTS, *OTHERS)}
+    given = {key: value for key, value in given.items() if value is not None or key not in (*PARTS, *LISTS)}
     folders = given.pop("config_dir", None) or []
     if given.get("penalty") == "none":
         del given["penalty"]
@@ -82,7 +82,7 @@ def _arguments(verb: str, given: Mapping) -> Arguments:
         raise UserError(f"{verb} does not use a sequence; run does")
     if "sequence" in given and "task" in given:
         raise UserError("a task beside a sequence, which names the tasks itself; leave one of the two out")
-    objects = {name: given.pop(name) for name in (*PARTS, *OTHERS) if not _named(given.get(name))}
+    objects = {name: given.pop(name) for name in (*PARTS, *LISTS) if not _named(given.get(name))}
     first = objects.get("task") or next(iter(objects.get("sequence", [])), None)
     if first is not None and not isinstance(first, str):
         objects |= {name: [] for name in ("prior", "held_out") if name not in given and name not in objects}

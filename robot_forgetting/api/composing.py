@@ -78,6 +78,14 @@ def defaults(settings: Mapping[str, object]) -> Composed:
     return Composed(config, {group: None for group in GROUPS} | {"budget": name}, [CONFIGS])
 
 
+def beside(config, paths: Sequence[Path]) -> list:
+    """What yaml files say, which may refer to the keys of a configuration; read without hydra."""
+    from omegaconf import OmegaConf
+
+    read = OmegaConf.create({**config, "read": [OmegaConf.load(path) for path in paths]})
+    return list(read.read)
+
+
 def entries(folders: Sequence[Path], group: str) -> dict[str, Path]:
     """Name -> yaml file of what a group offers. One whose name begins with "_" is no choice of its own: others name it
     in their ``defaults``."""
