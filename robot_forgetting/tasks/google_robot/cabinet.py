@@ -160,18 +160,14 @@ class PlaceInDrawer(Cabinet):
     told: after so many steps, and one, the instruction changes
     """
 
+    contact_offset = 0.005
+
     def __init__(self, station: str = "any", drawer: str = "top", told: int = TOLD, **kwargs):
         if type(told) is not int or told < 0:
             raise UserError(f"env_arguments.told is a number of steps, 0 or more, not {told!r}")
         self.told = told
         models = f"custom/models/{APPLE}"
         super().__init__(station, drawer, PLACE_STATIONS, (INFO, f"{models}/collision.obj"), **kwargs)
-
-    @property
-    def _default_sim_config(self):
-        config = super()._default_sim_config
-        config.scene_config.contact_offset = 0.005
-        return config
 
     def _load_scene(self, options: dict):
         super()._load_scene(options)

@@ -68,17 +68,13 @@ class MoveNear(Tabletop):
     table: as ``Tabletop`` has it
     """
 
+    contact_offset = 0.005
+
     def __init__(self, table: str = "flat", **kwargs):
         self.recorded_choices = {"colours": COLOURS}
         models = [f"custom/models/{name}" for name in OBJECTS]
         needs = (INFO, f"real_inpainting/{PHOTO}", *(f"{model}/collision.obj" for model in models))
         super().__init__(PHOTO, needs, table=table, **kwargs)
-
-    @property
-    def _default_sim_config(self):
-        config = super()._default_sim_config
-        config.scene_config.contact_offset = 0.005
-        return config
 
     def _load_objects(self) -> None:
         about = json.loads((folder() / INFO).read_text())

@@ -73,6 +73,7 @@ class GoogleScene(Twin, BaseDigitalTwinEnv):
     SUPPORTED_REWARD_MODES = ["none"]
     SUPPORTED_ROBOTS = [GoogleRobot.uid]
     camera_link = "link_camera"
+    contact_offset = 0.02  # metres
 
     def __init__(self, photo: str, needs: tuple[str, ...] = (), **kwargs):
         assets.require("google_robot", tuple(f"{assets.GOOGLE}/{file}" for file in needs))
@@ -84,7 +85,7 @@ class GoogleScene(Twin, BaseDigitalTwinEnv):
     def _default_sim_config(self):
         # With the hulls and contacts that PhysX has on a GPU the original's 0.02 and 25 lose the can now and then; with
         # 1 iteration for velocities, as in the original, PhysX 5 lets stiffly driven fingers chatter.
-        offset, iterations = (0.005, 50) if self._on_gpu else (0.02, 25)
+        offset, iterations = (0.005, 50) if self._on_gpu else (self.contact_offset, 25)
         return self._physics(513, 3, offset, solver_position_iterations=iterations, solver_velocity_iterations=0)
 
     def _load_agent(self, options: dict):
