@@ -17,7 +17,7 @@ from robot_tasks import configured
 from test_batched import begin, follow, four_slots
 
 from robot_forgetting.machine import assets
-from robot_forgetting.tasks.simulator import batched
+from robot_forgetting.tasks.simulator import workers
 from robot_forgetting.tasks.simulator.batched import CPU, BatchedSimulation
 from robot_forgetting.tasks.simulator.pictures import BatchedCamera, Overlay
 from robot_forgetting.tasks.simulator.simulation import Simulation
@@ -457,7 +457,7 @@ def test_a_gripper_without_a_command_keeps_what_it_has(pairs, monkeypatch):
 def test_where_it_is_available(monkeypatch, name):
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(batched, "BatchedVectorEnv", lambda spec, *numbers: (spec, *numbers))
+    monkeypatch.setattr(workers, "BatchedVectorEnv", lambda spec, *numbers: (spec, *numbers))
     spec, slots, processes = configured(name, "simulation=gpu", "processes=3").make_env(5)
     assert (spec.overlay, slots, processes) == (True, 5, 3)
 
