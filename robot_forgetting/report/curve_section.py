@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from markupsafe import Markup
@@ -13,9 +12,6 @@ from robot_forgetting.report.markup import Content, note, pictured
 from robot_forgetting.report.runs import BASE, Group
 from robot_forgetting.report.section import Part, Runs, Section
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 
 class Curves(Section):
     name, title, trained = "curves", "Learning curves", True
@@ -24,7 +20,7 @@ class Curves(Section):
     def rows(self, runs: Runs) -> dict[str, list[dict]]:
         return {"curves": curve_rows(runs.groups)}
 
-    def figure(self, part: Part) -> Figure | None:
+    def figure(self, part: Part):
         points, rollouts = part.rows("checkpoints"), part.rows("curves")
         return learning_curves(points, rollouts, part.colours) if points or rollouts else None
 
@@ -49,7 +45,7 @@ def curve_rows(groups: Sequence[Group]) -> list[dict]:
     ]
 
 
-def learning_curves(points: Sequence[dict], rollouts: Sequence[dict], colours: Colours) -> Figure:
+def learning_curves(points: Sequence[dict], rollouts: Sequence[dict], colours: Colours):
     """Left: success of training rollouts over environment steps (RL). Right: evaluated success over training time."""
     on_policy = [row for row in rollouts if row["success"] is not None]
     seconds = all(row["seconds"] is not None for row in points)

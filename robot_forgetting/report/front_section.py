@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from markupsafe import Markup
@@ -15,9 +14,6 @@ from robot_forgetting.report.figures import INK, Colours, canvas, crosses, perce
 from robot_forgetting.report.markup import Cell, Content, note, of, pictured, strong, table
 from robot_forgetting.report.runs import BASE, Group, Run
 from robot_forgetting.report.section import Part, Runs, Section
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 RESAMPLES = 200
 MOST_COMPARED = 8  # settings of methods in pairs; what a larger sweep has to say is in its methods' fronts
@@ -32,7 +28,7 @@ class Fronts(Section):
         points = runs.checkpoints
         return {"checkpoints": points, "fronts": front_rows(points), "matched": matched_rows(runs.groups)}
 
-    def figure(self, part: Part) -> Figure | None:
+    def figure(self, part: Part):
         points = part.rows("checkpoints")
         learned = any(row["stage"] > 0 for row in points)
         return scatter(points, part.rows("fronts"), part.colours) if learned else None
@@ -213,7 +209,7 @@ def _clamped(runs: Sequence[Sequence[tuple[float, float]]], level: float) -> flo
     return float(np.mean(values))
 
 
-def scatter(points: Sequence[dict], fronts: Sequence[dict], colours: Colours) -> Figure:
+def scatter(points: Sequence[dict], fronts: Sequence[dict], colours: Colours):
     """New-task against prior-task success: small marks are checkpoints, large ones final policies, lines the fronts."""
     figure, (axes,) = canvas((6.6, 4.6))
     for row in fronts:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from markupsafe import Markup
@@ -16,9 +15,6 @@ from robot_forgetting.report.markup import Content, join, note, of, pictured, ta
 from robot_forgetting.report.runs import Group
 from robot_forgetting.report.section import Part, Runs, Section
 from robot_forgetting.report.tables import final_divergence
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 PANELS = {
     "cknna_intersection": "CKNNA to the base model (1: the same)",
@@ -33,7 +29,7 @@ class Layers(Section):
     def rows(self, runs: Runs) -> dict[str, list[dict]]:
         return {"layers": layer_rows(runs.groups)}
 
-    def figure(self, part: Part) -> Figure | None:
+    def figure(self, part: Part):
         rows = part.rows(self.name)
         return by_layer(rows, part.colours) if rows else None
 
@@ -115,7 +111,7 @@ def _of_run(rows: Sequence[dict]) -> dict[tuple, dict]:
     return found
 
 
-def by_layer(rows: Sequence[dict], colours: Colours) -> Figure:
+def by_layer(rows: Sequence[dict], colours: Colours):
     """CKNNA and change of weights against the layer: a line per method, the mean of its runs, and their range."""
     figure, both = canvas((9.4, 3.6), 2, sharex=True)
     for axes, (measure, title) in zip(both, PANELS.items(), strict=True):

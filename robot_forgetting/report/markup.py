@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -65,6 +65,11 @@ def table(caption: Content, head: Sequence, lines: Iterable[Sequence]) -> Markup
     if not body:
         return Markup()
     return TABLE.format(caption, _row(_cell(_titled(column), "th", "col") for column in head), join(body))
+
+
+def columns(caption: Content, rows: Iterable[dict], shown: dict[object, Callable[[dict], Content | Cell]]) -> Markup:
+    """``table`` of rows, from {what heads a column: what it shows of a row}."""
+    return table(caption, list(shown), ([show(row) for show in shown.values()] for row in rows))
 
 
 def _row(cells: Iterable[Markup]) -> Markup:

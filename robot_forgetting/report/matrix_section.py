@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from markupsafe import Markup
@@ -15,9 +14,6 @@ from robot_forgetting.report.markup import Cell, Content, folded, join, of, pict
 from robot_forgetting.report.runs import BASE, Group
 from robot_forgetting.report.section import Part, Runs, Section
 from robot_forgetting.report.tables import aggregate, rate
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 DASHES = {"new": "-", "prior": "--", "held_out": ":"}
 MEANINGS = {  # see ``metrics.sequence``, with R[i,j] the success on task j after stage i, and T tasks
@@ -44,7 +40,7 @@ class Matrix(Section):
     def rows(self, runs: Runs) -> dict[str, list[dict]]:
         return {"matrix": matrix_rows(runs.groups), "sequence": metric_rows(runs.groups)}
 
-    def figure(self, part: Part) -> Figure | None:
+    def figure(self, part: Part):
         rows = part.rows(self.name)
         decode = next((name for name in DECODES if any(row["decode"] == name for row in rows)), None)
         return over_stages([row for row in rows if row["decode"] == decode]) if decode else None
@@ -148,7 +144,7 @@ def metric_rows(groups: Iterable[Group]) -> list[dict]:
     return rows
 
 
-def over_stages(rows: Sequence[dict]) -> Figure:
+def over_stages(rows: Sequence[dict]):
     """A panel per method: success on each task over the stages, with intervals."""
     variants = list(dict.fromkeys(row["variant"] for row in rows))
     tasks = list(dict.fromkeys(row["task"] for row in rows))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from markupsafe import Markup
@@ -14,11 +13,8 @@ from robot_forgetting.metrics.pareto import quadratic_fit
 from robot_forgetting.report import words
 from robot_forgetting.report.comparison import by_setting
 from robot_forgetting.report.figures import FAINT, INK, Colours, canvas, crosses, points_axis
-from robot_forgetting.report.markup import Cell, Content, join, note, pictured, table, wrapped
+from robot_forgetting.report.markup import Cell, Content, columns, join, note, pictured, table, wrapped
 from robot_forgetting.report.section import Part, Runs, Section
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 STATES = (BASE, DEMONSTRATIONS, FINE_TUNED)  # in order of preference for the plot
 MAIN = [Quantity("forward_kl", "nats/token", "new", states) for states in STATES]
@@ -34,7 +30,7 @@ class Predictors(Section):
         points = runs.checkpoints
         return {"predictors": predictor_rows(points), "leave_one_method_out": left_out_rows(points)}
 
-    def figure(self, part: Part) -> Figure | None:
+    def figure(self, part: Part):
         points, quantity = part.rows("checkpoints"), plotted(part.rows("checkpoints"))
         learned = any(row["stage"] > 0 for row in points)
         return kl_against_forgetting(points, quantity, part.colours) if quantity and learned else None
@@ -59,7 +55,6 @@ class Predictors(Section):
             "each method is predicted by the fit to the others (below 0: worse than a mean). Distances recorded at "
             "fewer than 4 checkpoints are left out."
         )
-        head = ["distance", "inputs", "states of", "R²", "unseen method", "checkpoints (runs)"]
         unseen = (
             "Does the law of the other methods predict a method that it has not seen? The quadratic of forward KL on "
             "new-task inputs, fitted without the method and asked for its forgetting; 95 % bootstrap over runs where "
@@ -73,23 +68,22 @@ class Predictors(Section):
         return join(
             [
                 shown,
-                table(caption, head, [_line(part, row) for row in fitted]),
+                columns(
+                    caption,
+                    fitted,
+                    {
+                        "distance": lambda row: part.measure_name(row["predictor"]),
+                        "inputs": lambda row: words.role_name(row["inputs"]),
+                        "states of": lambda row: words.states_name(row["states"]),
+                        "R²": lambda row: words.r2(row) + wrapped(row["note"]),
+                        "unseen method": lambda row: words.r2(row, "left_out_r2", "left_out_low", "left_out_high"),
+                        "checkpoints (runs)": lambda row: f"{row['n']} ({row['runs']})",
+                    },
+                ),
                 note(words.too_few(fitted)),
                 table(unseen, head_unseen, lines),
             ]
         )
-
-
-def _line(part: Part, row: dict) -> list:
-    where = "" if row["low"] is None else f" [{row['low']:.2f}, {row['high']:.2f}]"
-    return [
-        part.measure_name(row["predictor"]),
-        words.role_name(row["inputs"]),
-        words.states_name(row["states"]),
-        f"{row['r2']:.2f}{where}" + wrapped(row["note"]),
-        words.r2(row, "left_out_r2", "left_out_low", "left_out_high"),
-        f"{row['n']} ({row['runs']})",
-    ]
 
 
 def transfer_cells(row: dict) -> list:
@@ -155,7 +149,7 @@ def _place(row: dict) -> tuple:
     return row["shipped"] is not None, row["r2"] is None, inputs.index(row["inputs"]) if row["inputs"] in inputs else 3
 
 
-def kl_against_forgetting(points: Sequence[dict], quantity: Quantity, colours: Colours) -> Figure:
+def kl_against_forgetting(points: Sequence[dict], quantity: Quantity, colours: Colours):
     """Forgetting over a divergence, all checkpoints, with the quadratic fit where there are enough points."""
     key = str(quantity)
     used = [row for row in points if key in row["divergence"] and row["forgetting"] is not None]

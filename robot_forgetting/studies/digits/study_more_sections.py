@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from markupsafe import Markup
 
 from robot_forgetting.metrics import published
@@ -11,6 +9,7 @@ from robot_forgetting.report import words
 from robot_forgetting.report.markup import (
     Cell,
     bullets,
+    columns,
     definitions,
     join,
     note,
@@ -27,9 +26,6 @@ from robot_forgetting.studies.digits.study_runs import FIVE, Study, label, point
 from robot_forgetting.studies.digits.study_sections import StudyPart, StudySection
 from robot_forgetting.studies.digits.study_words import kl_text, percent, similarity_text, span
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 ALL = 60  # runs left out that the page names; the JSON file names all
 
 
@@ -41,7 +37,7 @@ class TwoByTwo(StudySection):
         level = study_tables.common_level(study, four) if len(four) == len(study_tables.TWO_BY_TWO) else None
         return {"two_by_two": study_tables.matched_rows(study, four, level) if level else []}
 
-    def figure(self, part: StudyPart) -> Figure | None:
+    def figure(self, part: StudyPart):
         return pictures.two_by_two(part.study, part.rows("fronts")) if part.rows(self.name) else None
 
     def caption(self, part: StudyPart) -> str:
@@ -49,7 +45,7 @@ class TwoByTwo(StudySection):
         return (
             "On-policy data (blue) or not (orange), with negative examples (filled) or without (hollow). Lines: "
             f"exponentials through the points near each front. n = {n} checkpoints, "
-            f"{words.plural(len(part.study.seeds), 'seed')}."
+            f"{part.seeds}."
         )
 
     def content(self, part: StudyPart, figure: Markup) -> Markup:
@@ -85,7 +81,7 @@ class Similarity(StudySection):
         level = study_tables.common_level(study, [m for m in reached if m in FIVE] or reached)
         return {"matched": study_tables.matched_rows(study, reached, level) if level else []}
 
-    def figure(self, part: StudyPart) -> Figure | None:
+    def figure(self, part: StudyPart):
         rows = part.rows("matched")
         known = any(row["similarity"].get("cka|prior") for row in rows)
         return pictures.similarity(rows, part.study.methods) if known else None
@@ -96,7 +92,7 @@ class Similarity(StudySection):
             "Similarity of the hidden layer to the base policy's on prior-task inputs, mean of the checkpoints within "
             f"1 point of {percent(rows[0]['level'], 0)} new-task accuracy (at least "
             f"{min(row['near'] for row in rows if row['near'])} per method), ± one standard error over runs; "
-            f"{words.plural(len(part.study.seeds), 'seed')}."
+            f"{part.seeds}."
         )
 
     def content(self, part: StudyPart, figure: Markup) -> Markup:
@@ -136,7 +132,7 @@ class Teacher(StudySection):
     name, title, wide = "teacher", "SFT on an RL teacher", False
     alt = "SFT on the samples of an RL-trained teacher"
 
-    def figure(self, part: StudyPart) -> Figure | None:
+    def figure(self, part: StudyPart):
         if not {"sft_teacher", "grpo"} <= set(part.study.methods):
             return None
         taught = [point for run in part.study.teacher for point in points_of(run, [])]
@@ -146,7 +142,7 @@ class Teacher(StudySection):
         return (
             "SFT on labels sampled from a policy that was trained by RL, beside that teacher and its method. n = "
             f"{len(part.study.of('sft_teacher'))} checkpoints of students, "
-            f"{words.plural(len(part.study.seeds), 'seed')}."
+            f"{part.seeds}."
         )
 
     def content(self, part: StudyPart, figure: Markup) -> Markup:
@@ -161,7 +157,7 @@ class Dynamics(StudySection):
     def rows(self, study: Study) -> dict:
         return {"dynamics": study_tables.dynamics_rows(study) if study.dynamics else []}
 
-    def figure(self, part: StudyPart) -> Figure | None:
+    def figure(self, part: StudyPart):
         rows = part.rows(self.name)
         return pictures.dynamics(part.study) if rows and rows[0]["n"] else None
 
@@ -185,16 +181,13 @@ class Dynamics(StudySection):
             names = [f"{role}_{name}" for name in ("correlation", "low", "high")]
             return "too few steps" if row[names[0]] is None else words.r2(row, *names)
 
-        lines = [
-            [
-                "all" if row["method"] == "all" else part.method(row["method"]),
-                correlation(row, "prior"),
-                correlation(row, "new"),
-                f"{row['n']} ({row['runs']})",
-            ]
-            for row in part.rows(self.name)
-        ]
-        return figure + table(caption, ["method", "prior task's loss", "new task's loss", "steps (runs)"], lines)
+        shown = {
+            "method": lambda row: "all" if row["method"] == "all" else part.method(row["method"]),
+            "prior task's loss": lambda row: correlation(row, "prior"),
+            "new task's loss": lambda row: correlation(row, "new"),
+            "steps (runs)": lambda row: f"{row['n']} ({row['runs']})",
+        }
+        return figure + columns(caption, part.rows(self.name), shown)
 
 
 class Precision(StudySection):
@@ -205,7 +198,7 @@ class Precision(StudySection):
     def rows(self, study: Study) -> dict:
         return {"precision": study_tables.precision_rows(study)}
 
-    def figure(self, part: StudyPart) -> Figure | None:
+    def figure(self, part: StudyPart):
         rows = part.rows(self.name)
         known = any(row["weight_sparsity_exact"] is not None for row in rows)
         return pictures.precision(rows) if known else None
@@ -219,7 +212,7 @@ class Precision(StudySection):
         )
 
     def content(self, part: StudyPart, figure: Markup) -> Markup:
-        columns = {
+        named = {
             "weight_sparsity_exact": ("unchanged", "bit for bit"),
             "weight_sparsity": ("unchanged", "within 1e-5"),
             "weight_sparsity_bfloat16": ("unchanged", "rounded to bfloat16"),
@@ -228,15 +221,13 @@ class Precision(StudySection):
             "new": "new task",
             "prior": "prior task",
         }
-        lines = [
-            [part.method(row["method"]), row["dtype"], *(percent(row[name]) for name in columns)]
-            for row in part.rows(self.name)
-        ]
         caption = (
             "Share of weights that training left as they were, by three rules, and rank of the change (share of the "
             "full rank, mean of matrices; effective: exp of the entropy of the singular values)."
         )
-        shown = table(caption, ["method", "trained in", *columns.values()], lines)
+        head = {"method": lambda row: part.method(row["method"]), "trained in": lambda row: row["dtype"]}
+        values = {title: (lambda row, name=name: percent(row[name])) for name, title in named.items()}
+        shown = columns(caption, part.rows(self.name), head | values)
         said = "The paper: sparse updates are an artefact of bfloat16; every method's update has full rank."
         return shown and figure + shown + note(said)
 
@@ -249,7 +240,7 @@ class Theorem(StudySection):
     def rows(self, study: Study) -> dict:
         return {"theorem": study_tables.theorem_rows(study)}
 
-    def figure(self, part: StudyPart) -> Figure | None:
+    def figure(self, part: StudyPart):
         return pictures.theorem(part.study.theorem) if part.study.theorem else None
 
     def caption(self, part: StudyPart) -> str:
@@ -260,18 +251,14 @@ class Theorem(StudySection):
 
     def content(self, part: StudyPart, figure: Markup) -> Markup:
         rows = part.rows(self.name)
-        lines = [
-            [
-                pictures.process_name(row["process"]),
-                row["iteration"],
-                words.small(row["distance"]),
-                percent(row["success"], 2),
-                words.small(row["kl"], 5),
-                "yes" if row["arrives"] else "no",
-            ]
-            for row in rows
-        ]
-        head = ["process", "iterations", ("distance", "largest difference of a probability"), "success"]
+        head = {
+            "process": lambda row: pictures.process_name(row["process"]),
+            "iterations": lambda row: row["iteration"],
+            ("distance", "largest difference of a probability"): lambda row: words.small(row["distance"]),
+            "success": lambda row: percent(row["success"], 2),
+            ("KL(π ‖ π₀)", "nats"): lambda row: words.small(row["kl"], 5),
+            "within 1e-6": lambda row: "yes" if row["arrives"] else "no",
+        }
         caption = (
             "At the end of each process. The least KL(π ‖ π₀) of a policy that is always right is the one of those "
             "that arrive."
@@ -283,7 +270,7 @@ class Theorem(StudySection):
             "does not, however small its steps: of two right answers the likelier one gains. SFT ends where its "
             "labels are, whatever the base policy was."
         )
-        shown = figure + table(caption, [*head, ("KL(π ‖ π₀)", "nats"), "within 1e-6"], lines)
+        shown = figure + columns(caption, rows, head)
         alert = "" if plain else "The plain softmax policy gradient is not among these runs."
         return shown and shown + paragraph(why) + paragraph(alert, "alert")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
@@ -14,6 +13,7 @@ from robot_forgetting.report.markup import (
     Cell,
     Content,
     bullets,
+    columns,
     folded,
     join,
     note,
@@ -33,8 +33,6 @@ from robot_forgetting.studies.digits.study_law import MAIN, Law
 from robot_forgetting.studies.digits.study_runs import Study, label
 from robot_forgetting.studies.digits.study_words import percent, span
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 NO_RUN = "no finished run of the sweep"
 
 
@@ -49,11 +47,9 @@ class StudyPart(Part):
         """A method's name behind its colour."""
         return self.who({"method": method, "variant": label(method)})
 
-    def scope(self, methods: Sequence[str] | None = None) -> str:
-        """How many checkpoints, runs and seeds there are of some methods, or of all."""
-        points = [p for p in self.study.points if methods is None or p["method"] in methods]
-        runs, seeds = ({point[key] for point in points} for key in ("run", "seed"))
-        return ", ".join(words.plural(len(v), k) for k, v in (("checkpoint", points), ("run", runs), ("seed", seeds)))
+    @property
+    def seeds(self) -> str:
+        return words.plural(len(self.study.seeds), "seed")
 
 
 class StudySection(Section):
@@ -84,32 +80,33 @@ class Accuracies(StudySection):
         return {"base": base, "success": study_tables.success_rows(study)}
 
     def content(self, part: StudyPart, figure: Markup) -> Markup:
-        lines = []
-        for row in part.rows("base"):
-            seeds = ", ".join(f"seed {seed['seed']}: {percent(seed['rate'])}" for seed in row["per_seed"])
-            mean = strong(percent(row["mean"]), of(seeds))
-            lines.append(
-                [row["task"] + of(words.role_name(row["role"])), mean, percent(row["replication"], 0), "not reported"]
-            )
-        bases = table("Base policies, test images, most likely class.", ["task", "here", "replication", "paper"], lines)
+        def seeds(row: dict) -> Markup:
+            return of(", ".join(f"seed {seed['seed']}: {percent(seed['rate'])}" for seed in row["per_seed"]))
+
+        bases = columns(
+            "Base policies, test images, most likely class.",
+            part.rows("base"),
+            {
+                "task": lambda row: row["task"] + of(words.role_name(row["role"])),
+                "here": lambda row: strong(percent(row["mean"]), seeds(row)),
+                "replication": lambda row: percent(row["replication"], 0),
+                "paper": lambda row: "not reported",
+            },
+        )
         caption = (
             "Per method, the run that ended with the best accuracy on the new task (picked on the test images, so a "
             "little too high)."
         )
-        head = ["method", "new task", "prior task", ("forgetting", "points"), ("forward KL", "nats"), "runs (seeds)"]
-        lines = [
-            [
-                part.method(row["method"]),
-                strong(percent(row["new"])),
-                percent(row["prior"]),
-                words.number(row["forgetting"]),
-                words.small(row["forward_kl"]),
-                f"{row['runs']} ({row['seeds']})",
-                row["checkpoints"],
-            ]
-            for row in part.rows("success")
-        ]
-        return bases and bases + table(caption, [*head, "checkpoints"], lines)
+        shown = {
+            "method": lambda row: part.method(row["method"]),
+            "new task": lambda row: strong(percent(row["new"])),
+            "prior task": lambda row: percent(row["prior"]),
+            ("forgetting", "points"): lambda row: words.number(row["forgetting"]),
+            ("forward KL", "nats"): lambda row: words.small(row["forward_kl"]),
+            "runs (seeds)": lambda row: f"{row['runs']} ({row['seeds']})",
+            "checkpoints": lambda row: row["checkpoints"],
+        }
+        return bases and bases + columns(caption, part.rows("success"), shown)
 
 
 class StudyFronts(StudySection):
@@ -119,7 +116,7 @@ class StudyFronts(StudySection):
         reached = [method for method in study.methods if study.of(method)]
         return {"fronts": study_tables.front_rows(study), "levels": study_tables.level_rows(study, reached)}
 
-    def figure(self, part: StudyPart) -> Figure | None:
+    def figure(self, part: StudyPart):
         return pictures.fronts(part.study, part.rows("fronts")) if part.study.points else None
 
     def caption(self, part: StudyPart) -> str:
@@ -127,7 +124,8 @@ class StudyFronts(StudySection):
         return (
             "Accuracy on the new task against the prior task. Faint: every checkpoint; strong: those within 2 points "
             "of their method's front; lines: an exponential through those, with 95 % bands from drawing "
-            f"{drawn} where there are 3 runs. n = {part.scope()}."
+            f"{drawn} where there are 3 runs. n = {words.plural(len(part.study.points), 'checkpoint')} of "
+            f"{words.plural(len(part.study.sweep), 'run')}, {part.seeds}."
         )
 
     def content(self, part: StudyPart, figure: Markup) -> Markup:
@@ -167,7 +165,7 @@ class LawSection(StudySection):
     def law(self, part: StudyPart) -> Law | None:
         return part.study.law
 
-    def figure(self, part: StudyPart) -> Figure | None:
+    def figure(self, part: StudyPart):
         law = self.law(part)
         known = law is not None and law.points is not None and MAIN in law.points.predictors
         return pictures.forgetting_law(part.study, law) if known else None
@@ -245,7 +243,7 @@ class StudyPredictors(StudySection):
             "predictors_all": other.rows if other else [],
         }
 
-    def figure(self, part: StudyPart) -> Figure | None:
+    def figure(self, part: StudyPart):
         fitted = any(row["r2"] is not None for row in part.rows(self.name))
         return pictures.predictors(part.study.law) if fitted else None
 
@@ -253,7 +251,7 @@ class StudyPredictors(StudySection):
         return (
             "How much of the variation in forgetting a quadratic of each predictor explains: here with 95 % intervals, "
             f"and as published. n = {max(row['n'] for row in part.rows(self.name))} checkpoints, "
-            f"{words.plural(len(part.study.seeds), 'seed')}."
+            f"{part.seeds}."
         )
 
     def content(self, part: StudyPart, figure: Markup) -> Markup:
