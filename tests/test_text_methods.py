@@ -256,7 +256,7 @@ def test_run_resume_evaluate_and_check(here, tmp_path, capsys, method):
     measures = {(row["measure"], row["unit"]) for row in folder.rows("divergence")}
     assert ("forward_kl", "nats/decision") in measures
     # Questions do not depend on who answers: nothing is measured twice.
-    assert {row["states"] for row in folder.rows("divergence")} == {"base"}
+    assert {row["states"] for row in folder.rows("divergence")} == {"base", "weights"}
     assert (folder.path / "adapter" / "adapter_model.safetensors").is_file()
     rows = [dict(row, seconds=None, collect_seconds=None) for row in folder.rows("train")]
     evaluated = [
