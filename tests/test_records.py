@@ -39,7 +39,7 @@ def test_create_append_finish_and_read_back(tmp_path):
     assert run.status == "finished"
     assert run.id == "a"
     assert run.rows("notes") == [{"task": "x", "success": True}, {"task": "x", "success": False}]
-    assert run.rows("train") == [{"iteration": 1, "loss": None, "step": 3}]
+    assert run.rows("train") == [{"iteration": 1, "loss": None, "step": 3, "stage": 1}]
     assert run.rows("divergence") == []
     assert run.summary() == {"schema_version": 1, "success": []}
     assert run.run["timings"] == {"train": 3.5, "evaluate": 1.0}
