@@ -48,10 +48,15 @@ class Merging(GRPO):
     def __init__(self, **arguments):
         super().__init__(**arguments)
         self.learned: list = []
+        self.drawn: list = []
 
     def begin(self, policy, task, past):
         self.start = [p.detach().clone() for p in policy.parameters()]
         self.learned.append((task.name, [other.name for other in past]))
+
+    def collect(self, policy, task, iteration):
+        self.drawn.append((iteration, torch.initial_seed()))
+        return super().collect(policy, task, iteration)
 
     def end(self, policy, task):
         with torch.no_grad():
@@ -94,6 +99,7 @@ def undisturbed(tmp_path_factory, four_instructions) -> RunFolder:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(doctor, "render_backend", dict)
         folder = sequence(tmp_path_factory.mktemp("sweep") / "whole", keep_stages=True)
+    assert METHODS[0].drawn == [(iteration, iteration) for iteration in range(3 * ITERATIONS)]  # no noise drawn twice
     assert METHODS[0].learned == [(NAMES[k], [*NAMES[:k], "before"]) for k in range(3)]  # one, through all stages
     return folder
 
@@ -224,15 +230,6 @@ def test_the_page_of_a_sequence(tmp_path, undisturbed):
 
 
 # ---- what a stage hands to the next
-
-
-def test_stages_draw_different_noise(undisturbed):
-    """The same task learned twice in a row would meet other initial states the second time."""
-    drawn = []
-    for iteration in range(2 * ITERATIONS):
-        plan = Merging(iterations=ITERATIONS, groups=4, group_size=3, optimiser=None, seed=0).plan
-        drawn.append([(key.seed, key.stream) for key in plan.keys(ToyTask(), iteration)])
-    assert len({tuple(keys) for keys in drawn}) == 2 * ITERATIONS
 
 
 def test_the_first_stage_is_the_run_of_one_task(tmp_path, undisturbed):
