@@ -49,9 +49,11 @@ class Merging(GRPO):
         super().__init__(**arguments)
         self.learned: list = []
         self.drawn: list = []
+        self.starts: list = []
 
     def begin(self, policy, task, past):
         self.start = [p.detach().clone() for p in policy.parameters()]
+        self.starts.append(policy.table.sum().item())
         self.learned.append((task.name, [other.name for other in past]))
 
     def collect(self, policy, task, iteration):
@@ -164,6 +166,7 @@ def test_killed_at_every_step_of_every_stage(tmp_path, undisturbed):
         assert RunFolder(tmp_path / "parts").status == "interrupted"
     folder = sequence(tmp_path / "parts")
     assert folder.run["restarts"] == len(POINTS)
+    assert METHODS[-1].starts == METHODS[0].starts[1:]  # also in the stage that the restart only looks back to
     same(folder, undisturbed)
     assert os.listdir(folder.checkpoints) == ["stage_03"]
 
