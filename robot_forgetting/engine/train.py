@@ -81,7 +81,7 @@ def train(
     saved, saving = time.perf_counter(), 0.0
     try:
         while done < method.iterations:
-            torch.manual_seed(seed * 1_000_003 + before + done)
+            _seed(policy.device, seed * 1_000_003 + before + done)
             started = time.perf_counter()
             batches = checked_batches(method, method.collect(policy, task, before + done))
             collected = time.perf_counter()
@@ -139,6 +139,14 @@ def _end(store: Path) -> Path:
     if folder is None:
         raise UserError(f"{store} holds no checkpoint to go on from; delete the run folder to begin again")
     return folder
+
+
+def _seed(device: torch.device, number: int) -> None:
+    """``torch.manual_seed`` of the generators that are in use: for accelerators that are not, it formats a stack trace
+    each time and keeps it (0.4 ms, an eighth of a small network's step)."""
+    torch.default_generator.manual_seed(number)
+    if device.type == "cuda":
+        torch.cuda.manual_seed_all(number)
 
 
 def _groups(parameters: list[Tensor], optimiser: Optimiser) -> list[dict]:
