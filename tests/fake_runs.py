@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from robot_forgetting.metrics.sequence import sequence_metrics
 from robot_forgetting.records.run_folder import RunFolder
 from robot_forgetting.records.summary import summarise
 from robot_forgetting.records.video import video_name, write_episode
@@ -123,7 +122,7 @@ def make_sequence(path: Path, *, method: str = "sft", seed: int = 0, n: int = 40
     state |= {"roles": {"new": learned, **other}, "sequence": learned, "decode": {"temperature": 1.0}}
     shared = {"split": "test", "temperature": 1.0, "reward": 0.0, "steps": 5, "seconds": 0.1}
     shared |= {"error": None, "video": None, "source": None}
-    generator, R = np.random.default_rng(seed), {}
+    generator = np.random.default_rng(seed)
     with RunFolder.create(path, config={"seed": seed, "method": {"name": method}}, run=state) as folder:
         for stage in range(len(learned) + 1):
             now, before = learned[max(stage, 1) - 1], learned[: max(stage - 1, 0)]
@@ -135,12 +134,9 @@ def make_sequence(path: Path, *, method: str = "sft", seed: int = 0, n: int = 40
                 row = {**head, "task": task, "role": roles.get(task, "unseen"), "decode": decode}
                 won = (generator.random(n) < rates[task]).tolist()
                 folder.append("episodes", *({**row, "episode": i, "seed": i, "success": won[i]} for i in range(n)))
-                R.setdefault(decode, []).append(sum(won) / n)
             row = {"stage": stage, "step": 0, "loss": 1.0, "seconds": 30.0}
             folder.append("train", *({**row, "iteration": i + 1} for i in range(4 if stage else 0)))
-        tables = {decode: np.reshape(values, (-1, len(rates)))[:, :3] for decode, values in R.items()}
-        metrics = {decode: sequence_metrics(table[0], table[1:]) for decode, table in tables.items()}
-        folder.finish({"sequence": metrics} | summarise(folder))
+        folder.finish(summarise(folder))
     return path
 
 

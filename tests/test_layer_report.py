@@ -14,6 +14,7 @@ from robot_forgetting.metrics.pareto import quadratic_fit
 from robot_forgetting.records.run_folder import RunFolder
 from robot_forgetting.report import write_report
 from robot_forgetting.report.layer_section import _line
+from robot_forgetting.report.page import read_tables
 from robot_forgetting.report.words import too_few
 
 BLOCKS = 4
@@ -149,7 +150,7 @@ def test_a_missing_value_is_left_out(tmp_path):
         if (row.get("layer"), row["states"]) == (2, WEIGHTS):
             row["value"] = None
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    _, report = written(tmp_path)
+    report = read_tables([tmp_path])
     layers = [row["layer"] for row in report["layers"] if row["measure"] == "weight_l2_relative"]
     assert layers == [0, 1, 3, 4, None]
 

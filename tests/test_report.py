@@ -17,6 +17,7 @@ from robot_forgetting.errors import UserError
 from robot_forgetting.metrics.statistics import crossed_mean, paired_difference, wilson
 from robot_forgetting.records.run_folder import RunFolder
 from robot_forgetting.report import write_report
+from robot_forgetting.report.page import read_tables
 from robot_forgetting.report.reading import reading
 from robot_forgetting.report.runs import BASE
 from robot_forgetting.report.tables import PRIOR_MEAN
@@ -252,8 +253,7 @@ def test_settings_that_differ_make_rows_of_their_own(tmp_path):
         path = make_run(tmp_path / f"lr{rate}", n=6)
         config = path / "config.yaml"
         config.write_text(config.read_text().replace("1.0e-05", str(rate)))
-    path = write_report([tmp_path], tmp_path / "r.html")
-    variants = {row["variant"] for row in json.loads(path.with_suffix(".json").read_text())["success"]}
+    variants = {row["variant"] for row in read_tables([tmp_path])["success"]}
     assert variants == {"base", "sft (learning_rate=1e-05)", "sft (learning_rate=3e-05)"}
 
 
@@ -262,8 +262,7 @@ def test_what_a_budget_gave_a_method_is_said_once(tmp_path):
         path = make_run(tmp_path / f"lr{rate}", n=6)
         config = path / "config.yaml"
         config.write_text(config.read_text().replace("1.0e-05", str(rate)) + f"budget: {budget}\n")
-    path = write_report([tmp_path], tmp_path / "r.html")
-    variants = {row["variant"] for row in json.loads(path.with_suffix(".json").read_text())["success"]}
+    variants = {row["variant"] for row in read_tables([tmp_path])["success"]}
     said = {"sft (budget.videos=none, learning_rate=1)", "sft (budget.videos=2, learning_rate=3)"}
     assert variants == {"base"} | said
 
@@ -273,8 +272,7 @@ def test_a_key_that_a_run_did_not_have_yet_has_its_default(tmp_path):
         path = make_run(tmp_path / name, n=6)
         with open(path / "config.yaml", "a") as file:
             file.write(lines)
-    path = write_report([tmp_path], tmp_path / "r.html")
-    rows = json.loads(path.with_suffix(".json").read_text())["success"]
+    rows = read_tables([tmp_path])["success"]
     runs = {row["variant"]: row["runs"] for row in rows if row["variant"] != "base"}
     assert runs == {"sft (simulation=cpu)": 2, "sft (simulation=gpu)": 1}
 
@@ -285,8 +283,7 @@ def test_a_sweep_is_compared_by_its_fronts(tmp_path, monkeypatch):
         path = make_run(tmp_path / f"run{index}", method=("sft", "grpo")[index % 2], n=4, evaluate_every=10)
         config = (path / "config.yaml").read_text()
         (path / "config.yaml").write_text(config.replace("1.0e-05", f"{index + 1}.0e-05"))
-    write_report([tmp_path], tmp_path / "report.html")
-    report = json.loads((tmp_path / "report.json").read_text())
+    report = read_tables([tmp_path])
     assert report["matched"] == []
     assert {row["method"]: row["checkpoints"] for row in report["fronts"]} == {"sft": 5, "grpo": 4}
 
@@ -296,8 +293,7 @@ def test_runs_that_differ_in_a_fourth_setting_are_not_pooled(tmp_path):
         path = make_run(tmp_path / name, n=6)
         with open(path / "config.yaml", "a") as file:
             file.write(f"extra: {json.dumps(dict(zip('abcd', values, strict=True)))}\n")
-    path = write_report([tmp_path], tmp_path / "r.html")
-    rows = json.loads(path.with_suffix(".json").read_text())["success"]
+    rows = read_tables([tmp_path])["success"]
     same = "sft (extra.a=1, extra.b=1, extra.c=1, ...)"
     variants = {row["variant"] for row in rows}
     assert variants == {"base", same, f"{same} #2", "sft (extra.a=2, extra.b=2, extra.c=2, ...)"}
@@ -309,8 +305,7 @@ def test_nothing_is_pooled_over_temperatures(tmp_path):
     folders = [make_run(tmp_path / name, method=name, n=6) for name in ("sft", "grpo")]
     state = json.loads((folders[1] / "run.json").read_text())
     (folders[1] / "run.json").write_text(json.dumps(state | {"decode": {"temperature": 0.7}}))
-    path = write_report(folders, tmp_path / "r.html")
-    tables = json.loads(path.with_suffix(".json").read_text())
+    tables = read_tables(folders)
     policies = ["openvla-nano", "openvla-nano at temperature 0.7"]
     for name, method in (("success", "variant"), ("checkpoints", "method"), ("fronts", "method")):
         assert sorted({row["policy"] for row in tables[name]}) == policies, name
@@ -368,9 +363,8 @@ def test_what_is_no_run_folder(tmp_path):
         write_report([tmp_path / "nothing"], tmp_path / "r.html")
 
 
-def test_same_records_give_the_same_tables(demo, tmp_path, page):
-    path = write_report([demo], tmp_path / "again.html")
-    assert json.loads(path.with_suffix(".json").read_text()) == page[1]
+def test_same_records_give_the_same_tables_with_and_without_a_page(demo, page):
+    assert read_tables([demo]) == page[1]
 
 
 def test_intervals_have_their_name(page):
@@ -425,8 +419,7 @@ def test_matched_comparison_where_the_runs_bases_differ(tmp_path):
         elif row["task"] == "stack_cube":
             row["success"] = row["episode"] < 9
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    path = write_report([tmp_path], tmp_path / "r.html")
-    for row in json.loads(path.with_suffix(".json").read_text())["matched"]:
+    for row in read_tables([tmp_path])["matched"]:
         assert row["level"] is None or row["level"] > 0.8
 
 
