@@ -100,7 +100,8 @@ def wrong_attribute(plugin: object, name: str, value: object, fix: str) -> UserE
 def checked_hooks(policy: Policy, hooks: Sequence[str], who: str) -> None:
     """``UserError`` unless a policy has those optional methods of the interface that ``who`` calls."""
     kind = type(policy)
-    if lacking := [f"`{hook}`" for hook in hooks if not policy.can(hook)]:
+    # ``compared`` comes with logits: that is what such a policy would have to add.
+    if lacking := [f"`{'logits' if hook == 'compared' else hook}`" for hook in hooks if not policy.can(hook)]:
         raise UserError(f"{place(kind)}: {kind.__name__} lacks {' and '.join(lacking)}, which {who} needs; see Policy")
 
 

@@ -72,6 +72,8 @@ class Demonstration:
     seed: int
 
     def __init__(self, images=None, commands=None, instruction=None, seed=None, *, observations: dict | None = None):
+        if commands is None or seed is None:
+            raise UserError("a Demonstration has observations (or images and instruction), commands, and a seed")
         given = {"image": images, "instruction": instruction}
         rows = {**(observations or {}), **{key: column for key, column in given.items() if column is not None}}
         rows = {key: [column] * len(commands) if isinstance(column, str) else column for key, column in rows.items()}

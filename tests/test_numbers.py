@@ -104,7 +104,7 @@ def test_a_run(folder, capsys, no_renderer, policy, method):
     [
         (["policy=flow", "method=sft"], "FlowPolicy lacks `log_prob`, which SFT needs"),
         (["policy=flow", "method=grpo"], "FlowPolicy lacks `log_prob`, which GRPO needs"),
-        (["policy=gaussian", "method=sft", "penalty=kl_forward"], "GaussianPolicy lacks `compared`, which KL needs"),
+        (["policy=gaussian", "method=sft", "penalty=kl_forward"], "GaussianPolicy lacks `logits`, which KL needs"),
     ],
 )
 def test_what_needs_tokens_is_refused_before_anything_is_measured(folder, capsys, no_renderer, changes, lacks):
