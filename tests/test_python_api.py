@@ -133,6 +133,16 @@ def test_bad_input(given, words):
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_mappings_are_keys(monkeypatch):
+    found = []
+    monkeypatch.setattr(Arguments, "call", lambda self, _: found.append(self) or 0)
+    optimiser = {"method.optimiser": {"warmup_steps": 3}}
+    assert rf.check(policy={"lora": {"rank": 2, "alpha": 4}}, decode={"temperature": 0.5}, **optimiser)
+    (made,) = found
+    assert made.plain["policy"]["lora"] == {"rank": 2, "alpha": 4} and made.plain["decode"]["temperature"] == 0.5
+    assert made.plain["method"]["optimiser"]["warmup_steps"] == 3 and made.plain["method"]["optimiser"]["learning_rate"]
+
+
 def test_an_object_says_what_it_was_built_with():
     class Mine(GRPO):
         def __init__(self, *, strength, data, **options):

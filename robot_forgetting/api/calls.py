@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from robot_forgetting.api.arguments import LISTS, Arguments
-from robot_forgetting.api.composing import OWN_KEYS, defaults, written
+from robot_forgetting.api.composing import defaults, written
 from robot_forgetting.api.scripts import check_script
 from robot_forgetting.errors import UserError
 from robot_forgetting.machine.user_modules import search
@@ -87,7 +87,7 @@ def _arguments(verb: str, given: Mapping) -> Arguments:
     if first is not None and not isinstance(first, str):
         objects |= {name: [] for name in ("prior", "held_out") if name not in given and name not in objects}
         objects["task"] = first
-    settings = dict(_flat(given))
+    settings = dict(_settings(given))
     for key in settings:
         if (part := key.lstrip("+").partition(".")[0]) in objects:
             raise UserError(f"{part} is an object here: what {key} would set is said where it is built")
@@ -106,10 +106,10 @@ def _named(value) -> bool:
     return all(one is None or isinstance(one, str | Mapping) for one in every)
 
 
-def _flat(given: Mapping, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Dotted keys and values of nested mappings, but for one whose keys are the user's own."""
+def _settings(given: Mapping) -> Iterator[tuple[str, object]]:
+    """Dotted keys and values; a mapping stands for the keys below its own."""
     for key, value in given.items():
-        if isinstance(value, Mapping) and prefix + key != OWN_KEYS:
-            yield from _flat(value, f"{prefix}{key}.")
+        if isinstance(value, Mapping) and "." not in key:
+            yield from ((f"{key}.{name}", one) for name, one in value.items())
         else:
-            yield prefix + key, str(value) if isinstance(value, Path) else value
+            yield key, str(value) if isinstance(value, Path) else value
