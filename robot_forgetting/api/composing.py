@@ -43,7 +43,7 @@ def compose(overrides: Sequence[str] = ()) -> Composed:
 
     register_resolvers()
     texts = [text for override in overrides for text in replacing(override)]
-    with readable(overrides), warnings.catch_warnings(), hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+    with readable(overrides), _own_hydra(), warnings.catch_warnings():
         warnings.filterwarnings("error", message="provider=.*is not available")
         config = hydra.compose("config", overrides=texts, return_hydra_config=True)
     runtime = config.hydra.runtime
@@ -52,6 +52,20 @@ def compose(overrides: Sequence[str] = ()) -> Composed:
     with open_dict(config):
         del config["hydra"]
     return Composed(config, names, sources)
+
+
+@contextmanager
+def _own_hydra() -> Iterator[None]:
+    """Hydra with our configurations, also within a program that is a hydra application itself."""
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    before, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None
+    try:
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            yield
+    finally:
+        GlobalHydra.instance().hydra = before
 
 
 def defaults(settings: Mapping[str, object]) -> Composed:
