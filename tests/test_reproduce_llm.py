@@ -11,6 +11,7 @@ from text_data import write_science
 from tiny_lm import tiny_folder
 
 from robot_forgetting import configs
+from robot_forgetting.api.composing import written
 from robot_forgetting.cli import command_line as cli
 from robot_forgetting.errors import UserError
 from robot_forgetting.records.run_folder import RunFolder
@@ -33,14 +34,14 @@ def test_there_is_one_study_per_experiment_of_the_paper():
 def test_skills_cross_annotators_with_rates():
     with hydra.initialize_config_dir(configs.__path__[0], version_base="1.3"):
         study = hydra.utils.instantiate(hydra.compose("config", ["reproduce=llm/skills"]).reproduce, _convert_="all")
-    specs = {spec.id: spec.overrides for spec in study.specs(study.grid, range(study.seeds))}
+    specs = {spec.id: spec.settings for spec in study.specs(study.grid, range(study.seeds))}
     assert len(specs) == 3 * (3 * 3 + 3 + 2 * 3)
-    assert specs["grpo-lr0.0001-seed0"] == ("method=grpo", "seed=0", "method.optimiser.learning_rate=0.0001")
-    assert "method.iterations=72" in specs["grpo-iterations72-lr0.0001-seed0"]
-    assert "method.iterations=24" in specs["sft-next-iterations24-lr0.0001-seed2"]
-    assert specs["sft-next-lr0.0003-seed1"] == (
-        "method=sft", "seed=1", "task.annotator=next", "method.optimiser.learning_rate=0.0003",
-    )  # fmt: skip
+    assert specs["grpo-lr0.0001-seed0"] == {"method": "grpo", "seed": 0, "method.optimiser.learning_rate": 1e-4}
+    assert specs["grpo-iterations72-lr0.0001-seed0"]["method.iterations"] == 72
+    assert specs["sft-next-iterations24-lr0.0001-seed2"]["method.iterations"] == 24
+    assert specs["sft-next-lr0.0003-seed1"] == {
+        "method": "sft", "seed": 1, "task.annotator": "next", "method.optimiser.learning_rate": 3e-4,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OF_THE_PAPER)
@@ -55,20 +56,20 @@ def test_the_grid_is_the_papers(name):
     assert len({spec.id for spec in specs}) == 90
     assert study.common == {"policy": "qwen2.5-3b-instruct", "task": name, "budget": "full"}
     (one,) = [spec for spec in specs if spec.id == "sft-passes2-batch64-cosine-lr7e-05-seed0"]
-    assert set(one.overrides) == {
-        "method=sft", "seed=0", "method.batch_size=64", "method.optimiser.schedule=cosine",
-        "method.optimiser.learning_rate=7e-05",
+    assert one.settings == {
+        "method": "sft", "seed": 0, "method.batch_size": 64, "method.optimiser.schedule": "cosine",
+        "method.optimiser.learning_rate": 7e-05,
     }  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("method", "passes", "size", "expected"),
     [
-        ({"groups": 8}, 1, 2150, ["method.iterations=268"]),
-        ({"groups": 8}, 1, 5, ["method.iterations=1"]),
-        ({"batch_size": 16}, 1, 2150, ["method.steps_per_iteration=13", "method.iterations=10"]),  # 134 steps
-        ({"batch_size": 128}, 2, 2150, ["method.steps_per_iteration=3", "method.iterations=11"]),  # 33
-        ({"batch_size": 32}, 1, 20, ["method.steps_per_iteration=1", "method.iterations=1"]),
+        ({"groups": 8}, 1, 2150, {"method.iterations": 268}),
+        ({"groups": 8}, 1, 5, {"method.iterations": 1}),
+        ({"batch_size": 16}, 1, 2150, {"method.steps_per_iteration": 13, "method.iterations": 10}),  # 134 steps
+        ({"batch_size": 128}, 2, 2150, {"method.steps_per_iteration": 3, "method.iterations": 11}),  # 33
+        ({"batch_size": 32}, 1, 20, {"method.steps_per_iteration": 1, "method.iterations": 1}),
     ],
 )
 def test_passes_over_the_questions(method, passes, size, expected):
@@ -184,11 +185,9 @@ def test_quick_composes(name, monkeypatch):
     with hydra.initialize_config_dir(configs.__path__[0], version_base="1.3"):
         config = hydra.compose("config", overrides=[f"reproduce=llm/{name}"])
         study = hydra.utils.instantiate(config.reproduce, _convert_="all")
-        from robot_forgetting.studies.llm import _text
-
         common = study.common | study.quick.get("common", {})
-        overrides = [f"{key}={_text(value)}" for key, value in common.items()]
         for spec in study.specs(study.quick.get("grid", study.grid), [0]):
-            run = hydra.compose("config", overrides=[*overrides, *spec.overrides])
+            keys = (common | spec.settings).items()
+            run = hydra.compose("config", overrides=[f"{key}={written(value)}" for key, value in keys])
             assert run.kind == "text"
             assert run.policy.name == ("qwen-nano" if name == "skills" else "smollm2-135m-instruct")

@@ -9,7 +9,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass, replace
 from pathlib import Path
 
-from robot_forgetting.api.composing import GROUPS, Composed, beside, compose, entries, key_of, readable, replacing
+from robot_forgetting.api.composing import (
+    GROUPS,
+    Composed,
+    beside,
+    compose,
+    entries,
+    key_of,
+    readable,
+    replacing,
+    written,
+)
 from robot_forgetting.api.config_checks import check_node, check_root
 from robot_forgetting.api.run_id import BUDGET, LIST, POLICY, SETTING, WHAT, run_folder
 from robot_forgetting.api.settings import Settings
@@ -203,11 +213,12 @@ class Arguments:
             asked |= _read_by(self._config.get(group)) - {"budget"}
         return asked
 
-    def point(self, common: Sequence[str], fixed: Sequence[str]) -> Arguments:
-        """What `run` would be given: ``common`` overrides, then this command's own, then ``fixed`` ones."""
+    def point(self, common: Mapping[str, object], fixed: Mapping[str, object]) -> Arguments:
+        """What `run` would be given: ``common`` keys, then this command's own, then ``fixed`` ones."""
         own = [text for text in self.overrides if key_of(text).split(".")[0] not in ("reproduce", "quick", "run_dir")]
+        before, after = ([f"{key}={written(value)}" for key, value in keys.items()] for keys in (common, fixed))
         overrides: dict[str, str] = {}
-        for text in (*common, *own, *fixed):
+        for text in (*before, *own, *after):
             overrides.pop(key_of(text), None)
             overrides[key_of(text)] = text
         return Arguments("run", list(overrides.values()))

@@ -35,10 +35,10 @@ ITERATIONS = 10  # about, of a supervised run that is given in passes
 
 @dataclass(frozen=True)
 class Spec:
-    """One run: its folder's name, the overrides that make it, and passes over the data (None: the budget's)."""
+    """One run: its folder's name, the keys that make it, and passes over the data (None: the budget's)."""
 
     id: str
-    overrides: tuple[str, ...]
+    settings: dict
     passes: float | None
 
 
@@ -95,25 +95,25 @@ class Study:
     ) -> int:
         """Does what is missing in ``folder``, one run after the other; returns 0.
 
-        point(common, fixed): the command's arguments with other defaults and with settings that nobody may replace;
+        point(common, fixed): the command's arguments with other defaults and with keys that nobody may replace;
             its ``call(Setup)`` builds a run, ``value("task")`` the new task alone
         processes: threads of a policy on a CPU; the runs take turns, since one model fills a machine's memory
         """
         changes = self.quick if quick else {}
-        common = [f"{key}={_text(value)}" for key, value in (self.common | changes.get("common", {})).items()]
+        common = self.common | changes.get("common", {})
         specs = self.specs(
             changes.get("grid", self.grid), range(first_seed, first_seed + changes.get("seeds", self.seeds))
         )
-        size = point(common, ()).value("task").size("train")  # complains of missing data before anything else
+        size = point(common, {}).value("task").size("train")  # complains of missing data before anything else
         done = [spec for spec in specs if _finished(folder / spec.id)]
         diverged = []
         with bar(self.name, len(specs), len(done)) as progress:
             for spec in specs:
                 if spec in done:
                     continue
-                fixed = [*spec.overrides, f"run_dir={_text(str(folder / spec.id))}"]
+                fixed = {**spec.settings, "run_dir": folder / spec.id}
                 if spec.passes is not None:
-                    fixed += _iterations(point(common, fixed).plain["method"], spec.passes, size)
+                    fixed |= _iterations(point(common, fixed).plain["method"], spec.passes, size)
                 try:
                     run(point(common, fixed).call(Setup))
                     shutil.rmtree(folder / spec.id / "checkpoints", ignore_errors=True)  # gigabytes each
@@ -131,38 +131,24 @@ class Study:
         for seed, (method, axes) in itertools.product(seeds, parts):
             for values in itertools.product(*axes.values()):
                 chosen = dict(zip(axes, values, strict=True))
-                overrides = [f"method={method}", f"seed={seed}"]
-                overrides += [f"{AXES[axis][0]}={value}" for axis, value in chosen.items() if AXES[axis][0]]
-                settings = [f"{AXES[axis][1]}{value}" for axis, value in chosen.items() if value is not None]
-                name = "-".join([method, *settings, f"seed{seed}"])
-                found.append(Spec(name, tuple(overrides), chosen.get("passes")))
+                keys = {AXES[axis][0]: value for axis, value in chosen.items() if AXES[axis][0]}
+                said = [f"{AXES[axis][1]}{value}" for axis, value in chosen.items() if value is not None]
+                name = "-".join([method, *said, f"seed{seed}"])
+                found.append(Spec(name, {"method": method, "seed": seed, **keys}, chosen.get("passes")))
         return found
 
 
-def _iterations(method: dict, passes: float, size: int) -> list[str]:
-    """Overrides that make a method see every training question ``passes`` times, up to a part of an iteration."""
+def _iterations(method: dict, passes: float, size: int) -> dict[str, int]:
+    """Keys that make a method see every training question ``passes`` times, up to a part of an iteration."""
     if "groups" in method:
-        return [f"method.iterations={max(1, int(passes * size) // min(method['groups'], size))}"]
+        return {"method.iterations": max(1, int(passes * size) // min(method["groups"], size))}
     steps = max(1, int(passes * size) // min(method["batch_size"], size))
     each = max(1, steps // ITERATIONS)
-    return [f"method.steps_per_iteration={each}", f"method.iterations={steps // each}"]
+    return {"method.steps_per_iteration": each, "method.iterations": steps // each}
 
 
 def _finished(folder: Path) -> bool:
     return (folder / "run.json").is_file() and RunFolder(folder).finished
-
-
-def _text(value) -> str:
-    """A value as hydra reads it."""
-    if isinstance(value, list):
-        return f"[{','.join(map(_text, value))}]"
-    return (
-        "null"
-        if value is None
-        else f"'{value}'"
-        if isinstance(value, str) and set(value) & set(" ,='{}[]()")
-        else f"{value}"
-    )
 
 
 def _several(axes: dict | list[dict]) -> list[dict]:
