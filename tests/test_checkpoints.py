@@ -197,6 +197,27 @@ def test_a_damaged_checkpoint(tmp_path, name, content):
     assert name in str(caught.value) and "delete" in str(caught.value) and "\n" not in str(caught.value)
 
 
+class Counting(KL):
+    """A penalty with a state of its own."""
+
+    def state_dict(self):
+        return {"count": torch.ones(1)}
+
+    def load_state_dict(self, state):
+        assert state["count"] == 1
+
+
+@pytest.mark.parametrize("content", [b"", None], ids=["truncated", "missing"])
+def test_a_damaged_state_of_a_penalty(tmp_path, content):
+    penalties = [KL(coefficient=0.1), Counting(coefficient=0.1)]
+    with pytest.raises(KeyboardInterrupt):
+        start(tmp_path, penalties=penalties, progress=stop_at(2))
+    assert load_file(latest_checkpoint(RunFolder(tmp_path)) / "penalty.safetensors").keys() == {"1.count"}
+    damage("penalty.safetensors", content)(latest_checkpoint(RunFolder(tmp_path)))
+    with pytest.raises(UserError, match="penalty.safetensors is damaged .* delete its folder"):
+        start(tmp_path, penalties=penalties)
+
+
 def test_files_have_the_mode_of_any_other_file(tmp_path):
     start(tmp_path)
     usual = (tmp_path / "run.json").stat().st_mode

@@ -171,6 +171,21 @@ def test_killed_at_every_step_of_every_stage(tmp_path, undisturbed):
     assert os.listdir(folder.checkpoints) == ["stage_03"]
 
 
+def test_a_stage_that_later_ones_go_on_from_is_missed(tmp_path):
+    def interrupting(self, stage, iteration):
+        if stage.number == 2:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(experiment.Experiment, "interim_evaluation", interrupting)
+        sequence(tmp_path / "run")
+    with pytest.raises(UserError, match="is at stage 1 of 3, iteration 2 of 2 .interrupted.; finish it first"):
+        with_checkpoint(ToyPolicy(seed=1), str(tmp_path / "run"), trained=True)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "stage_01")
+    with pytest.raises(UserError, match="stage_01 holds no checkpoint to go on from; delete the run folder"):
+        sequence(tmp_path / "run")
+
+
 # ---- what is recorded
 
 

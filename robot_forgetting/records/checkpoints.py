@@ -53,7 +53,7 @@ def drop_moments(store: Path) -> None:
 
 def drop_stages(run: RunFolder) -> None:
     """Removes the checkpoints of all stages of a sequence but the last."""
-    for store in sorted(run.checkpoints.glob("stage_*"))[:-1]:
+    for store in _stores(run)[:-1]:
         shutil.rmtree(store, ignore_errors=True)
 
 
@@ -196,8 +196,13 @@ def trained_checkpoint(run: RunFolder, stage: int | None = None) -> Path:
 
 def latest_checkpoint(run: RunFolder) -> Path | None:
     """The newest checkpoint of a run, in a sequence that of the last stage that has one."""
-    stores = [run.checkpoints, *sorted(run.checkpoints.glob("stage_*"))]
+    stores = [run.checkpoints, *_stores(run)]
     return next((found for found in map(newest, reversed(stores)) if found is not None), None)
+
+
+def _stores(run: RunFolder) -> list[Path]:
+    """Where the stages of a sequence keep theirs, in their order."""
+    return sorted(run.checkpoints.glob("stage_*"), key=lambda store: (len(store.name), store.name))
 
 
 def newest(store: Path) -> Path | None:
