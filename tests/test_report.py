@@ -364,7 +364,7 @@ def test_what_is_no_run_folder(tmp_path):
 
 
 def test_same_records_give_the_same_tables_with_and_without_a_page(demo, page):
-    assert read_tables([demo]) == page[1]
+    assert read_tables(str(demo)) == page[1]
 
 
 def test_intervals_have_their_name(page):

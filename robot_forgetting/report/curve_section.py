@@ -10,14 +10,14 @@ from markupsafe import Markup
 from robot_forgetting.report.figures import INK, Colours, canvas, percent
 from robot_forgetting.report.markup import Content, note, pictured
 from robot_forgetting.report.runs import BASE, Group
-from robot_forgetting.report.section import Part, Runs, Section
+from robot_forgetting.report.section import GroupedRuns, Part, Section
 
 
 class Curves(Section):
     name, title, trained = "curves", "Learning curves", True
     alt = "Learning curves: rollout success and evaluated success over training"
 
-    def rows(self, runs: Runs) -> dict[str, list[dict]]:
+    def rows(self, runs: GroupedRuns) -> dict[str, list[dict]]:
         return {"curves": curve_rows(runs.groups)}
 
     def figure(self, part: Part):

@@ -12,14 +12,14 @@ from robot_forgetting.report import words
 from robot_forgetting.report.markup import Content, bullets, folded, join, note, of, table
 from robot_forgetting.report.predictor_section import STATES
 from robot_forgetting.report.runs import Group
-from robot_forgetting.report.section import Part, Runs, Section
+from robot_forgetting.report.section import GroupedRuns, Part, Section
 from robot_forgetting.report.tables import columns, final_divergence, with_base
 
 
 class Divergence(Section):
     name, title, trained = "divergence", "Distance from the base policy", True
 
-    def rows(self, runs: Runs) -> dict[str, list[dict]]:
+    def rows(self, runs: GroupedRuns) -> dict[str, list[dict]]:
         return {"divergence": divergence_rows(runs.groups), "undefined": undefined_rows(runs.groups)}
 
     def html(self, part: Part, figure: Markup) -> Content:

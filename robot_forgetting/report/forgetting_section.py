@@ -10,7 +10,7 @@ from robot_forgetting.metrics.statistics import ratio_interval
 from robot_forgetting.report import words
 from robot_forgetting.report.markup import Content, note, of, strong
 from robot_forgetting.report.runs import Group, Run
-from robot_forgetting.report.section import Part, Runs, Section
+from robot_forgetting.report.section import GroupedRuns, Part, Section
 from robot_forgetting.report.success_section import wide
 from robot_forgetting.report.tables import Collected, Single, aggregate, collected, paired, rate
 
@@ -18,7 +18,7 @@ from robot_forgetting.report.tables import Collected, Single, aggregate, collect
 class Forgetting(Section):
     name, title, trained = "forgetting", "Forgetting and retention", True
 
-    def rows(self, runs: Runs) -> dict[str, list[dict]]:
+    def rows(self, runs: GroupedRuns) -> dict[str, list[dict]]:
         return {"forgetting": forgetting_rows(runs.groups)}
 
     def html(self, part: Part, figure: Markup) -> Content:

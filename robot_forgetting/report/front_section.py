@@ -13,7 +13,7 @@ from robot_forgetting.report.comparison import by_setting
 from robot_forgetting.report.figures import INK, Colours, canvas, crosses, percent
 from robot_forgetting.report.markup import Cell, Content, note, of, pictured, strong, table
 from robot_forgetting.report.runs import BASE, Group, Run
-from robot_forgetting.report.section import Part, Runs, Section
+from robot_forgetting.report.section import GroupedRuns, Part, Section
 
 RESAMPLES = 200
 MOST_COMPARED = 8  # settings of methods in pairs; what a larger sweep has to say is in its methods' fronts
@@ -24,7 +24,7 @@ class Fronts(Section):
     name, title, trained = "fronts", "New task against prior tasks", True
     alt = "Scatter of success on the new task against mean success on the prior tasks"
 
-    def rows(self, runs: Runs) -> dict[str, list[dict]]:
+    def rows(self, runs: GroupedRuns) -> dict[str, list[dict]]:
         points = runs.checkpoints
         return {"checkpoints": points, "fronts": front_rows(points), "matched": matched_rows(runs.groups)}
 

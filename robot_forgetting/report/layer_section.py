@@ -13,7 +13,7 @@ from robot_forgetting.report import words
 from robot_forgetting.report.figures import FAINT, Colours, canvas
 from robot_forgetting.report.markup import Content, join, note, of, pictured, table
 from robot_forgetting.report.runs import Group
-from robot_forgetting.report.section import Part, Runs, Section
+from robot_forgetting.report.section import GroupedRuns, Part, Section
 from robot_forgetting.report.tables import final_divergence
 
 PANELS = {
@@ -26,7 +26,7 @@ class Layers(Section):
     name, title, trained = "layers", "Drift by layer", True
     alt = "CKNNA and change of weights by layer"
 
-    def rows(self, runs: Runs) -> dict[str, list[dict]]:
+    def rows(self, runs: GroupedRuns) -> dict[str, list[dict]]:
         return {"layers": layer_rows(runs.groups)}
 
     def figure(self, part: Part):

@@ -12,7 +12,7 @@ from robot_forgetting.report import words
 from robot_forgetting.report.figures import PALETTE, canvas, percent
 from robot_forgetting.report.markup import Cell, Content, folded, join, of, pictured, strong, table
 from robot_forgetting.report.runs import BASE, Group
-from robot_forgetting.report.section import Part, Runs, Section
+from robot_forgetting.report.section import GroupedRuns, Part, Section
 from robot_forgetting.report.tables import aggregate, rate
 
 DASHES = {"new": "-", "prior": "--", "held_out": ":"}
@@ -37,7 +37,7 @@ class Matrix(Section):
     name, title, trained = "matrix", "After every stage", True
     alt = "Success on every task over the stages of the sequence"
 
-    def rows(self, runs: Runs) -> dict[str, list[dict]]:
+    def rows(self, runs: GroupedRuns) -> dict[str, list[dict]]:
         return {"matrix": matrix_rows(runs.groups), "sequence": metric_rows(runs.groups)}
 
     def figure(self, part: Part):

@@ -28,7 +28,7 @@ from robot_forgetting.report.predictor_section import Predictors, plotted
 from robot_forgetting.report.provenance_section import Provenance, Terms
 from robot_forgetting.report.reading import reading
 from robot_forgetting.report.runs import Run, load
-from robot_forgetting.report.section import Part, Runs, Section
+from robot_forgetting.report.section import GroupedRuns, Part, Section
 from robot_forgetting.report.success_section import Success
 from robot_forgetting.report.video_section import Videos
 
@@ -77,13 +77,14 @@ def write_report(run_folders: Sequence[Path], output: Path | None = None, sectio
     return write_page(standard_page(folders, chosen(sections)), output)
 
 
-def read_tables(run_folders: Sequence[Path], sections: Sequence = ("standard",)) -> dict:
-    """Every table of report.json, from run folders; without HTML, and without matplotlib."""
-    return rows_of(Runs([load(folder) for folder in find_runs(run_folders)]), chosen(sections))
+def read_tables(run_folders: Path | Sequence[Path], sections: Sequence = ("standard",)) -> dict:
+    """Every table of report.json by name, from a run folder, a folder of them, or several; no HTML, no matplotlib."""
+    return rows_of(GroupedRuns([load(folder) for folder in places(run_folders)[0]]), chosen(sections))
 
 
-def places(run_folders: Sequence[Path], output: Path | None) -> tuple[list[RunFolder], Path]:
+def places(run_folders: Path | Sequence[Path], output: Path | None = None) -> tuple[list[RunFolder], Path]:
     """The run folders, and the page's file; ``UserError`` where there are none."""
+    run_folders = [run_folders] if isinstance(run_folders, str | Path) else run_folders
     if not run_folders:
         raise UserError("no run folder given; name some, as in: robot-forgetting report runs/demo")
     output = Path("report.html" if output is None else output)
@@ -122,7 +123,7 @@ def rows_of(runs, sections: Sequence[Section]) -> dict:
 
 def standard_page(folders: Sequence[RunFolder], sections: Sequence[Section]) -> Page:
     """The page of ordinary runs: a part for each setting, measured before shipped."""
-    runs = Runs([load(folder) for folder in folders])
+    runs = GroupedRuns([load(folder) for folder in folders])
     # The lead and some sections read the tables of others, whichever are shown.
     tables = rows_of(runs, [*sections, *(one() for one in SECTIONS)])
     colours, embedder = figures.Colours([one.method for one in runs.groups]), Embedder()

@@ -14,7 +14,7 @@ from robot_forgetting.report import words
 from robot_forgetting.report.comparison import by_setting
 from robot_forgetting.report.figures import FAINT, INK, Colours, canvas, crosses, points_axis
 from robot_forgetting.report.markup import Cell, Content, columns, join, note, pictured, table, wrapped
-from robot_forgetting.report.section import Part, Runs, Section
+from robot_forgetting.report.section import GroupedRuns, Part, Section
 
 STATES = (BASE, DEMONSTRATIONS, FINE_TUNED)  # in order of preference for the plot
 MAIN = [Quantity("forward_kl", "nats/token", "new", states) for states in STATES]
@@ -26,7 +26,7 @@ class Predictors(Section):
     name, title, trained = "predictors", "What predicts forgetting", True
     alt = "Scatter of forgetting against divergence from the base policy"
 
-    def rows(self, runs: Runs) -> dict[str, list[dict]]:
+    def rows(self, runs: GroupedRuns) -> dict[str, list[dict]]:
         points = runs.checkpoints
         return {"predictors": predictor_rows(points), "leave_one_method_out": left_out_rows(points)}
 

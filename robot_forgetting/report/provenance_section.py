@@ -9,7 +9,7 @@ from markupsafe import Markup
 from robot_forgetting.report import words
 from robot_forgetting.report.markup import Cell, Content, badge, bullets, definitions, folded, of, table, wrapped
 from robot_forgetting.report.runs import BASE, Run
-from robot_forgetting.report.section import Part, Runs, Section
+from robot_forgetting.report.section import GroupedRuns, Part, Section
 
 SHOWN = 50  # crashed episodes on the page; the JSON file has all
 SAID = {
@@ -31,7 +31,7 @@ ERROR = ("stage", "iteration", "task", "decode", "seed", "error")
 class Provenance(Section):
     name, title, once = "provenance", "Provenance", True
 
-    def rows(self, runs: Runs) -> dict[str, list[dict]]:
+    def rows(self, runs: GroupedRuns) -> dict[str, list[dict]]:
         crashed = [(run, row) for run in runs.all for row in run.episodes if row.get("error")]
         errors = [{"run": run.id, **{key: row.get(key) for key in ERROR}} for run, row in crashed]
         return {"runs": [_recorded(run) for run in runs.all], "errors": errors}

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class Runs:
+class GroupedRuns:
     """Run folders, read once and grouped, with what the rows of several sections are made of."""
 
     def __init__(self, runs: Sequence[Run]):
@@ -89,7 +89,7 @@ class Section(ABC):
     trained = False
     once = False
 
-    def rows(self, runs: Runs) -> dict[str, list[dict]]:
+    def rows(self, runs: GroupedRuns) -> dict[str, list[dict]]:
         """Tables of report.json by name, made of plain values. No HTML here, no matplotlib.
 
         A row that has ``**group.keys`` belongs to the setting of these runs, see ``Part.rows``.

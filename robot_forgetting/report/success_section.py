@@ -11,14 +11,14 @@ from robot_forgetting.report import words
 from robot_forgetting.report.figures import INK
 from robot_forgetting.report.markup import Cell, Content, join, note, of, strong, table
 from robot_forgetting.report.runs import BASE, Group, Run
-from robot_forgetting.report.section import Part, Runs, Section
+from robot_forgetting.report.section import GroupedRuns, Part, Section
 from robot_forgetting.report.tables import PRIOR_MEAN, Single, collected, columns, rate, silent, with_base
 
 
 class Success(Section):
     name, title = "success", "Success"
 
-    def rows(self, runs: Runs) -> dict[str, list[dict]]:
+    def rows(self, runs: GroupedRuns) -> dict[str, list[dict]]:
         return {"success": success_rows(runs.groups)}
 
     def html(self, part: Part, figure: Markup) -> Content:
