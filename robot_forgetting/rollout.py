@@ -90,16 +90,10 @@ def rollout(
     groups = max(len(env.groups), min(num_envs, task.processes)) if own else len(env.groups)
     width = max(-(-num_envs // groups), *map(len, env.groups))
     try:
-        draw = getattr(task, "sampling_noise", episode_noise)
-        yield from _rollout(policy, env, list(keys), temperature, task.statistics, width, draw)
+        yield from _rollout(policy, task, env, list(keys), temperature, width)
     finally:
         if own:
             env.close()
-
-
-def episode_noise(seed: int, stream: int, step: int, width: int) -> np.ndarray:
-    """Sampling noise of one decision, [width]; a task may bring its own (``OneStepTask.sampling_noise``)."""
-    return np.random.default_rng([seed, stream, step]).random(width, dtype=np.float32)
 
 
 def noise_of_many(rng: np.random.Generator, rows: int, width: int) -> np.ndarray:
@@ -117,7 +111,7 @@ class _Slot:
         self.started = 0.0
 
 
-def _rollout(policy, env, keys, temperature, statistics, width, draw) -> Iterator[Episode]:
+def _rollout(policy, task, env, keys, temperature, width) -> Iterator[Episode]:
     queues = [keys[group :: len(env.groups)][::-1] for group in range(len(env.groups))]
     slots = {slot: _Slot() for group in env.groups for slot in group}
     running = 0
@@ -141,9 +135,7 @@ def _rollout(policy, env, keys, temperature, statistics, width, draw) -> Iterato
         # A slot that was just reset has no observation yet; it acts from the next round on.
         active = [slot for slot in env.groups[group] if slots[slot].episode is not None and slot not in resets]
         members = env.groups[group]
-        commands = _act(
-            policy, [slots[slot] for slot in members], members, active, temperature, statistics, width, draw
-        )
+        commands = _act(policy, task, [slots[slot] for slot in members], members, active, temperature, width)
         if resets or commands:
             env.request(group, resets, commands)
             running += 1
@@ -168,7 +160,7 @@ def _record(slot: _Slot, transition) -> None:
         episode.seconds = time.perf_counter() - slot.started
 
 
-def _act(policy, members, names, active, temperature, statistics, width, draw) -> dict:
+def _act(policy, task, members, names, active, temperature, width) -> dict:
     """Commands for a group's active slots. Old pictures fill the batch up to ``width`` rows (see ``rollout``)."""
     if not active:
         return {}
@@ -178,12 +170,12 @@ def _act(policy, members, names, active, temperature, statistics, width, draw) -
     noise = np.zeros((len(rows), policy.noise_width), np.float32)
     for index, (name, slot) in enumerate(zip(names, members, strict=True)):
         if name in active:
-            episode = slot.episode
-            noise[index] = draw(episode.key.seed, episode.key.stream, episode.steps, policy.noise_width)
+            key, step = slot.episode.key, slot.episode.steps
+            noise[index] = task.sampling_noise(key.seed, key.stream, step, policy.noise_width)
     chosen_action = policy.act(columns(rows), temperature=temperature, noise=torch.from_numpy(noise))
     action = checked_action(policy, chosen_action, len(rows)).to("cpu")
     check_probabilities(policy, action)
-    commands = checked_commands(policy, policy.decode(action, statistics=statistics), len(rows))
+    commands = checked_commands(policy, policy.decode(action, statistics=task.statistics), len(rows))
     chosen = {}
     for index, (name, slot) in enumerate(zip(names, members, strict=True)):
         if name in active:

@@ -190,6 +190,10 @@ class Task(BuiltWith, ABC):
             )
         return list(range(start, start + episodes))
 
+    def sampling_noise(self, seed: int, stream: int, step: int, width: int) -> np.ndarray:
+        """Uniform numbers for one decision of an episode, [width] float32 in [0, 1)."""
+        return np.random.default_rng([seed, stream, step]).random(width, dtype=np.float32)
+
     def own_episodes(self, policy, keys: Sequence, temperature: float | None) -> Iterator | None:
         """The finished episodes (``rollout.Episode``) of an evaluation; None: the rollout loop runs them."""
         return None
