@@ -129,7 +129,8 @@ def nano(steps) -> None:
             for penalty in names[1:2] if steps.dry else names:
                 arguments = (steps, kind, weights, options, method, penalty, rows)
                 steps(f"{policy}, {method}, penalty {penalty}", lambda arguments=arguments: one_run(*arguments))
-        steps(f"{policy}: restart and repetition", lambda a=(steps, kind, weights, options, rows): restarted(*a))
+        if not steps.dry or kind == "text":
+            steps(f"{policy}: restart and repetition", lambda a=(steps, kind, weights, options, rows): restarted(*a))
 
 
 def built(kind: str, weights: str, options: dict, device: str):
