@@ -76,19 +76,9 @@ def test_passes_over_the_questions(method, passes, size, expected):
     assert _iterations(method, passes, size) == expected
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"grid": {"sft": {"rate": [1e-5]}}}, "unknown axis of reproduce.grid.sft 'rate'"),
-        ({"grid": {"sft": {"rates": 1e-5}}}, "reproduce.grid.sft.rates is a list"),
-        ({"grid": {"sft": {"passes": [0]}}}, "passes must be above 0"),
-        ({"seeds": 0}, "reproduce.seeds must be at least 1"),
-        ({"quick": {"rates": [1]}}, "unknown key of reproduce.quick 'rates'"),
-    ],
-)
-def test_bad_settings(changes, words):
-    with pytest.raises(UserError, match=words):
-        made(**changes)
+def test_a_grid_without_values_is_said():
+    with pytest.raises(UserError, match="asks for no run at all"):
+        made(grid={"sft": {"rates": []}}).run(Path("nowhere"), point=None)
 
 
 @pytest.fixture

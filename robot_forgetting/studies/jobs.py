@@ -54,7 +54,7 @@ def _check_alive(workers) -> None:
         if worker.exitcode is not None:
             raise UserError(
                 f"a training process died (exit code {worker.exitcode}), out of memory perhaps; the same command "
-                "continues; a smaller reproduce.stack needs less memory"
+                "continues; processes=1 needs less memory"
             )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, TypedDict
 
 from robot_forgetting.engine.experiment import Setup, run
-from robot_forgetting.errors import Diverged, UserError, unknown
+from robot_forgetting.errors import Diverged, UserError
 from robot_forgetting.machine.progress import bar, say
 from robot_forgetting.ranges import Count, LearningRate, Plain, Range, Seeds
 from robot_forgetting.records.run_folder import RunFolder
@@ -81,14 +81,7 @@ class Study:
         seeds: Seeds,
         quick: Quick,
     ):
-        for key in quick:
-            if key not in ("common", "grid", "seeds"):
-                raise unknown("key of reproduce.quick", key, ("common", "grid", "seeds"))
         self.name, self.common, self.grid, self.seeds, self.quick = name, common, grid, seeds, quick
-        for one in (grid, quick.get("grid", {})):
-            _check(one)
-        if min(seeds, quick.get("seeds", 1)) < 1:
-            raise UserError(f"reproduce.seeds must be at least 1, not {seeds}")
 
     def run(
         self, folder: Path, *, point: Callable, quick: bool = False, processes: int = 1, first_seed: int = 0
@@ -104,6 +97,8 @@ class Study:
         specs = self.specs(
             changes.get("grid", self.grid), range(first_seed, first_seed + changes.get("seeds", self.seeds))
         )
+        if not specs:
+            raise UserError("reproduce.grid asks for no run at all: each method needs values for each of its axes")
         size = point(common, {}).value("task").size("train")  # complains of missing data before anything else
         done = [spec for spec in specs if _finished(folder / spec.id)]
         diverged = []
@@ -153,14 +148,3 @@ def _finished(folder: Path) -> bool:
 
 def _several(axes: dict | list[dict]) -> list[dict]:
     return axes if isinstance(axes, list) else [axes]
-
-
-def _check(grid: dict) -> None:
-    for method, several in grid.items():
-        for axis, values in (pair for axes in _several(several) for pair in axes.items()):
-            if axis not in AXES:
-                raise unknown(f"axis of reproduce.grid.{method}", axis, AXES)
-            if not isinstance(values, list) or not values:
-                raise UserError(f"reproduce.grid.{method}.{axis} is a list of values, not {values}")
-            if axis == "passes" and not all(value is None or value > 0 for value in values):
-                raise UserError(f"reproduce.grid.{method}.passes must be above 0, not {values}")

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robot_forgetting.errors import unknown
 from robot_forgetting.methods.labels import correct
 from robot_forgetting.metrics import divergence, dynamics, projection
 from robot_forgetting.one_step import OneStepTask
@@ -23,9 +22,6 @@ GRADIENT_IMAGES = 1000
 
 def jobs(sweep, settings: dict) -> list:
     """The jobs still to do. settings: dynamics {rates, every}, precision {methods, learning_rate}, theorem."""
-    for key in settings:
-        if key not in ("dynamics", "precision", "theorem"):
-            raise unknown("key of reproduce.extras", key, ("dynamics", "precision", "theorem"))
     found, seed = [], sweep.seeds[0]
     if settings.get("dynamics"):
         for method in sweep.settings["methods"]:
@@ -39,7 +35,7 @@ def jobs(sweep, settings: dict) -> list:
             spec = Spec(method, settings["precision"]["learning_rate"], "constant", 1, seed)
             for dtype in ("float32", "bfloat16"):
                 if not done(sweep.folder / "precision" / dtype, spec):
-                    found.append(functools.partial(sweep.train_in, dtype, spec))
+                    found.append(functools.partial(sweep.train, [spec], part="precision", dtype=dtype))
     if settings.get("theorem") and not (sweep.folder / "theorem" / "summary.json").is_file():
         found.append(functools.partial(check_theorem, sweep))
     return found
@@ -54,7 +50,7 @@ def measure_dynamics(sweep, spec: Spec, every: int, tell) -> None:
     not see.
     """
     policy = MLPPolicy(sizes=sweep.settings["sizes"], weights=sweep.base(spec.seed))
-    recipe = sweep.recipe(spec, sweep.teacher(spec))
+    recipe = sweep.recipe(spec)
     losses = {role: _Loss(task) for role, task in sweep.tasks.items()}
     features = losses["new"].features
     base = policy.activations(features)[1]

@@ -43,8 +43,8 @@ class Settings:
     k: Count = 10
 
     def __post_init__(self):
-        if not 4 <= self.similarity <= self.images or self.fisher < 1 or not 1 <= self.k < self.similarity:
-            raise UserError("probe: 4 <= similarity <= images, fisher >= 1 and 1 <= k < similarity are needed")
+        if not 4 <= self.similarity <= self.images or not self.k < self.similarity:
+            raise UserError("probe: 4 <= similarity <= images and k < similarity are needed")
 
 
 class Probe:

@@ -14,7 +14,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, TypedDict
+from typing import Annotated, Literal, TypedDict
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from robot_forgetting.studies.digits import base_policy as base
 from robot_forgetting.studies.digits import extras
 from robot_forgetting.studies.digits import study_methods as methods
 from robot_forgetting.studies.digits.probe import Probe, Settings, mean_success
-from robot_forgetting.studies.digits.train_run import Spec, done, train_run
+from robot_forgetting.studies.digits.train_run import Recipe, Spec, done, train_run
 from robot_forgetting.studies.jobs import work_through
 from robot_forgetting.tasks.digits.parity_mnist import FashionMNIST, ParityMNIST
 
@@ -40,10 +40,13 @@ QUICK_PROBE = {"images": 1000, "similarity": 300}
 QUICK_DYNAMICS = {"rates": [1e-4]}
 
 
+MethodName, Schedule = Literal[tuple(methods.METHODS)], Literal["constant", "cosine"]
+
+
 class Teacher(TypedDict):
-    method: str
+    method: MethodName
     learning_rate: LearningRate
-    schedule: str
+    schedule: Schedule
     epochs: Count
 
 
@@ -53,7 +56,7 @@ class Dynamics(TypedDict):
 
 
 class Precision(TypedDict):
-    methods: list[str]
+    methods: list[MethodName]
     learning_rate: LearningRate
 
 
@@ -82,11 +85,11 @@ class Study:
     def __init__(
         self,
         *,
-        methods: list[str],
+        methods: list[MethodName],
         rates: Annotated[int, Range(1, 1000)] | list[LearningRate],
         lowest_rate: LearningRate,
         highest_rate: LearningRate,
-        schedules: list[str],
+        schedules: list[Schedule],
         epochs: list[Count],
         seeds: Seeds,
         checkpoints: Count,
@@ -105,6 +108,11 @@ class Study:
         sizes: list[Width],
     ):
         self.settings = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
+        for key in ("methods", "rates", "schedules", "epochs"):
+            if self.settings[key] == []:
+                raise UserError(f"reproduce.{key} is empty; name at least one")
+        if not lowest_rate <= highest_rate:
+            raise UserError("reproduce.lowest_rate must not be above reproduce.highest_rate")
 
     def run(self, folder: Path, *, quick: bool = False, processes: int = 2, first_seed: int = 0) -> int:
         """Does what is missing in ``folder``; returns 0."""
@@ -130,7 +138,6 @@ class Sweep:
 
     def __init__(self, folder: Path, settings: dict, first_seed: int):
         self.folder, self.settings = Path(folder), settings
-        _check(settings)
         self.seeds = list(range(first_seed, first_seed + settings["seeds"]))
         self.tasks: dict[str, OneStepTask] = {"new": ParityMNIST(limit=settings["images"]), "prior": FashionMNIST()}
         self.probe_settings = Settings(**settings["probe"])
@@ -195,14 +202,16 @@ class Sweep:
         file = self._teacher_file(seed)
         if not file.is_file():
             spec = Spec(seed=seed, **self.settings["teacher"])
-            policy = self.train([spec], lambda steps: None, self.folder / "teacher", part="teacher")
-            base.save_weights(policy.network(), file)
+            base.save_weights(self.train([spec], tell, part="teacher").network(), file)
 
-    def train(self, specs: Sequence[Spec], tell, folder: Path | None = None, *, part="sweep", dtype="float32"):
-        """One run after the other, of one method and seed; returns the last one's policy."""
+    def train(self, specs: Sequence[Spec], tell, *, part: str = "sweep", dtype: str = "float32") -> MLPPolicy:
+        """One run after the other, of one method and seed; returns the last one's policy.
+
+        dtype: of weights, gradients and moments, for the sparsity of an update
+        """
+        folder = {"sweep": self.folder, "precision": self.folder / part / dtype}.get(part, self.folder / part)
         seed, weights = specs[0].seed, self.base(specs[0].seed)
-        recipe, probe = self.recipe(specs[0], self.teacher(specs[0])), self.probe(seed, weights)
-        config = self.config()
+        recipe, probe, config = self.recipe(specs[0]), self.probe(seed, weights), self.config()
         if specs[0].method == "sft_teacher":
             config["teacher"] = self.settings["teacher"]
         if dtype != "float32":
@@ -216,26 +225,20 @@ class Sweep:
                 weights,
                 self.tasks,
                 probe,
-                folder or self.folder,
+                folder,
                 settings=self.settings,
                 config=config,
                 header={**self.header(), "part": part},
                 dtype=dtype,
-                advanced=tell,
+                advanced=tell if part == "sweep" else (lambda steps: None),  # the bar counts the sweep
             )
         return policy
 
-    def train_in(self, dtype: str, spec: Spec, tell) -> None:
-        """A run whose weights, gradients and moments have another precision, for the sparsity of its update."""
-        self.train([spec], lambda steps: None, self.folder / "precision" / dtype, part="precision", dtype=dtype)
-
     # ---- parts
 
-    def teacher(self, spec: Spec) -> dict[str, Tensor] | None:
-        return base.load_weights(self._teacher_file(spec.seed)) if spec.method == "sft_teacher" else None
-
-    def recipe(self, spec: Spec, teacher: dict[str, Tensor] | None = None):
+    def recipe(self, spec: Spec) -> Recipe:
         names = ("batch_size", "group_size", "kl")
+        teacher = base.load_weights(self._teacher_file(spec.seed)) if spec.method == "sft_teacher" else None
         details = methods.Details(**{name: self.settings[name] for name in names}, teacher=teacher)
         return methods.build(
             spec.method, epochs=spec.epochs, steps_per_epoch=self.steps_per_epoch, details=details, seed=spec.seed
@@ -274,25 +277,3 @@ class Sweep:
         """weights/WHAT-seedS-FINGERPRINT.safetensors: other settings make another file."""
         mark = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
         return self.folder / "weights" / f"{what}-seed{seed}-{mark}.safetensors"
-
-
-def _check(settings: dict) -> None:
-    methods.check_methods(settings["methods"])
-    for key in ("methods", "schedules", "epochs"):
-        if not settings[key]:
-            raise UserError(f"reproduce.{key} is empty; name at least one")
-    for key in ("seeds", "checkpoints", "batch_size", "stack", "log_every"):
-        if settings[key] < 1:
-            raise UserError(f"reproduce.{key} must be at least 1, not {settings[key]}")
-    for epochs in settings["epochs"]:
-        if not (isinstance(epochs, int) and epochs >= 1):
-            raise UserError(f"reproduce.epochs lists whole numbers from 1 on, not {epochs}")
-    for schedule in settings["schedules"]:
-        if schedule not in ("constant", "cosine"):
-            raise UserError(f"unknown schedule '{schedule}'; choose one of: constant, cosine")
-    rates = settings["rates"]
-    positive = isinstance(rates, list) and rates and all(isinstance(r, int | float) and r > 0 for r in rates)
-    if not (positive or (isinstance(rates, int) and rates >= 1)):
-        raise UserError(f"reproduce.rates is how many learning rates, or a list of them, all above 0; not {rates}")
-    if not 0 < settings["lowest_rate"] <= settings["highest_rate"]:
-        raise UserError("reproduce.lowest_rate must be above 0 and not above reproduce.highest_rate")
