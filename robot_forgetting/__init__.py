@@ -18,7 +18,7 @@ API = {
     "evaluate": "api.calls",
     "record": "api.calls",
     "check": "api.calls",
-    "load_runs": "records.reader",
+    "load_runs": "api.frames",
     "read_tables": "report.page",
     "write_report": "studies",
 }

@@ -16,12 +16,12 @@ from toy_runs import run as toy_run
 import robot_forgetting as rf
 from robot_forgetting.api.arguments import Arguments
 from robot_forgetting.api.composing import CONFIGS, written
+from robot_forgetting.api.frames import Run
 from robot_forgetting.api.run_id import MOST, run_folder
 from robot_forgetting.built_with import described
 from robot_forgetting.errors import UserError
 from robot_forgetting.method import Optimiser
 from robot_forgetting.methods.grpo import GRPO
-from robot_forgetting.records.reader import Run
 from robot_forgetting.records.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,8 +68,9 @@ def test_objects_alone_need_no_hydra(monkeypatch, tmp_path):
     run = rf.run(**made())
     same(run.folder, toy_run(tmp_path / "whole"))
     assert run.summary()["success"][0]["task"] == "reach" and run.folder.run["method"] == "grpo"
-    expected = [row["rate"] for row in run.summary()["success"]]
-    assert run.success.rate.tolist() == expected and set(run.success.run) == {run.path.name}
+    found = dict(zip(run.forgetting.decode, run.forgetting.forgetting, strict=True))
+    ended = [row for row in run.summary()["forgetting"] if row["iteration"] == 4 and row["task"] == "mirror"]
+    assert found == {row["decode"]: pytest.approx(row["forgetting"]) for row in ended} and len(run.success)
     assert run.folder.config()["measures"] == ["forward_kl", "total_variation", "l2", "reverse_kl"]
     # The same again is the same run, another argument another one, though the method does not keep it by that name.
     assert rf.run(**made()).path == run.path and run.folder.config()["method"]["groups"] == 6
@@ -89,7 +90,7 @@ def test_objects_alone_need_no_hydra(monkeypatch, tmp_path):
 
 def test_a_sequence_of_objects():
     run = rf.run(**made(sequence=[ToyTask(), ToyTask("mirror")], task=None, prior=None))
-    assert run.folder.finished and set(run.success.stage) == {0, 1, 2} and "sequence_objects" in run.folder.config()
+    assert run.folder.finished and set(run.episodes.stage) == {0, 1, 2} and "sequence_objects" in run.folder.config()
 
 
 def test_an_interrupted_call_continues(monkeypatch, tmp_path):
@@ -161,10 +162,9 @@ def test_an_object_says_what_it_was_built_with():
 
 def test_tables_of_shipped_runs(monkeypatch):
     runs = rf.load_runs(ROOT / "results" / "three-seeds")
-    assert len(runs.runs) == 6 and set(runs.success.method) == {"sft", "grpo"}
-    first = runs.runs[0]
-    mine = runs.forgetting[runs.forgetting.run == first.id]
-    assert mine.forgetting.tolist() == [row["forgetting"] for row in first.summary()["forgetting"]]
+    assert len(runs.runs) == 6 and set(runs.success.method) == {"base", "sft", "grpo"}
+    (mean,) = runs.forgetting.query("method == 'sft' and decode == 'sampled' and task == 'prior mean'").forgetting
+    assert round(mean, 3) == 0.010 and runs.forgetting.runs.max() == 3, "as the README says"
     assert list(runs.episodes.columns[:6]) == ["run", "method", "penalty", "policy", "new_task", "run_seed"]
     assert len(runs.measures) == sum(len(run.rows("divergence")) for run in runs.runs)
     monkeypatch.setitem(sys.modules, "pandas", None)

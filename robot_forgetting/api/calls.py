@@ -14,10 +14,10 @@ from pathlib import Path
 
 from robot_forgetting.api.arguments import LISTS, Arguments
 from robot_forgetting.api.composing import defaults, written
+from robot_forgetting.api.frames import Run
 from robot_forgetting.api.scripts import check_script
 from robot_forgetting.errors import UserError
 from robot_forgetting.machine.user_modules import search
-from robot_forgetting.records.reader import Run
 
 PARTS = ("policy", "task", "method", "penalty")
 # What has to be an object where no yaml is to be read.

@@ -1,14 +1,13 @@
-"""Run folders as tables: rows of many runs in one pandas frame each."""
+"""Run folders as pandas frames: the rows of many runs in one, and the tables that the page is made of."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
 from robot_forgetting.errors import UserError
 from robot_forgetting.records.run_folder import RunFolder, find_runs
-from robot_forgetting.records.summary import forgetting_table, success_table
 
 # Columns that say of which run a row is, beside "run"; -> the key of run.json. (A row's own "task" is the one that it
 # is about, its "seed" an initial state's.)
@@ -16,10 +15,13 @@ OF_RUN = {"method": "method", "penalty": "penalty", "policy": "policy", "new_tas
 
 
 class Runs:
-    """Run folders, and their rows as pandas frames with a column "run" and those of ``OF_RUN``.
+    """Run folders, and what is in them as pandas frames.
 
-    runs: the folders; episodes, train: rows of the files of these names; measures: of divergence.jsonl
-    success, forgetting: as in summary.json, with n and 95 % intervals; of unfinished runs what there is so far
+    runs: the folders
+    episodes, train, measures: rows of episodes.jsonl, train.jsonl and divergence.jsonl, with columns "run" and those of
+        ``OF_RUN``
+    success, forgetting: of each method over its runs, with n and 95 % intervals, by the page's own code
+    tables: name -> each table of report.json, the matched comparison and the predictors among them
     """
 
     def __init__(self, runs: Iterable[RunFolder]):
@@ -33,37 +35,53 @@ class Runs:
 
     @cached_property
     def episodes(self):
-        return self._frame(lambda run: run.rows("episodes"))
+        return self._rows("episodes")
 
     @cached_property
     def train(self):
-        return self._frame(lambda run: run.rows("train"))
+        return self._rows("train")
 
     @cached_property
     def measures(self):
-        return self._frame(lambda run: run.rows("divergence"))
+        return self._rows("divergence")
 
     @cached_property
     def success(self):
-        return self._frame(lambda run: success_table(run.rows("episodes")))
+        return self._tables("success")["success"]
 
     @cached_property
     def forgetting(self):
-        return self._frame(lambda run: forgetting_table(run.rows("episodes")))
+        return self._tables("forgetting")["forgetting"]
 
-    def _frame(self, rows: Callable[[RunFolder], Sequence[Mapping]]):
-        try:
-            import pandas
-        except ImportError as error:
-            raise UserError("tables of runs need pandas: pip install pandas") from error
+    @cached_property
+    def tables(self) -> dict:
+        return self._tables("standard")
+
+    def _rows(self, table: str):
+        frame = _frames()
         ids = [run.id for run in self.runs]
         unique = len(set(ids)) == len(ids)
         found = []
         for run in self.runs:
             state = run.run
             head = {"run": run.id if unique else str(run.path)} | {name: state.get(key) for name, key in OF_RUN.items()}
-            found += [{**head, **row} for row in rows(run)]
-        return pandas.DataFrame(found, columns=None if found else ["run", *OF_RUN])
+            found += [{**head, **row} for row in run.rows(table)]
+        return frame(found, columns=None if found else ["run", *OF_RUN])
+
+    def _tables(self, section: str) -> dict:
+        from robot_forgetting.report.page import read_tables
+
+        frame = _frames()
+        tables = read_tables([run.path for run in self.runs], [section])
+        return {name: frame(rows) for name, rows in tables.items() if isinstance(rows, list)}
+
+
+def _frames() -> type:
+    try:
+        from pandas import DataFrame
+    except ImportError as error:
+        raise UserError("tables of runs need pandas: pip install pandas") from error
+    return DataFrame
 
 
 class Run(Runs):
