@@ -19,7 +19,7 @@ from robot_forgetting.machine import assets
 from robot_forgetting.machine.assets import COLOURS
 from robot_forgetting.tasks.google_robot.google_robot import CAMERA, FINGERS, GoogleRobot, urdf
 from robot_forgetting.tasks.simulator.grasp import TOUCH, presses_batched
-from robot_forgetting.tasks.simulator.grid import STREAM, TEST_START, dealt
+from robot_forgetting.tasks.simulator.grid import dealt, drawn
 from robot_forgetting.tasks.simulator.settling import drop
 from robot_forgetting.tasks.simulator.twins import Twin
 
@@ -146,10 +146,7 @@ class GoogleScene(Twin, BaseDigitalTwinEnv):
 
     def draw(self, options: dict) -> tuple[int | None, np.random.Generator]:
         """The configuration's number (None in training) and random numbers of the episode's seed."""
-        seed, number = int(self._episode_seed[0]), options.get("episode_id")
-        if number is None and seed >= TEST_START:
-            number = seed - TEST_START
-        return None if number is None else int(number), np.random.default_rng([seed, STREAM])
+        return drawn(int(self._episode_seed[0]), options.get("episode_id"))
 
     def pressed(self, thing) -> torch.Tensor:
         """[N] bool: whether both fingers press an object, as the original asks it."""

@@ -10,6 +10,16 @@ TEST_START = 1_000_000  # the first seed of the test split (``Task.seeds``): con
 STREAM = 0xB21D6E  # of random numbers, so that no other use of the seed draws the same ones
 
 
+def drawn(seed: int, number: int | None = None) -> tuple[int | None, np.random.Generator]:
+    """The number of an episode's configuration (None in training), and random numbers of its seed.
+
+    Test seed 1,000,000 + k has number k; a given one overrides the seed.
+    """
+    if number is None and seed >= TEST_START:
+        number = seed - TEST_START
+    return None if number is None else int(number), np.random.default_rng([seed, STREAM])
+
+
 def dealt(number: int, places: int, colourings: int) -> tuple[int, int, int]:
     """Configuration, place and colouring of a test episode, where the evaluation has every place in every colouring.
 
@@ -44,16 +54,11 @@ class Grid:
         return len(self.places) * len(self.turns)
 
     def state(self, seed: int, configuration: int | None = None) -> tuple[int, np.ndarray, np.ndarray]:
-        """Configuration (-1 in training), places [2, 2] and quaternions [2, 4] of an episode.
-
-        Test seed 1,000,000 + k has configuration k modulo their number; training seeds draw. A given ``configuration``
-        overrides the seed.
-        """
-        if configuration is None and seed >= TEST_START:
-            configuration = seed - TEST_START
-        if configuration is None:
-            return -1, *self.draw(np.random.default_rng([seed, STREAM]))
-        configuration = int(configuration) % len(self)
+        """Configuration (-1 in training), places [2, 2] and quaternions [2, 4] of an episode, see ``drawn``."""
+        number, rng = drawn(seed, configuration)
+        if number is None:
+            return -1, *self.draw(rng)
+        configuration = number % len(self)
         place, turn = divmod(configuration, len(self.turns))
         return configuration, self.places[place], self.turns[turn]
 
