@@ -46,7 +46,7 @@ class Check:
 def doctor() -> int:
     """Prints one line per part; returns 0, or 2 where a needed part fails."""
     failed = False
-    parts = (python, packages, libraries, torchvision, gpu, vulkan_device, lavapipe, assets, simpler, disk, weights)
+    parts = (python, packages, libraries, torchvision, gpu, vulkan_device, assets, simpler, disk, weights)
     for examine in parts:
         check = guarded(examine)
         failed |= check.state == "FAIL"
@@ -137,8 +137,10 @@ def vulkan_device() -> Check:
     drivers = ", ".join(vulkan.installable_drivers()) or "none"
     if fault := vulkan.fault(found):
         return Check("Vulkan", "FAIL", f"{fault} (driver files: {drivers})", render_cure(found))
-    device = f"{found['device']}, {found['driver']} {found['version']}"
-    return Check("Vulkan", "ok", f"{device} renders (driver files: {drivers})")
+    said = f"{found['device']}, {found['driver']} {found['version']} renders (driver files: {drivers})"
+    if vulkan.is_lavapipe(found) and not vulkan.mesa_version(found):
+        return Check("Vulkan", "warn", said, f"lavapipe's version is not recognised; {NEEDED} or newer is needed")
+    return Check("Vulkan", "ok", said)
 
 
 def render_cure(found: dict) -> str:
@@ -168,21 +170,6 @@ def _release() -> str:
         return platform.freedesktop_os_release().get("VERSION_CODENAME", "")
     except OSError:
         return ""
-
-
-def lavapipe() -> Check:
-    found = vulkan.probe()
-    if "error" in found:
-        return Check("lavapipe", "FAIL", "unknown: nothing renders")
-    if not vulkan.is_lavapipe(found):
-        return Check("lavapipe", "ok", "not used: a GPU goes before it")
-    version = vulkan.mesa_version(found)
-    if not version:
-        return Check("lavapipe", "warn", f"version not recognised in '{found['version']}'; {NEEDED} or newer is needed")
-    shown = f"Mesa {version[0]}.{version[1]}"
-    if version < vulkan.LAVAPIPE_NEEDED:
-        return Check("lavapipe", "FAIL", f"{shown}, {NEEDED} or newer is needed", render_cure(found))
-    return Check("lavapipe", "ok", shown)
 
 
 def assets() -> Check:
