@@ -36,10 +36,7 @@ OTHERS = [("#CC79A7", "*", "-"), (INK, "1", "--"), ("#56B4E9", "2", "-."), ("#00
 PROCESSES = {
     "expectation_maximisation": ("EM (alternating projections)", "#0072B2", "-"),
     "natural_policy_gradient": ("natural policy gradient", "#009E73", "--"),
-    "policy_gradient_natural": ("natural policy gradient", "#009E73", "--"),
-    "policy_gradient": ("policy gradient", "#009E73", "--"),
     "policy_gradient_plain": ("plain softmax policy gradient", "#D55E00", "-."),
-    "plain_policy_gradient": ("plain softmax policy gradient", "#D55E00", "-."),
     "sft_oracle": ("SFT, oracle's labels", INK, ":"),
     "sft_one_label": ("SFT, one label", "#CC79A7", (0, (6, 2))),
     "sft_three_labels": ("SFT, three labels", "#E69F00", (0, (1, 1))),

@@ -263,7 +263,6 @@ class Theorem(StudySection):
             "At the end of each process. The least KL(π ‖ π₀) of a policy that is always right is the one of those "
             "that arrive."
         )
-        plain = {row["process"] for row in rows} & {"policy_gradient_plain", "plain_policy_gradient"}
         why = (
             "Projections and the natural gradient multiply the probabilities of all right answers by one factor, so "
             "these keep the base policy's proportions: they end at argmin KL(π ‖ π₀). The plain gradient of a softmax "
@@ -271,8 +270,7 @@ class Theorem(StudySection):
             "labels are, whatever the base policy was."
         )
         shown = figure + columns(caption, rows, head)
-        alert = "" if plain else "The plain softmax policy gradient is not among these runs."
-        return shown and shown + paragraph(why) + paragraph(alert, "alert")
+        return shown and shown + paragraph(why)
 
 
 class StudyProvenance(StudySection):
