@@ -17,15 +17,13 @@ from robot_forgetting.records.run_folder import find_runs
 from robot_forgetting.report import figures
 from robot_forgetting.report.page import read_tables, rows_of
 from robot_forgetting.studies.digits import study_figures, study_words
+from robot_forgetting.studies.digits.study_extras import Theorem, theorem_rows
 from robot_forgetting.studies.digits.study_law import verdict
+from robot_forgetting.studies.digits.study_matched import common_level, level_rows, matched_rows
 from robot_forgetting.studies.digits.study_page import SECTIONS
+from robot_forgetting.studies.digits.study_provenance import command
 from robot_forgetting.studies.digits.study_runs import Study, load_study
-from robot_forgetting.studies.digits.study_tables import (
-    common_level,
-    level_rows,
-    matched_rows,
-    theorem_rows,
-)
+from robot_forgetting.studies.digits.study_sections import StudyPart
 
 
 def tables_of(folder):
@@ -281,7 +279,7 @@ def test_command_says_what_differs_from_the_shipped_configuration(config, asked,
     for key, values in full.items():
         rows = [{**row, key: value} for row in rows for value in values]
     study.asked = rows
-    assert study_words.command(study) == "robot-forgetting reproduce parity_mnist" + expected
+    assert command(study) == "robot-forgetting reproduce parity_mnist" + expected
 
 
 def test_robot_runs_get_the_law_too(tmp_path):
@@ -315,7 +313,7 @@ def test_same_rows_give_the_same_files():
     made = []
     for _ in range(2):
         with figures.drawing():
-            figure = study_figures.theorem(rows)
+            figure = Theorem().figure(StudyPart("", (), {}, None, study=Study("parity_mnist", theorem=rows)))
             made.append((figures.svg(figure, "theorem", "t"), figures.pdf(figure)))
     assert made[0] == made[1]
     assert figures.on_paper(made[0][0]).count("<svg") == 1

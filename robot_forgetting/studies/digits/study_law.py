@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from robot_forgetting.errors import UserError
 from robot_forgetting.metrics import law, published
 
+RESAMPLES = 200  # of what is slow
 MAIN = "forward_kl|new"
 # Order and names in the table of predictors: what is measured on inputs of both tasks, then the weights alone.
 PREDICTORS = {

@@ -8,26 +8,30 @@ from pathlib import Path
 from robot_forgetting.metrics import published
 from robot_forgetting.records.run_folder import RunFolder
 from robot_forgetting.report.page import Page, rows_of, write_page
-from robot_forgetting.studies.digits import study_more_sections as more
-from robot_forgetting.studies.digits import study_sections as sections
 from robot_forgetting.studies.digits import study_words
+from robot_forgetting.studies.digits.study_extras import Dynamics, Precision, Theorem
 from robot_forgetting.studies.digits.study_figures import Styles
+from robot_forgetting.studies.digits.study_fronts import StudyFronts
+from robot_forgetting.studies.digits.study_matched import Similarity, Teacher, TwoByTwo
+from robot_forgetting.studies.digits.study_predictors import LawOfAll, LawSection, StudyPredictors
+from robot_forgetting.studies.digits.study_provenance import StudyProvenance, StudyTerms
 from robot_forgetting.studies.digits.study_runs import load_study
+from robot_forgetting.studies.digits.study_sections import Accuracies, StudyPart
 
 SECTIONS = (
-    sections.Accuracies(),
-    sections.StudyFronts(),
-    sections.LawSection(),
-    sections.LawOfAll(),
-    sections.StudyPredictors(),
-    more.TwoByTwo(),
-    more.Similarity(),
-    more.Teacher(),
-    more.Dynamics(),
-    more.Precision(),
-    more.Theorem(),
-    more.StudyProvenance(),
-    more.StudyTerms(),
+    Accuracies(),
+    StudyFronts(),
+    LawSection(),
+    LawOfAll(),
+    StudyPredictors(),
+    TwoByTwo(),
+    Similarity(),
+    Teacher(),
+    Dynamics(),
+    Precision(),
+    Theorem(),
+    StudyProvenance(),
+    StudyTerms(),
 )
 NAMES = {"parity_mnist": "ParityMNIST", "fashion_mnist": "FashionMNIST"}
 NOTHING = "No run of the sweep has finished, so there is nothing to say yet."
@@ -49,8 +53,8 @@ def study_page(folders: Sequence[RunFolder]) -> Page:
         title=f"Forgetting {NAMES.get(prior, prior)} while learning {NAMES.get(new, new)}",
         subtitle=f"{study_words.scope(study)}. A controlled study after {published.PAPER}.",
         sections=SECTIONS,
-        parts=[sections.StudyPart("", (), tables, colours, study=study)],
-        whole=sections.StudyPart("", (), tables, colours, study=study),
+        parts=[StudyPart("", (), tables, colours, study=study)],
+        whole=StudyPart("", (), tables, colours, study=study),
         tables=tables,
         lead=study_words.headline(tables, study) or [NOTHING],
         notes=lambda: study.notes,
