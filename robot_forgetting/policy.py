@@ -49,9 +49,12 @@ class Action:
     def cat(actions: Sequence[Action]) -> Action:
         """All rows, right-padded to the longest decision."""
         longest = max(action.mask.shape[1] for action in actions)
-        rows = [action._each(lambda part: F.pad(part, (0, longest - part.shape[1])))._parts() for action in actions]
-        parts = zip(*rows, strict=True)
+        parts = zip(*(action._padded(longest)._parts() for action in actions), strict=True)
         return Action(*(None if any(one is None for one in part) else torch.cat(part) for part in parts))
+
+    def _padded(self, width: int) -> Action:
+        missing = width - self.mask.shape[1]
+        return self._each(lambda part: F.pad(part, (0, missing))) if missing else self
 
     def _parts(self) -> tuple[Tensor | None, ...]:
         return self.tokens, self.mask, self.log_prob, self.values
