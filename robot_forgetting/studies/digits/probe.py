@@ -74,23 +74,25 @@ class Probe:
             for name, value, error, n in inputs.divergences(hidden, logits):
                 row = {"measure": name, "unit": UNITS.get(name, "1"), "value": value, "standard_error": error, "n": n}
                 found.append({**where, **row})
-        for (role, states, name), value in self._weight_changes(policy.network(), ranks).items():
+        for role, states, name, value in self._weight_changes(policy.network(), ranks):
             task = self.tasks[role].name if role else None
             where = {"task": task, "role": role, "states": states, "measure": name, "unit": "1"}
             found.append({**where, "value": float(value), "standard_error": None, "n": None})
         return success, found
 
-    def _weight_changes(self, weights: dict[str, Tensor], ranks: bool) -> dict:
-        found = {}
-        changed = drift.weight_change(self.weights, weights, fisher=self._inputs["prior"].fisher)
-        found["prior", "train", "weight_fisher_l2"] = changed.pop("weight_fisher_l2")
-        fisher = self._inputs["new"].fisher
-        found["new", "train", "weight_fisher_l2"] = drift.weight_fisher_l2(self.weights, weights, fisher)
+    def _weight_changes(self, weights: dict[str, Tensor], ranks: bool) -> Iterator[tuple]:
+        """Role and states whose inputs weigh the change, measure, value."""
+        for role in ("prior", "new"):
+            value = drift.weight_fisher_l2(self.weights, weights, self._inputs[role].fisher)
+            yield role, "train", "weight_fisher_l2", value
+        found = {name: getattr(drift, name)(self.weights, weights) for name in ("weight_l1", "weight_l2")}
+        found["weight_spectral"] = max(drift.spectral_norms(self.weights, weights).values())
+        found["weight_sparsity"] = drift.sparsity(self.weights, weights)
         if ranks:
-            changed |= drift.ranks(self.weights, weights)
-            changed["weight_sparsity_exact"] = drift.sparsity(self.weights, weights, tolerance=0.0)
-            changed["weight_sparsity_bfloat16"] = drift.sparsity(self.weights, weights, dtype=torch.bfloat16)
-        return found | {(None, None, name): value for name, value in changed.items()}
+            found |= drift.ranks(self.weights, weights)
+            found["weight_sparsity_exact"] = drift.sparsity(self.weights, weights, tolerance=0.0)
+            found["weight_sparsity_bfloat16"] = drift.sparsity(self.weights, weights, dtype=torch.bfloat16)
+        yield from ((None, None, name, value) for name, value in found.items())
 
 
 class _Inputs:
@@ -141,10 +143,10 @@ class _Inputs:
 
 
 def fisher(weights: dict[str, Tensor], features: np.ndarray | Tensor) -> dict[str, Tensor]:
-    """``metrics.drift.diagonal_fisher`` of an MLP in closed form: sums of products of squares, one pass per label.
+    """The diagonal Fisher of an MLP, without labels: sums of products of squares, one pass per label.
 
-    F_i = mean_x sum_y pi(y|x) (d log pi(y|x) / d w_i)^2. The gradient of a weight matrix is input times gradient of the
-    layer's output, so its square sums over x as inputs^2 @ gradients^2.
+    F_i = mean_x sum_y pi(y|x) (d log pi(y|x) / d w_i)^2 over inputs x. The gradient of a weight matrix is input times
+    gradient of the layer's output, so its square sums over x as inputs^2 @ gradients^2.
     """
     depth, hidden = len(weights) // 2, [torch.as_tensor(features)]
     for layer in range(1, depth + 1):
