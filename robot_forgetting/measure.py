@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from robot_forgetting.built_with import BuiltWith
+from robot_forgetting.errors import fault
 
 if TYPE_CHECKING:  # the report reads ``Quantity`` without torch
     from robot_forgetting.policy import Policy
@@ -104,6 +105,17 @@ def measured(measures: Sequence[Measure], policy: Policy, states: States) -> lis
     rows: dict[str, list[dict]] = {one.name: [] for one in measures}
     policy.eval()
     for family, members in families.items():
-        for row in family.together(members, policy, states):
+        for row in _checked(members, family.together(members, policy, states)):
             rows[row["measure"]].append(row)
     return [row for found in rows.values() for row in found]
+
+
+def _checked(members: Sequence[Measure], rows: object) -> list[dict]:
+    """The rows that measures of a family gave."""
+    units = {(one.name, unit) for one in members for unit in one.units}
+    for row in rows if isinstance(rows, list) else [rows]:
+        if not isinstance(row, dict) or "value" not in row or (row.get("measure"), row.get("unit")) not in units:
+            promised = ", ".join(f"'{name}' in '{unit}'" for name, unit in sorted(units))
+            said = f"gives {row!r:.80}; list rows {{'measure', 'unit', 'value', ...}} of {promised}"
+            raise fault(members[0], "measure", said)
+    return rows

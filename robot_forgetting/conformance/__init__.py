@@ -1,4 +1,4 @@
-"""`robot-forgetting check`: what is wrong with a task, a method, a penalty or a policy, and what to do about it."""
+"""`robot-forgetting check`: what is wrong with a task, method, penalty, measure or policy, and what to do about it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 from robot_forgetting.conformance.check_table import Table
 from robot_forgetting.errors import UserError
+from robot_forgetting.measure import Measure
 from robot_forgetting.method import Method, Penalty
 from robot_forgetting.policy import Policy
 from robot_forgetting.task import Task
@@ -16,6 +17,7 @@ def check(
     task: Task | None = None,
     method: Method | None = None,
     penalty: Penalty | None = None,
+    measure: Measure | None = None,
     golden: Path | None = None,
     recordings: str | None = None,
     output: Path | None = None,
@@ -29,10 +31,12 @@ def check(
     output: a png file for the initial states of a task
     episodes: initial states of the evaluation on which a task's expert is run too
     A method or penalty is tried on the given task, or on a toy task that needs no simulator; and on a tiny policy of
-    tokens, or on the given one where that has none.
+    tokens, or on the given one where that has none. A measure: on the given policy, or on the tiny one.
     """
-    if not any((policy, task, method, penalty, golden, recordings)):
-        raise UserError("name what to check: task=NAME, method=NAME, penalty=NAME, policy=NAME, or golden=FOLDER")
+    if not any((policy, task, method, penalty, measure, golden, recordings)):
+        names = "task=NAME, method=NAME, penalty=NAME, measure=NAME, policy=NAME"
+        raise UserError(f"name what to check: {names}, or golden=FOLDER")
+    from robot_forgetting.conformance.measure_checks import check_measure
     from robot_forgetting.conformance.method_checks import check_method, check_penalty
     from robot_forgetting.conformance.policy_checks import check_golden_tensors, check_policy
     from robot_forgetting.conformance.recordings import check_recordings
@@ -56,4 +60,6 @@ def check(
         check_method(table, method, task, tried_on)
     if penalty is not None:
         check_penalty(table, penalty, task, tried_on)
+    if measure is not None:
+        check_measure(table, measure, policy)
     return table.finish()
