@@ -12,7 +12,7 @@ from robot_forgetting.engine import experiment
 from robot_forgetting.engine.experiment import Setup
 from robot_forgetting.measure import TEXT, WEIGHTS, States, measured
 from robot_forgetting.measures.distributions import L2, ForwardKL, ReverseKL, TotalVariation
-from robot_forgetting.measures.representation import CKA, CKNNA, ActivationL2
+from robot_forgetting.measures.layer_states import CKA, CKNNA, ActivationL2
 from robot_forgetting.measures.weights import RelativeL2
 from robot_forgetting.method import Optimiser
 from robot_forgetting.methods.grpo import GRPO

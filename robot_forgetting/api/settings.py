@@ -55,7 +55,7 @@ class Budget(TypedDict):
 
 class HeldOutText(TypedDict):
     source: str | None
-    number: Annotated[int, Range(4, 100_000)]  # see ``representation.LEAST``
+    number: Annotated[int, Range(4, 100_000)]  # see ``layer_states.LEAST``
     characters: Count
     neighbours: Annotated[int, Range(1, 100_000)]
 

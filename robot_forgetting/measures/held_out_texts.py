@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from robot_forgetting.errors import UserError
-from robot_forgetting.measures.representation import LEAST
+from robot_forgetting.measures.layer_states import LEAST
 from robot_forgetting.task import Task
 
 FILES = (".txt", ".jsonl", ".json", ".jsonl.gz", ".json.gz")
