@@ -7,7 +7,7 @@ from mani_skill.envs.tasks.tabletop.pick_cube import PickCubeEnv
 from mani_skill.utils.registration import register_env
 from mani_skill.utils.structs.pose import Pose
 
-from robot_forgetting.errors import unknown
+from robot_forgetting.errors import check_choice
 from robot_forgetting.tasks.simulator.expert import CLOSE, grasp, hand, move_to, position
 
 
@@ -16,8 +16,7 @@ class PickCubeVisibleEnv(PickCubeEnv):
     """spawn: "stock" (ManiSkill's ranges) or "near" (cube unrotated, goal at a fixed height of 0.12 m)."""
 
     def __init__(self, *args, spawn: str = "stock", **kwargs):
-        if spawn not in ("stock", "near"):
-            raise unknown("spawn", spawn, ("stock", "near"))
+        check_choice("spawn", spawn, ("stock", "near"))
         self.spawn = spawn
         super().__init__(*args, **kwargs)
 

@@ -7,7 +7,7 @@ from mani_skill.envs.tasks.tabletop.stack_cube import StackCubeEnv
 from mani_skill.utils.registration import register_env
 from mani_skill.utils.structs.pose import Pose
 
-from robot_forgetting.errors import unknown
+from robot_forgetting.errors import check_choice
 from robot_forgetting.tasks.simulator.expert import OPEN, carry_and_release, grasp, hand, move_to, position
 
 HALF_RANGE = 0.1
@@ -19,8 +19,7 @@ class StackCubeNearEnv(StackCubeEnv):
     """spawn: "stock" (ManiSkill's ranges, rotated) or "near" (both within 0.1 m of the origin, unrotated)."""
 
     def __init__(self, *args, spawn: str = "stock", robot_uids: str = "panda", **kwargs):
-        if spawn not in ("stock", "near"):
-            raise unknown("spawn", spawn, ("stock", "near"))
+        check_choice("spawn", spawn, ("stock", "near"))
         self.spawn = spawn
         super().__init__(*args, robot_uids=robot_uids, **kwargs)
 

@@ -36,6 +36,12 @@ def unknown(kind: str, name: object, choices) -> UserError:
     return UserError(f"unknown {kind} '{name}'; choose one of: {', '.join(sorted(map(str, choices)))}")
 
 
+def check_choice(kind: str, name: object, choices) -> None:
+    """Raises ``unknown`` where there is no such name."""
+    if name not in choices:
+        raise unknown(kind, name, choices)
+
+
 # ---- whose code it is
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 
-from robot_forgetting.errors import UserError, unknown
+from robot_forgetting.errors import UserError, check_choice
 from robot_forgetting.machine.files import disk
 from robot_forgetting.machine.progress import bar, say
 
@@ -162,8 +162,7 @@ def fetch(name: str, folder: str | Path | None = None, *, yes: bool = False, ask
     yes: download without asking
     Returns 0. ``UserError`` where the source lacks files, a checksum differs, or consent is refused.
     """
-    if name not in BUNDLES:
-        raise unknown("assets", name, BUNDLES)
+    check_choice("assets", name, BUNDLES)
     target = data_folder()
     if not missing(name):
         say(f"the {name} assets are in {target} already")
@@ -199,8 +198,7 @@ def command(arguments: Sequence[str]) -> int:
         raise UserError(f"assets does not know '{strange[0]}'; give NAME, folder=FOLDER, yes=true")
     if len(names) != 1:
         raise UserError(f"name one family of assets: {', '.join(sorted(BUNDLES))}")
-    if names[0] not in BUNDLES:
-        raise unknown("family of assets", names[0], BUNDLES)
+    check_choice("family of assets", names[0], BUNDLES)
     return fetch(names[0], folder, yes=yes)
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from robot_forgetting.errors import UserError, unknown
+from robot_forgetting.errors import UserError, check_choice
 from robot_forgetting.machine import nvidia
 
 
@@ -82,6 +82,5 @@ PRECISIONS = {
 
 
 def parse_precision(name: str) -> Precision:
-    if name not in PRECISIONS:
-        raise unknown("dtype", name, PRECISIONS)
+    check_choice("dtype", name, PRECISIONS)
     return PRECISIONS[name]

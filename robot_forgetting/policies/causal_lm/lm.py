@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from robot_forgetting.contracts import checked_settings
-from robot_forgetting.errors import UserError, unknown
+from robot_forgetting.errors import UserError, check_choice
 from robot_forgetting.machine.device import PRECISIONS, parse_device
 from robot_forgetting.machine.files import disk
 from robot_forgetting.one_step import Repeated
@@ -69,8 +69,7 @@ class CausalLM(OwnBase):
         sampler: Sampler | None = None,
     ):
         super().__init__(name, lora, products=torch.bfloat16 if dtype == "mixed" else None)
-        if dtype not in DTYPES:
-            raise unknown("dtype", dtype, DTYPES)
+        check_choice("dtype", dtype, DTYPES)
         place = parse_device(device)
         if threads is not None and place.type == "cpu":
             torch.set_num_threads(threads)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from robot_forgetting.errors import UserError, unknown
+from robot_forgetting.errors import UserError, check_choice
 
 RESIZE_STRATEGIES = ("resize-naive", "letterbox", "resize-crop")
 
@@ -23,8 +23,7 @@ class ImageProcessor:
     """
 
     def __init__(self, size: int, strategy: str, means: Sequence[Sequence[float]], stds: Sequence[Sequence[float]]):
-        if strategy not in RESIZE_STRATEGIES:
-            raise unknown("image_resize_strategy", strategy, RESIZE_STRATEGIES)
+        check_choice("image_resize_strategy", strategy, RESIZE_STRATEGIES)
         self.size, self.strategy = size, strategy
         # The last tower's mean is the border colour: OpenVLA's loop over towers overwrites the first one's.
         self.border = tuple(int(value * 255) for value in means[-1])
@@ -130,8 +129,7 @@ class Statistics:
         return np.where(mask, 0.5 * (values + 1) * (high - low) + low, values)
 
     def _table(self, key: str) -> tuple:
-        if key not in self._tables:
-            raise unknown("statistics", key, self._tables)
+        check_choice("statistics", key, self._tables)
         return self._tables[key]
 
 

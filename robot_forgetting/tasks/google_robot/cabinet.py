@@ -8,7 +8,7 @@ import numpy as np
 import sapien
 import torch
 
-from robot_forgetting.errors import UserError, unknown
+from robot_forgetting.errors import UserError, check_choice
 from robot_forgetting.machine.assets import COLOURS
 from robot_forgetting.tasks.google_robot.google_robot import CAMERA
 from robot_forgetting.tasks.google_robot.google_robot_tasks import APPLE, place_sentences
@@ -40,8 +40,7 @@ class Cabinet(GoogleScene):
 
     def __init__(self, station: str, drawer: str, stations: tuple[str, ...], needs: tuple[str, ...] = (), **kwargs):
         for kind, name, names in (("station", station, (*stations, "any")), ("drawer", drawer, DRAWERS)):
-            if name not in names:
-                raise unknown(kind, name, names)
+            check_choice(kind, name, names)
         self.stations = stations if station == "any" else (station,)
         self.drawer = drawer
         self.recorded_choices = {"station": STATIONS, "colours": COLOURS}

@@ -14,7 +14,7 @@ import sapien
 import torch
 from mani_skill.envs.tasks.digital_twins.base_env import BaseDigitalTwinEnv
 
-from robot_forgetting.errors import unknown
+from robot_forgetting.errors import check_choice
 from robot_forgetting.machine import assets
 from robot_forgetting.machine.assets import COLOURS
 from robot_forgetting.tasks.google_robot.google_robot import CAMERA, FINGERS, GoogleRobot, urdf
@@ -217,8 +217,7 @@ class Tabletop(GoogleScene):
     """
 
     def __init__(self, photo: str, needs: tuple[str, ...] = (), table: str = "flat", **kwargs):
-        if table not in ("flat", "stage"):
-            raise unknown("table", table, ("flat", "stage"))
+        check_choice("table", table, ("flat", "stage"))
         self.table = table
         super().__init__(photo, (*needs, *(STAGE,) * (table == "stage")), **kwargs)
 
@@ -254,8 +253,7 @@ class PickCan(Tabletop):
     """
 
     def __init__(self, orientation: str = "upright", table: str = "flat", **kwargs):
-        if orientation not in (*ORIENTATIONS, "any"):
-            raise unknown("orientation", orientation, (*ORIENTATIONS, "any"))
+        check_choice("orientation", orientation, (*ORIENTATIONS, "any"))
         self.orientation = orientation
         self.recorded_choices = {"orientation": ORIENTATIONS, "colours": COLOURS}
         super().__init__("google_coke_can_real_eval_1.png", table=table, **kwargs)

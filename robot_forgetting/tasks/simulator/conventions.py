@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from robot_forgetting.errors import UserError, unknown
+from robot_forgetting.errors import UserError, check_choice, unknown
 from robot_forgetting.tasks.simulator.robots import Robot
 
 ABSOLUTE = "1 opens, 0 closes"
@@ -41,8 +41,7 @@ class Boundary:
         rotation, gripper = rotation or robot.rotation, gripper or robot.gripper
         if rotation != robot.rotation and (rotation, robot.rotation) != ("euler_xyz", "axis_angle"):
             raise unknown("rotation", rotation, {robot.rotation, "euler_xyz"})
-        if gripper not in (robot.gripper, ABSOLUTE):
-            raise unknown("gripper", gripper, (robot.gripper, ABSOLUTE))
+        check_choice("gripper", gripper, (robot.gripper, ABSOLUTE))
         self._turn, self._binarise = rotation != robot.rotation, gripper != robot.gripper
         self._sticky = self._binarise and robot.gripper == "+1 closes"
         self.reset()

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from typing import Annotated, Any, TypedDict
 
-from robot_forgetting.errors import UserError, unknown
+from robot_forgetting.errors import UserError, check_choice
 from robot_forgetting.policy import ConventionSpec
 from robot_forgetting.ranges import ArgumentsOf, Plain, Processes, Range
 from robot_forgetting.task import Demonstration, Task, VectorEnv
@@ -132,8 +132,7 @@ class ManiSkillTask(Task):
 
 
 def check_simulation(simulation: str) -> None:
-    if simulation not in ("cpu", "gpu"):
-        raise unknown("simulation", simulation, ("cpu", "gpu"))
+    check_choice("simulation", simulation, ("cpu", "gpu"))
 
 
 def twin_task(name: str, env_id: str, instruction: str, robot: str, **options) -> ManiSkillTask:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import re
 
-from robot_forgetting.errors import UserError, unknown
+from robot_forgetting.errors import UserError, check_choice
 from robot_forgetting.ranges import Count, Fraction
 from robot_forgetting.tasks.sources import Row, find, read_rows
 from robot_forgetting.tasks.text.text_task import Item, TextTask, distinct, divide, ordered, say_dropped, without
@@ -57,10 +57,8 @@ class Math(TextTask):
         teacher=None,
     ):
         super().__init__(name, limit, teacher)
-        if source not in SOURCES:
-            raise unknown("source", source, SOURCES)
-        if test not in TESTS:
-            raise unknown("test", test, TESTS)
+        check_choice("source", source, SOURCES)
+        check_choice("test", test, TESTS)
         _verifier()  # now, not after hours of sampling
         self.source, self.test, self.test_fraction = source, test, test_fraction
 

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from robot_forgetting.errors import UserError, unknown
+from robot_forgetting.errors import UserError, check_choice
 from robot_forgetting.ranges import Count, Fraction
 from robot_forgetting.tasks.sources import Row, find, read_rows
 from robot_forgetting.tasks.text.equations import parse_equation, same_equation
@@ -72,11 +72,9 @@ class Science(TextTask):
         teacher=None,
     ):
         super().__init__(name, limit, teacher)
-        if answer_format not in FORMATS:
-            raise unknown("answer_format", answer_format, FORMATS)
+        check_choice("answer_format", answer_format, FORMATS)
         for kind in kinds:
-            if kind not in ASKED:
-                raise unknown("kind of question", kind, ASKED)
+            check_choice("kind of question", kind, ASKED)
         if not kinds:
             raise UserError(f"task '{name}' needs at least one of kinds: {', '.join(ASKED)}")
         self.kinds, self.answer_format, self.test_fraction = tuple(kinds), answer_format, test_fraction

@@ -14,7 +14,7 @@ from string import ascii_lowercase
 
 import numpy as np
 
-from robot_forgetting.errors import UserError, unknown
+from robot_forgetting.errors import UserError, check_choice
 from robot_forgetting.ranges import Count, Fraction
 from robot_forgetting.tasks.text.text_task import SPLIT_SEED, Item, TextTask, divide
 
@@ -85,10 +85,8 @@ class Skill(TextTask):
         test_fraction: Fraction = 0.25,
         limit: Count | None = None,
     ):
-        if skill not in SKILLS:
-            raise unknown("skill", skill, SKILLS)
-        if annotator not in ANNOTATORS:
-            raise unknown("annotator", annotator, ANNOTATORS)
+        check_choice("skill", skill, SKILLS)
+        check_choice("annotator", annotator, ANNOTATORS)
         if items < 2:
             raise UserError(f"task '{name}' needs items for training and for tests, not {items}")
         super().__init__(name, limit)

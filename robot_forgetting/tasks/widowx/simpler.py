@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from robot_forgetting.errors import unknown
+from robot_forgetting.errors import check_choice
 from robot_forgetting.ranges import ArgumentsOf
 from robot_forgetting.tasks.simulator.maniskill_task import FIXED, ManiSkillTask, twin_task
 
@@ -25,8 +25,7 @@ def widowx_task(
     variant: "original" (agrees with recordings of SAPIEN 2.2.2) or "maniskill3" (ManiSkill3's own port)
     simulation: "cpu", or "gpu" (``original`` only)
     """
-    if variant not in VARIANTS:
-        raise unknown("variant", variant, VARIANTS)
+    check_choice("variant", variant, VARIANTS)
     suffix, robot = ("", "widowx") if variant == "original" else ("-maniskill3", "widowx_maniskill3")
     options = {"modules": ["robot_forgetting.envs.widowx_bridge"], **options}
     return twin_task(name, f"RobotForgetting-{scene}{suffix}-v1", instruction, robot, **options)
