@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 
+import numpy as np
 import pytest
 import tiny_lm
 import torch
 from gpu_nano import interrupted, methods, moved_a_little, penalties, small_run
 from pretend_cuda import CUDA, OnCuda, pretended_cuda
-from toy_runs import by_layer
 
+from robot_forgetting.api.arguments import Arguments
 from robot_forgetting.conformance.check_table import Table
 from robot_forgetting.conformance.policy_checks import check_policy, observations
 from robot_forgetting.conformance.toy_task import ToyTask, tiny_policy
+from robot_forgetting.measure import BASE, TEXT, WEIGHTS, States, measured
 from robot_forgetting.metrics.divergence import reverse_kl
 from robot_forgetting.policy import Reference
 
@@ -98,8 +100,16 @@ def test_a_policy_on_a_pretended_gpu_keeps_its_promises(policy):
         table = Table()
         check_policy(table, made, tiny_lm.LettersTask() if text else ToyTask())
         assert table.rows and not [row for row in table.rows if row.state == "FAIL"]
-        if text:
-            assert by_layer(made, ["a b", "yes no two", "one", "what is", "sum"])
+        obs = (
+            {"text": ["a b", "yes no two", "one", "what is", "sum"]} if text else observations(64, ["pick up the cube"])
+        )
+        states = States(obs, np.arange(len(next(iter(obs.values())))), TEXT if text else BASE)
+        names = (
+            "forward_kl,reverse_kl,cka_debiased,activation_l1_relative,weight_l1_relative,weight_spectral,weight_rank"
+        )
+        measures = Arguments("run", [f"measures=[{names}]"]).value("measures")
+        rows = [row for place in (states, States(name=WEIGHTS)) for row in measured(measures, made, place)]
+        assert {row["measure"] for row in rows} == set(names.split(",")[2 * text :])
 
 
 @pytest.mark.parametrize("policy", KINDS)

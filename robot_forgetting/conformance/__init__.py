@@ -31,7 +31,8 @@ def check(
     output: a png file for the initial states of a task
     episodes: initial states of the evaluation on which a task's expert is run too
     A method or penalty is tried on the given task, or on a toy task that needs no simulator; and on a tiny policy of
-    tokens, or on the given one where that has none. A measure: on the given policy, or on the tiny one.
+    tokens, or on the given one where that has none. A measure: on the given policy and what the given task shows, or on
+    the tiny one.
     """
     if not any((policy, task, method, penalty, measure, golden, recordings)):
         names = "task=NAME, method=NAME, penalty=NAME, measure=NAME, policy=NAME"
@@ -61,5 +62,5 @@ def check(
     if penalty is not None:
         check_penalty(table, penalty, task, tried_on)
     if measure is not None:
-        check_measure(table, measure, policy)
+        check_measure(table, measure, policy, task)
     return table.finish()

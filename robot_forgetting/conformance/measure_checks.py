@@ -6,26 +6,28 @@ import numpy as np
 import torch
 
 from robot_forgetting.conformance.check_table import NotApplicable, Table, expect
-from robot_forgetting.conformance.policy_checks import observations
+from robot_forgetting.conformance.policy_checks import inputs_for
 from robot_forgetting.conformance.toy_task import ToyTask, perturb, tiny_policy
 from robot_forgetting.contracts import checked_kind
 from robot_forgetting.measure import TEXT, WEIGHTS, Measure, States, measured
+from robot_forgetting.methods.sft import take_columns
 from robot_forgetting.policy import Policy
 from robot_forgetting.records.checkpoints import trainable
+from robot_forgetting.task import Task
 
 INPUTS = 18  # more than the neighbours of CKNNA
 
 
-def check_measure(table: Table, measure: Measure, policy: Policy | None = None) -> None:
-    """On a tiny policy of tokens that reads pictures, or on the given one."""
+def check_measure(table: Table, measure: Measure, policy: Policy | None = None, task: Task | None = None) -> None:
+    """On a tiny policy of tokens that reads pictures, or on the given one; at what the task shows, if one is given."""
     table.section(f"measure {getattr(measure, 'name', type(measure).__name__)}")
     if not table.check("description", lambda: _description(measure)):
         return
     policy = policy or tiny_policy(ToyTask())
     with policy.base():
         pass  # the frozen copy is taken before the weights move
-    if table.check("at the base", lambda: _at_base(measure, policy)):
-        table.check("after a change", lambda: _after_change(measure, policy))
+    if table.check("at the base", lambda: _at_base(measure, policy, task)):
+        table.check("after a change", lambda: _after_change(measure, policy, task))
 
 
 def _description(measure: Measure) -> str:
@@ -39,7 +41,7 @@ def _description(measure: Measure) -> str:
     return f"{measure.title}, in {' and '.join(units)}"
 
 
-def _rows(measure: Measure, policy: Policy) -> list[dict]:
+def _rows(measure: Measure, policy: Policy, task: Task | None) -> list[dict]:
     """At all states at which it is measured, which are made up."""
     if reason := measure.undefined(policy):
         raise NotApplicable(f"{reason}; give a policy that it is defined for: policy=NAME")
@@ -50,17 +52,16 @@ def _rows(measure: Measure, policy: Policy) -> list[dict]:
         elif name == TEXT:
             obs = {"text": [f"the number {index} and then {index * 7}" for index in range(INPUTS)]}
         else:
-            told = observations(policy.convention().image_size or 32, ["push the dot to the right"])
-            obs = {key: column[np.arange(INPUTS) % 6] if isinstance(column, np.ndarray) else column * 3
-                   for key, column in told.items()}  # fmt: skip
+            few = inputs_for(policy, task)
+            obs = take_columns(few, np.arange(INPUTS) % len(next(iter(few.values()))))
         count = INPUTS if obs else 0
         rows += measured([measure], policy, States(obs, np.arange(count) // 2, name))
     expect(rows, "gives no rows; return one for each of its units")
     return rows
 
 
-def _at_base(measure: Measure, policy: Policy) -> str:
-    rows, wanted = _rows(measure, policy), float(measure.similarity)
+def _at_base(measure: Measure, policy: Policy, task: Task | None) -> str:
+    rows, wanted = _rows(measure, policy, task), float(measure.similarity)
     for row in rows:
         value = row["value"]
         expect(value is not None and abs(value - wanted) < 1e-3,
@@ -69,13 +70,13 @@ def _at_base(measure: Measure, policy: Policy) -> str:
     return f"{wanted:g} in {len(rows)} rows"
 
 
-def _after_change(measure: Measure, policy: Policy) -> str:
+def _after_change(measure: Measure, policy: Policy, task: Task | None) -> str:
     before = {name: parameter.detach().clone() for name, parameter in trainable(policy).items()}
     try:
         with torch.no_grad():
             perturb(policy)
         moved = {name: parameter.detach().clone() for name, parameter in trainable(policy).items()}
-        first, second = _rows(measure, policy), _rows(measure, policy)
+        first, second = _rows(measure, policy, task), _rows(measure, policy, task)
         expect(first == second, "gives other numbers the second time; draw what is random from `states.seed`")
         changed = [name for name, p in trainable(policy).items() if not torch.equal(p, moved[name])]
         expect(not changed, f"leaves {len(changed)} weights changed ({changed[:1]}); leave the policy as it was")

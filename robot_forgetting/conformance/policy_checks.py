@@ -39,7 +39,7 @@ def check_policy(table: Table, policy: Policy, task: Task | None = None) -> None
         return
     if task is not None:
         table.check("same convention as task", lambda: _agrees(policy, task))
-    obs = _observations(policy, task)
+    obs = inputs_for(policy, task)
     noise = torch.rand(_count(obs), policy.noise_width, generator=torch.Generator().manual_seed(0))
     actions: list[Action] = []
     if not table.check("act", lambda: _act(policy, obs, noise, actions)):
@@ -68,7 +68,7 @@ def _answers_texts(policy: Policy) -> bool:
     return policy.convention().action_mode == "text"
 
 
-def _observations(policy: Policy, task: Task | None) -> dict:
+def inputs_for(policy: Policy, task: Task | None) -> dict:
     """Pictures with instructions, or questions; what the task shows, where one is given."""
     if task is not None and task.one_step:
         return task.observations(np.array(task.seeds("test")[:3]))
@@ -164,7 +164,7 @@ def _computed(policy: Policy, obs: dict, action: Action) -> Tensor:
 def _sees(policy: Policy, obs: dict) -> str:
     """Two observations that differ in the picture alone, or two questions: the same decision must differ in chance."""
     if _answers_texts(policy):
-        two, kind = {key: column[:2] for key, column in _observations(policy, None).items()}, "two questions"
+        two, kind = {key: column[:2] for key, column in inputs_for(policy, None).items()}, "two questions"
     elif "image" in obs:
         two, kind = {key: column[[0, 0]] if isinstance(column, np.ndarray) else [column[0]] * 2
                      for key, column in obs.items()}, "a black and a white picture"  # fmt: skip
