@@ -251,6 +251,7 @@ def test_videos_before_and_after(tmp_path):
 def test_a_video_says_what_the_policy_was_told_at_each_step(tmp_path, monkeypatch):
     told, captions = ["open the drawer", "open the drawer", "put the apple in"], []
     episode = Episode(EpisodeKey(3), observations=[{"instruction": said} for said in told], commands=[np.zeros(7)] * 2)
+    episode.frames = [np.zeros((4, 4, 3), np.uint8)] * 3
     monkeypatch.setattr(films, "evaluate", lambda *rest, **named: [episode])
     monkeypatch.setattr(films, "write_episode", lambda path, frames, said, *rest: captions.append(said))
     assert films.record(None, ToyTask(), [3], tmp_path, "base", 1.0, 1) == [episode]
