@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import io
-import multiprocessing
-import os
-import signal
 import types
 
 import numpy as np
@@ -75,20 +72,6 @@ def test_interrupted_again_and_again(tmp_path, monkeypatch, undisturbed, every):
     assert restarts >= 60 // every
     assert folder.run["restarts"] == restarts
     same(folder, undisturbed)
-
-
-@pytest.mark.parametrize("number", [1, 9, 20, 24, 35, 50])
-def test_killed_and_continued(tmp_path, undisturbed, number):
-    def doomed():
-        stop_before_append(number, lambda: os.kill(os.getpid(), signal.SIGKILL))
-        run(tmp_path / "killed")
-
-    process = multiprocessing.get_context("fork").Process(target=doomed)
-    process.start()
-    process.join(60)
-    assert process.exitcode == -signal.SIGKILL
-    assert RunFolder(tmp_path / "killed").status == "interrupted"
-    same(run(tmp_path / "killed"), undisturbed)
 
 
 def test_a_finished_run_is_left_alone(undisturbed):

@@ -15,6 +15,7 @@ from toy_training import die, killed
 from robot_forgetting.api.arguments import Arguments
 from robot_forgetting.cli import main
 from robot_forgetting.engine import experiment
+from robot_forgetting.engine.roles import stages_of
 from robot_forgetting.engine.run_policy import with_checkpoint
 from robot_forgetting.errors import UserError
 from robot_forgetting.machine import doctor
@@ -88,7 +89,7 @@ class Anchor(Penalty):
         self.mean = dict(state)
 
 
-def sequence(path, names=NAMES, **options) -> RunFolder:
+def learn(path, names=NAMES, **options) -> RunFolder:
     optimiser = Optimiser(learning_rate=0.05)
     method = Merging(iterations=ITERATIONS, groups=4, group_size=3, optimiser=optimiser, minibatch_size=20, seed=0)
     METHODS.append(method)
@@ -100,7 +101,7 @@ def sequence(path, names=NAMES, **options) -> RunFolder:
 def undisturbed(tmp_path_factory, four_instructions) -> RunFolder:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(doctor, "render_backend", dict)
-        folder = sequence(tmp_path_factory.mktemp("sweep") / "whole", keep_stages=True)
+        folder = learn(tmp_path_factory.mktemp("sweep") / "whole", keep_stages=True)
     assert METHODS[0].drawn == [(iteration, iteration) for iteration in range(3 * ITERATIONS)]  # no noise drawn twice
     assert METHODS[0].learned == [(NAMES[k], [*NAMES[:k], "before"]) for k in range(3)]  # one, through all stages
     return folder
@@ -160,11 +161,11 @@ def test_killed_at_every_step_of_every_stage(tmp_path, undisturbed):
 
         def doomed(how=how, where=where):
             how(*where)
-            sequence(tmp_path / "parts")
+            learn(tmp_path / "parts")
 
         assert killed(doomed) == -signal.SIGKILL, (how, where)
         assert RunFolder(tmp_path / "parts").status == "interrupted"
-    folder = sequence(tmp_path / "parts")
+    folder = learn(tmp_path / "parts")
     assert folder.run["restarts"] == len(POINTS)
     assert METHODS[-1].starts == METHODS[0].starts[1:]  # also in the stage that the restart only looks back to
     same(folder, undisturbed)
@@ -178,12 +179,12 @@ def test_a_stage_that_later_ones_go_on_from_is_missed(tmp_path):
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(experiment.Experiment, "interim_evaluation", interrupting)
-        sequence(tmp_path / "run")
+        learn(tmp_path / "run")
     with pytest.raises(UserError, match="is at stage 1 of 3, iteration 2 of 2 .interrupted.; finish it first"):
         with_checkpoint(ToyPolicy(seed=1), str(tmp_path / "run"), trained=True)
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "stage_01")
     with pytest.raises(UserError, match="stage_01 holds no checkpoint to go on from; delete the run folder"):
-        sequence(tmp_path / "run")
+        learn(tmp_path / "run")
 
 
 # ---- what is recorded
@@ -252,7 +253,7 @@ def test_the_page_of_a_sequence(tmp_path, undisturbed):
 
 def test_the_first_stage_is_the_run_of_one_task(tmp_path, undisturbed):
     options = {"held_out": [ToyTask(name) for name in NAMES[1:]]}
-    alone = sequence(tmp_path / "alone", NAMES[:1], **options)
+    alone = learn(tmp_path / "alone", NAMES[:1], **options)
     assert os.listdir(alone.checkpoints) == [f"iteration_{ITERATIONS:06d}"]
     for table, different in (("train", ()), ("episodes", ("role", "source")), ("divergence", ())):
         rows = [
@@ -278,7 +279,7 @@ def test_the_policy_of_a_sequence(tmp_path, undisturbed):
     state = with_checkpoint(second, str(stores[1]), trained=True)
     assert (state["stage"], state["trained_on"]) == (2, NAMES[:2])
     assert not torch.equal(second.table, policy.table)
-    following = sequence(tmp_path / "next", ["before"], prior=[], checkpoint=str(undisturbed.path))
+    following = learn(tmp_path / "next", ["before"], prior=[], checkpoint=str(undisturbed.path))
     assert following.run["checkpoint_state"]["trained_on"] == NAMES
     with pytest.raises(UserError, match="keeps no weights of stage 1; run it with keep_stages=true"):
         with_checkpoint(second, f"{following.path}/checkpoints/stage_01")
@@ -296,9 +297,6 @@ def test_the_policy_of_a_sequence(tmp_path, undisturbed):
         ("run sequence=[stack_cube,place_sphere] task.max_steps=3", "'task.max_steps=3' beside a sequence"),
         ("run sequence=[stack_cube,nothing]", "unknown task 'nothing'"),
         ("run sequence=[nothing,stack_cube]", "unknown task 'nothing'"),
-        ("run sequence=[stack_cube,stack_cube]", "'stack_cube' stands twice in the sequence"),
-        ("run sequence=[stack_cube,pick_cube]", "'pick_cube' has two roles"),
-        ("run policy=qwen-nano sequence=[skill_over,winogrande] prior=[]", "'winogrande' is a benchmark"),
         ("evaluate sequence=[stack_cube,place_sphere]", "evaluate does not use sequence=; run does"),
     ],
 )
@@ -306,6 +304,28 @@ def test_no_sequence(tmp_path, capsys, arguments, words):
     assert main([*arguments.split(), f"run_dir={tmp_path / 'run'}"]) == 2
     said = capsys.readouterr().err
     assert words in said and said.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "sequence, words",
+    [("reach reach", "'reach' stands twice in the sequence"), ("reach before", "'before' has two roles")],
+)
+def test_no_sequence_of_these_tasks(tmp_path, sequence, words):
+    with pytest.raises(UserError, match=words):
+        learn(tmp_path / "run", sequence.split())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_benchmark_cannot_be_learned(tmp_path):
+    class Untrainable(ToyTask):
+        def untrainable(self):
+            return "it is a benchmark"
+
+    first, benchmark, other = ToyTask("reach"), Untrainable("mirror"), ToyTask("again")
+    with pytest.raises(UserError, match="it is a benchmark"):
+        run(tmp_path / "run", sequence=[first, benchmark], prior=[])
+    (stage,) = stages_of({"new": [first], "prior": [benchmark, other], "held_out": []})
+    assert stage.past == [other]
 
 
 def test_a_sequence_of_one_is_the_task():
