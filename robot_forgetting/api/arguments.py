@@ -21,21 +21,16 @@ from robot_forgetting.api.composing import (
     written,
 )
 from robot_forgetting.api.config_checks import check_node, check_root
-from robot_forgetting.api.run_id import BUDGET, LIST, POLICY, SETTING, WHAT, run_folder
+from robot_forgetting.api.run_id import TASK_LISTS, folder_of
 from robot_forgetting.api.settings import Settings
 from robot_forgetting.built_with import described
 from robot_forgetting.errors import UserError, unknown
 from robot_forgetting.machine.user_modules import load_object
 from robot_forgetting.ranges import problem
 
-# Keys that a run's id says in a word of its own, or that change nothing in its results.
-NOT_IN_ID = {*GROUPS, "sequence", "seed", "sweep", "debug", "run_dir", "output", "device", "processes"}
 CHECKPOINT_VERBS = ("run", "evaluate", "record")  # that go on with a run's policy: checkpoint=RUN
 BUILT = ("policy", "task", "method", "penalty", "measure", "reproduce")
-# What is not in an id either, and how readily a group's name is left out of one.
-USUAL = (("policy", "openvla-nano", POLICY), ("penalty", "none", WHAT), ("budget", "demo", BUDGET))
-OTHERS = ("sequence", "prior", "held_out")  # lists of tasks
-LISTS = {**dict.fromkeys(OTHERS, "task"), "measures": "measure"}  # of entries of a group
+LISTS = {**dict.fromkeys(TASK_LISTS, "task"), "measures": "measure"}  # of entries of a group
 OWN = ("names", "overrides", "run_folders", "sources", "point")
 
 
@@ -130,7 +125,8 @@ class Arguments:
             key = re.split(r"[.@/]", key_of(text))[0]
             if not text.startswith("+") or key in known or key not in self._config:  # a group's may lie elsewhere
                 continue
-            tasks = [self._entry("task", one) for name in OTHERS for one in self._members(name) if isinstance(one, str)]
+            listed = [one for name in TASK_LISTS for one in self._members(name)]
+            tasks = [self._entry("task", one) for one in listed if isinstance(one, str)]
             if not any(key in _read_by(node) for node in (self._config, *tasks)):
                 raise UserError(
                     f"nothing reads '{key}' ({text}); a setting of a method, task or policy is +method.{key}=..., "
@@ -147,7 +143,7 @@ class Arguments:
         self.check(function)
         asked = dict(_asked(function))
         # The tasks say whether the policy can suit them.
-        built = {name: self.value(name) for name in ("task", *OTHERS) if name in asked}
+        built = {name: self.value(name) for name in ("task", *TASK_LISTS) if name in asked}
         if self._verb != "check" and "policy" in asked:
             self._check_conventions([task for tasks in built.values() for task in _listed(tasks)])
         built |= {name: self.value(name) for name in asked if name not in built}
@@ -193,7 +189,9 @@ class Arguments:
         if name == "temperature":
             return self.plain["decode"]["temperature"]
         if name == "run_dir":
-            return Path(self.plain["run_dir"]) if self.plain["run_dir"] else self._run_folder()
+            if self.plain["run_dir"]:
+                return Path(self.plain["run_dir"])
+            return folder_of(self._verb, self.names, self.overrides, self.plain, self._objects)
         if name in ("output", "golden"):
             return None if self.plain[name] is None else Path(self.plain[name])
         return getattr(self, name) if name in OWN else self.plain[name]
@@ -304,26 +302,6 @@ class Arguments:
             torch.manual_seed(self.plain["seed"])  # new weights (adapters, heads) belong to the seed
         with readable():
             return instantiate(node, _convert_="all")
-
-    # ---- the run's folder
-
-    def _run_folder(self) -> Path:
-        """runs/SWEEP/stack_cube-sft-seed0, plus whatever else in the command changes the result."""
-        names, run = self.names, self._verb == "run"
-        learned = "+".join(self.plain["sequence"] or [names["task"] or ""]) or None
-        words = [(WHAT, name) for name in ([] if run else [self._verb]) + [learned] + [names["method"]] * run]
-        words += [(rank, names[group]) for group, usual, rank in USUAL if names[group] != usual]
-        words = [(rank, word) for rank, word in words if word is not None]
-        whole = [self._verb, *(f"{group}={name}" for group, name in names.items() if name is not None)]
-        for text in self.overrides:
-            key, _, value = text.lstrip("+~").partition("=")
-            if key not in NOT_IN_ID and not key.startswith("hydra."):
-                word = key.rpartition(".")[2] + Path(value.strip("[]")).name
-                words.append((LIST if key in OTHERS else SETTING, word))
-                whole.append(text.lstrip("+"))
-        whole += [f"sequence={self.plain['sequence']}"] if self.plain["sequence"] else []
-        whole += [f"{name}={described(given)}" for name, given in self._objects.items()]
-        return run_folder(Path("runs", self.plain["sweep"]), words, self.plain["seed"], whole, bool(self._objects))
 
 
 def _asked(function: Callable) -> Iterator[tuple[str, object]]:

@@ -8,12 +8,41 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+
+from robot_forgetting.api.composing import GROUPS
+from robot_forgetting.built_with import described
 
 MOST = 80
 # What is kept first where a name is too long: what is run, its settings, the budget, the policy, lists of tasks.
 WHAT, SETTING, BUDGET, POLICY, LIST = range(5)
+TASK_LISTS = ("sequence", "prior", "held_out")
+# Keys that a name says in a word of its own, or that change nothing in the results.
+NOT_SAID = {*GROUPS, "sequence", "seed", "sweep", "debug", "run_dir", "output", "device", "processes"}
+USUAL = (("policy", "openvla-nano", POLICY), ("penalty", "none", WHAT), ("budget", "demo", BUDGET))
+
+
+def folder_of(verb: str, names: Mapping, overrides: Iterable[str], plain: Mapping, objects: Mapping) -> Path:
+    """runs/SWEEP/stack_cube-sft-seed0, plus whatever else in a command changes the result.
+
+    names: group -> what is chosen in it; plain: the configuration; objects: what stands in the place of names
+    """
+    run = verb == "run"
+    learned = "+".join(plain["sequence"] or [names["task"] or ""]) or None
+    words = [(WHAT, name) for name in ([] if run else [verb]) + [learned] + [names["method"]] * run]
+    words += [(rank, names[group]) for group, usual, rank in USUAL if names[group] != usual]
+    words = [(rank, word) for rank, word in words if word is not None]
+    whole = [verb, *(f"{group}={name}" for group, name in names.items() if name is not None)]
+    for text in overrides:
+        key, _, value = text.lstrip("+~").partition("=")
+        if key not in NOT_SAID and not key.startswith("hydra."):
+            word = key.rpartition(".")[2] + Path(value.strip("[]")).name
+            words.append((LIST if key in TASK_LISTS else SETTING, word))
+            whole.append(text.lstrip("+"))
+    whole += [f"sequence={plain['sequence']}"] if plain["sequence"] else []
+    whole += [f"{name}={described(given)}" for name, given in objects.items()]
+    return run_folder(Path("runs", plain["sweep"]), words, plain["seed"], whole, bool(objects))
 
 
 def run_folder(
