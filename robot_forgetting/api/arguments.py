@@ -17,7 +17,6 @@ from robot_forgetting.api.composing import (
     entries,
     key_of,
     readable,
-    replacing,
     written,
 )
 from robot_forgetting.api.config_checks import check_node, check_root
@@ -112,11 +111,10 @@ class Arguments:
         """The configuration that overrides make, with the policy of checkpoint=RUN where there is one."""
         return self._recorded.configuration(overrides, compose) if self._recorded else compose(overrides)
 
-    def for_hydra(self) -> list[str]:
-        """The overrides for hydra's own command line, with the policy that checkpoint=RUN's records name."""
+    def with_recorded_policy(self) -> list[str]:
+        """The overrides, of which the first names the policy of checkpoint=RUN where there is one."""
         policy = [f"policy={self.names['policy']}"] if self._recorded else []
-        own = [text for text in self.overrides if not (policy and text.startswith("policy="))]
-        return [text for override in [*policy, *own] for text in replacing(override)]
+        return [*policy, *(text for text in self.overrides if not policy or not text.startswith("policy="))]
 
     def _check_added(self) -> None:
         """`+key=value` at the top, which nothing reads: neither we nor any `${key}` in the configuration."""

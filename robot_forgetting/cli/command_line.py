@@ -16,7 +16,7 @@ from pathlib import Path
 
 from robot_forgetting import __version__
 from robot_forgetting.api.arguments import Arguments
-from robot_forgetting.api.composing import CONFIGS, GROUPS, entries, key_of, readable
+from robot_forgetting.api.composing import CONFIGS, GROUPS, entries, key_of, readable, register_resolvers, replacing
 from robot_forgetting.api.scripts import check_script
 from robot_forgetting.api.settings import Settings
 from robot_forgetting.cli.complaints import complain
@@ -171,7 +171,7 @@ def _configured(
     sweep = bool(SWEEP & set(flags))
     flags = [flag for flag in flags if flag not in SWEEP]
     if flags:
-        return _shown(verb, flags, Arguments(verb, overrides, positional))
+        return _shown(verb, flags, overrides)
     points = _points(overrides) if sweep else [overrides]
     folders: set[Path] = set()
     codes = []
@@ -216,14 +216,19 @@ def _configured(
     return max(codes, default=0)
 
 
-def _shown(verb: str, flags: list[str], arguments: Arguments) -> int:
+def _shown(verb: str, flags: list[str], overrides: list[str]) -> int:
     """What hydra itself shows of a configuration: --cfg, --info."""
     import hydra
 
+    register_resolvers()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us instead of being printed
-    before, sys.argv = sys.argv, [f"robot-forgetting {verb}", *flags, *arguments.for_hydra()]
+    chosen = overrides
+    if {"checkpoint", "policy"} <= {key_of(text).partition(".")[0] for text in overrides}:
+        chosen = Arguments(verb, overrides).with_recorded_policy()
+    texts = [text for override in chosen for text in replacing(override)]
+    before, sys.argv = sys.argv, [f"robot-forgetting {verb}", *flags, *texts]
     try:
-        with readable(arguments.overrides):
+        with readable(overrides):
             hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")(lambda config: None)()
     finally:
         sys.argv = before
