@@ -254,6 +254,11 @@ class Policy(BuiltWith, nn.Module, ABC):
         """Per layer its number as in ``hidden_states``, and the base's and its own weights by name; None: the rest."""
         raise self._lacks("layer_weights", "does not show its layers")
 
+    def base_slopes(self, obs: dict, action: Action) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of each weight tensor that was trained, adapters merged: the gradient of the decisions' log-probability by it
+        at the base's weights, and its change since."""
+        raise self._lacks("base_slopes", "does not show the gradients of its base")
+
     def cut_off(self, action: Action) -> list[bool]:
         """Of each row, whether its decision was stopped by its longest length before it had ended."""
         return [False] * len(action)

@@ -22,7 +22,10 @@ from robot_forgetting.errors import PluginError
 from robot_forgetting.measure import BASE, TEXT, WEIGHTS, Measure, Quantity, States, measured
 from robot_forgetting.measures import weights
 from robot_forgetting.measures.distributions import JensenShannon
+from robot_forgetting.metrics import drift
 from robot_forgetting.policies.mlp import MLPPolicy
+from robot_forgetting.records.checkpoints import trainable
+from robot_forgetting.studies.digits.probe import fisher
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "measure"
 DOCUMENT = (Path(__file__).parents[1] / "docs" / "measures.md").read_text(encoding="utf-8")
@@ -125,6 +128,36 @@ def test_jensen_shannon_of_distributions_that_share_nothing_is_log_2():
         policy.vectors.copy_(torch.tensor([0.0, 99.0]))
     (row,) = measured([JensenShannon()], policy, States({"features": np.zeros((3, 1), np.float32)}, np.arange(3)))
     assert row["value"] == pytest.approx(math.log(2)) and row["n"] == row["episodes"] == 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_slopes_at_the_base_are_those_along_the_change(kind):
+    """Their inner product with the change is the derivative of the log-probability from the base towards the policy."""
+    policy, states = KINDS[kind]()
+    start = {name: parameter.detach().clone() for name, parameter in trainable(policy).items()}
+    with policy.base(), torch.no_grad():
+        action = policy.act(states.obs, noise=torch.full((12, policy.noise_width), 0.4))
+        at_base = policy.log_prob(states.obs, action).sum().item()
+    with torch.no_grad():
+        perturb(policy, scale=0.02)
+        slope = sum((slope * change).sum() for slope, change in policy.base_slopes(states.obs, action)).item()
+        for name, parameter in trainable(policy).items():
+            if "lora_A" not in name:
+                parameter.copy_(start[name] + 0.01 * (parameter - start[name]))
+        moved = policy.log_prob(states.obs, action).sum().item()
+    assert slope == pytest.approx((moved - at_base) / 0.01, rel=0.05, abs=0.02)
+
+
+def test_the_change_by_the_fisher_is_that_of_the_exact_fisher():
+    policy, _ = digits()
+    features = torch.rand(1, 5, generator=torch.Generator().manual_seed(1))
+    start = policy.base_network()
+    with torch.no_grad():
+        perturb(policy)
+    exact = drift.weight_fisher_l2(start, policy.network(), fisher(start, features)).item()
+    states = States({"features": features.expand(1500, -1).numpy()}, np.arange(1500))
+    (row,) = measured([weights.FisherL2(decisions=1500)], policy, states)
+    assert row["value"] == pytest.approx(exact, rel=0.1) and row["n"] == 1500
 
 
 def test_a_quantity_is_written_as_before():

@@ -11,14 +11,16 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Annotated
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from robot_forgetting.measure import WEIGHTS, Measure, States
+from robot_forgetting.measure import BASE, WEIGHTS, Measure, States
 from robot_forgetting.metrics import drift
 from robot_forgetting.metrics.drift import Weights
 from robot_forgetting.policy import Policy
-from robot_forgetting.ranges import Range
+from robot_forgetting.ranges import Count, Range
+from robot_forgetting.rollout import noise_of_many
 
 
 class WeightChange(Measure):
@@ -148,6 +150,41 @@ class EffectiveRank(Rank):
 
     name, title = "weight_effective_rank", "effective rank of the change"
     which = 1
+
+
+class FisherL2(Measure):
+    """sqrt(sum_i F_i (w_i - w0_i)^2), with the diagonal Fisher F of the base over its own decisions at a task's states.
+
+    F_i = mean of (d log p(decision) / d w_i)^2 over one decision at each of some states, sampled from the base: half
+    the measure's square is a second-order estimate of the KL there, in nats per decision. A backward pass a decision.
+    decisions: at most, evenly spread over the states
+    """
+
+    name, title = "weight_fisher_l2", "change of weights, by the Fisher"
+
+    def __init__(self, decisions: Count = 32):
+        self.decisions = decisions
+
+    def at(self, policy: Policy) -> tuple[str, ...]:
+        return (BASE,)
+
+    def undefined(self, policy: Policy) -> str | None:
+        if policy.can("base_slopes"):
+            return None
+        return f"policy '{policy.name}' does not show the gradients of its base; it lacks `base_slopes`"
+
+    def measure(self, policy: Policy, states: States) -> list[dict]:
+        chosen = np.unique(np.linspace(0, len(states) - 1, min(self.decisions, len(states))).round().astype(int))
+        noise = noise_of_many(np.random.default_rng([states.seed, 0xF1]), len(states), policy.noise_width)
+        squares = []
+        for index in chosen:
+            obs = {key: column[index : index + 1] for key, column in states.obs.items()}
+            with policy.base():
+                action = policy.act(obs, temperature=1.0, noise=torch.from_numpy(noise[index : index + 1]))
+            parts = [(slope.float() * change).square().sum() for slope, change in policy.base_slopes(obs, action)]
+            squares.append(torch.stack(parts).double().sum())
+        value = torch.stack(squares).mean().sqrt().item()
+        return [{"measure": self.name, "unit": "1", "value": value, "standard_error": None, "n": len(chosen)}]
 
 
 def _zero(weights: Weights) -> Tensor:

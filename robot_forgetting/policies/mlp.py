@@ -147,6 +147,17 @@ class MLPPolicy(Policy):
             sides = ({name: side[name] for name in names} for side in (self._base, own))
             yield (layer if layer <= self.blocks else None, *sides)
 
+    def base_slopes(self, obs: dict, action: Action) -> Iterator[tuple[Tensor, Tensor]]:
+        own, base = self.network(), {key: value.clone().requires_grad_() for key, value in self._base.items()}
+        with torch.enable_grad():
+            out = torch.as_tensor(obs["features"])
+            for layer in range(1, self.depth + 1):
+                out = out @ base[f"layer{layer}.weight"] + base[f"layer{layer}.bias"]
+                out = out.relu() if layer < self.depth else out.log_softmax(-1)
+            slopes = torch.autograd.grad(out.gather(1, action.tokens).sum(), list(base.values()))
+        for (name, before), slope in zip(base.items(), slopes, strict=True):
+            yield slope, own[name].float() - before.detach()
+
     # ---- products
 
     def _pass(self, column) -> tuple[_Forward, int]:

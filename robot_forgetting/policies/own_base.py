@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from robot_forgetting.errors import UserError
 from robot_forgetting.policies import lora as adapters
 from robot_forgetting.policies.memory import free_bytes
-from robot_forgetting.policy import Policy
+from robot_forgetting.policy import Action, Policy
 
 LORA = "'policy.lora={rank: 32, alpha: 16, targets: null}'"
 
@@ -51,8 +51,7 @@ class OwnBase(Policy):
         if self.lora is None:
             self._check_base()
             base = dict(zip(map(id, self.trainable_parameters()), self._base_weights, strict=True))
-        tuned = (module for module in self.model.modules() if isinstance(module, BaseTunerLayer))
-        adapted = {id(layer.get_base_layer().weight): layer for layer in tuned}
+        adapted = {id(layer.get_base_layer().weight): layer for layer in self._adapted()}
         seen = set(map(id, getattr(self.model, "unused_parameters", list)()))
 
         def merged(own: Tensor, layer: BaseTunerLayer) -> Tensor:
@@ -78,6 +77,36 @@ class OwnBase(Policy):
         rest = pair(self.model)
         if rest[0]:
             yield None, *rest
+
+    def base_slopes(self, obs: dict, action: Action) -> Iterator[tuple[Tensor, Tensor]]:
+        adapted, change = self._adapted(), self._added
+        weights = [layer.get_base_layer().weight for layer in adapted] if adapted else self.trainable_parameters()
+        held = [weight.requires_grad for weight in weights]
+        own = [change(layer) for layer in adapted] if adapted else [weight.data for weight in weights]
+        try:
+            with self.base(), torch.enable_grad():
+                for weight in weights:
+                    weight.requires_grad_(True)
+                found = torch.autograd.grad(self.log_prob(obs, action).sum(), weights, allow_unused=True)
+                if adapted:  # the gradient by W is that by W + s B A
+                    before = [change(layer) if self.continues else torch.zeros_like(o)
+                              for layer, o in zip(adapted, own, strict=True)]  # fmt: skip
+                else:
+                    before = [weight.data for weight in weights]
+        finally:
+            for weight, needed in zip(weights, held, strict=True):
+                weight.requires_grad_(needed)
+        for slope, now, then in zip(found, own, before, strict=True):
+            if slope is not None:
+                yield slope, now.float() - then.float()
+
+    def _adapted(self) -> list[BaseTunerLayer]:
+        return [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+
+    @staticmethod
+    @torch.no_grad()
+    def _added(layer: BaseTunerLayer) -> Tensor:
+        return layer.get_delta_weight(adapters.ADAPTER).float()
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
