@@ -12,7 +12,7 @@ from scipy.stats import entropy
 from toy import CELLS, CHOICES, ToyPolicy, ToyTask, picture
 from toy_runs import DISTANCES
 
-from robot_forgetting.engine.drift import demonstration_states, policy_states
+from robot_forgetting.engine.drift_rows import demonstration_states, policy_states
 from robot_forgetting.engine.evaluate import (
     check_conventions,
     episode_row,

@@ -17,7 +17,7 @@ from robot_forgetting.api.arguments import Arguments
 from robot_forgetting.cli import command_line as cli
 from robot_forgetting.conformance.policy_checks import observations
 from robot_forgetting.conformance.toy_task import ToyTask, perturb, tiny_policy
-from robot_forgetting.engine.drift import Drift
+from robot_forgetting.engine.drift_rows import Drift
 from robot_forgetting.errors import PluginError
 from robot_forgetting.measure import BASE, TEXT, WEIGHTS, Measure, Quantity, States, measured
 from robot_forgetting.measures import weights

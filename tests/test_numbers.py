@@ -16,7 +16,7 @@ from robot_forgetting.cli import command_line as cli
 from robot_forgetting.conformance.check_table import Table
 from robot_forgetting.conformance.task_checks import check_task
 from robot_forgetting.conformance.toy_task import ToyEnv, ToyTask, tiny_policy
-from robot_forgetting.engine.drift import Drift
+from robot_forgetting.engine.drift_rows import Drift
 from robot_forgetting.errors import UserError
 from robot_forgetting.methods.sft import SFT, demonstration_columns, encode_demonstrations
 from robot_forgetting.policy import Action, Policy

@@ -10,7 +10,7 @@ import torch
 from toy import ToyPolicy, ToyTask
 from toy_runs import run, sources
 
-from robot_forgetting.engine.drift import policy_states
+from robot_forgetting.engine.drift_rows import policy_states
 from robot_forgetting.errors import UserError
 from robot_forgetting.policy import ConventionSpec
 from robot_forgetting.records.run_folder import RunFolder

@@ -14,7 +14,7 @@ from toy_runs import DISTANCES
 
 from robot_forgetting import configs
 from robot_forgetting.cli import command_line as cli
-from robot_forgetting.engine.drift import policy_states
+from robot_forgetting.engine.drift_rows import policy_states
 from robot_forgetting.engine.evaluate import evaluate
 from robot_forgetting.engine.train import _backward, train
 from robot_forgetting.measure import measured

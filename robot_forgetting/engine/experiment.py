@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from robot_forgetting.engine.drift import Drift
+from robot_forgetting.engine.drift_rows import Drift
 from robot_forgetting.engine.episode_rows import check_same_base, identified
 from robot_forgetting.engine.evaluate import check_conventions
 from robot_forgetting.engine.films import record_missing
