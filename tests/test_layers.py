@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -91,6 +92,14 @@ def test_no_file_has_the_name_of_another():
 def test_no_file_is_long():
     long = {str(f.relative_to(ROOT)) for f in modules().values() if len(f.read_text().splitlines()) > LONGEST}
     mended(f"over {LONGEST} lines: find the seam", long, LONG)
+
+
+def test_the_page_about_the_house_names_what_there_is():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    named = set(re.findall(r"`((?:\w+/)*\w+\.py)`", text)) - {"tests/test_layers.py", "tests/test_recorded.py"}
+    assert len(named) > 20 and {name for name in named if not (ROOT / PACKAGE / name).is_file()} == set()
+    drawn = re.findall(r"^   (\w[\w |]*?)   ", text, re.M)
+    assert [name.replace(" | ", ",").replace("the root", "root") for name in drawn] == ORDER.split()[-2::-1]
 
 
 def mended(what: str, found: set, listed: set) -> None:
