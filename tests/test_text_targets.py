@@ -334,23 +334,23 @@ class Half(Labeler):
 def test_items_without_a_target_are_left_out_and_the_order_stays(task):
     whole = LabelledItems(Words(), task, GivenTargets(), seed=3)
     order = np.concatenate([task.training_seeds(step, 4, seed=3) for step in range(3)])
-    assert whole.action(0, 4, 1) + whole.action(1, 4, 1) + whole.action(2, 4, 1) == task.targets(order)
+    assert whole.action(0, 4) + whole.action(1, 4) + whole.action(2, 4) == task.targets(order)
     half = LabelledItems(Words(), task, Half(), seed=3)
     even = [f"item {seed}" for seed in order if seed % 2 == 0]
-    assert half.action(0, 3, 1) + half.action(1, 3, 1) == even
-    assert sorted(half.action(2, 3, 1) + half.action(3, 3, 1)) == sorted(even)  # the next epoch, in another order
-    batch = half.batch(1, 3, 1)
+    assert half.action(0, 3) + half.action(1, 3) == even
+    assert sorted(half.action(2, 3) + half.action(3, 3)) == sorted(even)  # the next epoch, in another order
+    batch = half.batch(1, 3)
     asked = [task.splits["train"][int(text.split()[1])].messages[-1]["content"] for text in batch.action]
     assert [chat[-1]["content"] for chat in batch.obs["messages"]] == asked
-    assert half.action(0, 99, 1) == even  # never more than there are
+    assert half.action(0, 99) == even  # never more than there are
 
 
 def test_pairs_keep_what_both_have(task):
     chosen = LabelledItems(Words(), task, GivenTargets(), seed=3)
     rejected = LabelledItems(Words(), task, Half(), seed=3)
     chosen.keep(rejected.kept)
-    rows = [int(text.split()[1]) for text in rejected.action(0, 6, 1)]
-    assert chosen.action(0, 6, 1) == [task.splits["train"][row].target for row in rows]
+    rows = [int(text.split()[1]) for text in rejected.action(0, 6)]
+    assert chosen.action(0, 6) == [task.splits["train"][row].target for row in rows]
 
 
 def test_wrong_answers_are_wrong_and_spread(task):
