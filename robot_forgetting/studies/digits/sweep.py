@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from robot_forgetting.errors import UserError
+from robot_forgetting.machine.doctor import hardware, versions
 from robot_forgetting.machine.progress import bar, say
 from robot_forgetting.methods.kl import KL
 from robot_forgetting.one_step import OneStepTask
@@ -257,8 +258,6 @@ class Sweep:
 
     @functools.cache  # noqa: B019 - one sweep per command
     def header(self) -> dict:
-        from robot_forgetting.machine.doctor import hardware, versions
-
         return {
             "verb": "reproduce",
             "study": Study.name,
