@@ -63,7 +63,7 @@ def test_own_methods_pass(method):
 def test_own_penalties_pass(direction):
     table = Table()
     check_penalty(table, KL(coefficient=0.1, direction=direction))
-    assert not failures(table) and len(table.rows) == 4
+    assert not failures(table) and len(table.rows) == 7
 
 
 def test_tiny_policy_passes_and_keeps_its_weights():
@@ -325,6 +325,22 @@ def test_wrong_penalty():
     table = Table()
     check_penalty(table, Detached())
     assert "no gradient" in failures(table)["value and gradient"]
+
+
+def test_a_penalty_that_forgets_at_a_restart():
+    class Forgetful(KL):
+        def end(self, policy, task):
+            self.kept = torch.ones(1)
+
+        def state_dict(self):
+            return {"kept": self.kept} if hasattr(self, "kept") else {}
+
+        def load_state_dict(self, state):
+            pass
+
+    table = Table()
+    check_penalty(table, Forgetful(coefficient=0.1))
+    assert "holds [] after loading, not ['kept']" in failures(table)["restart after a stage"]
 
 
 # ---- the command

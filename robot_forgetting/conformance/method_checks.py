@@ -17,14 +17,14 @@ from robot_forgetting.conformance.check_table import Table, Wrong, expect
 from robot_forgetting.conformance.toy_task import ToyTask, observations, perturb, tiny_policy
 from robot_forgetting.contracts import checked_batches, checked_hooks, checked_kind, checked_loss
 from robot_forgetting.engine.preflight import check_method as checked_method
-from robot_forgetting.method import Batch, Method, Penalty
+from robot_forgetting.method import Batch, Method, Penalty, Staged
 from robot_forgetting.policy import Policy
 from robot_forgetting.records.checkpoints import trainable
 from robot_forgetting.task import Task
 
 ROWS = 48  # of a batch, for the loss; a multiple of 3
 # Columns of train.jsonl that the optimiser loop writes itself.
-TAKEN = {"iteration", "step", "loss", "penalty", "grad_norm", "learning_rate", "seconds", "collect_seconds"}
+TAKEN = {"stage", "iteration", "step", "loss", "penalty", "grad_norm", "learning_rate", "seconds", "collect_seconds"}
 
 
 def check_method(table: Table, method: Method, task: Task | None = None, policy: Policy | None = None) -> None:
@@ -66,6 +66,7 @@ def check_penalty(table: Table, penalty: Penalty, task: Task | None = None, poli
     if not table.check("description", lambda: checked_kind("penalty", penalty, Penalty)):
         return
     task, policy = _tried_on(table, task, policy)
+    fresh = copy.deepcopy(penalty)
     batch = _toy_batch(policy, task)
     with policy.base():
         pass  # the frozen copy is taken before the weights move
@@ -82,6 +83,8 @@ def check_penalty(table: Table, penalty: Penalty, task: Task | None = None, poli
 
     if table.check("value at the base", at_base):
         table.check("value and gradient", moved)
+    if table.check("end", lambda: penalty.end(policy, task)) and table.check("state_dict", lambda: _state(penalty)):
+        table.check("restart after a stage", lambda: _reloaded(policy, task, penalty, fresh))
 
 
 # ---- single checks
@@ -177,27 +180,32 @@ def _metrics(method: Method) -> str:
     return ", ".join(numbers)
 
 
-def _state(method: Method) -> str:
-    state = method.state_dict()
+def _state(part: Staged) -> str:
+    state = part.state_dict()
     wrong = [name for name, value in state.items() if not isinstance(value, Tensor)]
     expect(not wrong, f"state_dict() holds {', '.join(wrong)} of other types; give tensors, they become safetensors")
     return f"{len(state)} tensor(s)" if state else "empty"
 
 
-def _restart(policy: Policy, task: Task, method: Method, fresh: Method) -> str:
-    """State through a file into a new object, then the next iteration of both."""
+def _reloaded(policy: Policy, task: Task, part: Staged, fresh: Staged) -> None:
+    """State through a file into a new object."""
     from safetensors.torch import load_file, save_file
 
-    state = {name: value.detach().contiguous() for name, value in method.state_dict().items()}
+    state = {name: value.detach().contiguous() for name, value in part.state_dict().items()}
     with tempfile.TemporaryDirectory() as folder:
-        save_file(state, Path(folder) / "method.safetensors")
-        loaded = load_file(Path(folder) / "method.safetensors")
+        save_file(state, Path(folder) / "state.safetensors")
+        loaded = load_file(Path(folder) / "state.safetensors")
     fresh.begin(policy, task, [])
     fresh.load_state_dict(loaded)
     again = fresh.state_dict()
     expect(again.keys() == state.keys(), f"state_dict() holds {sorted(again)} after loading, not {sorted(state)}")
     changed = [name for name in state if not torch.equal(again[name], state[name])]
     expect(not changed, f"{', '.join(changed)} changed by saving and loading; load what state_dict() gave")
+
+
+def _restart(policy: Policy, task: Task, method: Method, fresh: Method) -> str:
+    """A reloaded method's next iteration and the method's own."""
+    _reloaded(policy, task, method, fresh)
     both = [_collected(policy, task, one, 2) for one in (copy.deepcopy(method), fresh)]
     difference = _difference(*both)
     expect(
