@@ -14,6 +14,7 @@ import torch
 from toy import ToyPolicy, ToyTask
 from toy_runs import BUDGET, run, sources, summary
 
+from robot_forgetting.built_with import BuiltWith
 from robot_forgetting.conformance import toy_task as toy
 from robot_forgetting.engine import code_digest, episode_rows
 from robot_forgetting.engine.code_digest import code_of
@@ -276,15 +277,17 @@ def test_code_of_environment_expert_and_robot():
 
 def test_code_without_a_source():
     """A class that was typed into a notebook is known by its compiled functions, and by those that they call."""
-    text = "def goal(mark):\n    return {goal}\n\nclass Typed:\n    def act(self, x): return goal(x) + {plus}\n"
+    text = "def goal(mark):\n    return {goal}\n\nclass Typed(BuiltWith):\n"
+    text += "    def act(self, x): return goal(x) + {plus}\n    def __init__(self): self.start = {start}\n"
 
     def typed(**values):
-        space = {"__name__": "a_notebook"}
-        exec(text.format(**{"goal": "mark", "plus": 1} | values), space)
+        space = {"__name__": "a_notebook", "BuiltWith": BuiltWith}
+        exec(text.format(**{"goal": "mark", "plus": 1, "start": 3} | values), space)
         return code_of([space["Typed"]()])
 
     assert list(typed()) == ["a_notebook:Typed"]
     assert typed() == typed() and typed() != typed(plus=2) and typed() != typed(goal="3 - mark")
+    assert typed() != typed(start=4), "what remembers a constructor's arguments hides nothing of it"
 
 
 def test_digests_are_the_same_in_another_process():
