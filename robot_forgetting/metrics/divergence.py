@@ -39,10 +39,7 @@ def reverse_kl(base: Tensor, fine_tuned: Tensor) -> Tensor:
 
 def jensen_shannon(base: Tensor, fine_tuned: Tensor) -> Tensor:
     """JS = KL(pi_0 || m) / 2 + KL(pi || m) / 2 with m = (pi_0 + pi) / 2, nats per token, between 0 and log 2."""
-    return _jensen_shannon(_log_probabilities(base), _log_probabilities(fine_tuned))
-
-
-def _jensen_shannon(log_p: Tensor, log_q: Tensor) -> Tensor:
+    log_p, log_q = _log_probabilities(base), _log_probabilities(fine_tuned)
     # logaddexp(-inf, -inf) has the right value and a NaN gradient; _kl never reads what stands there.
     absent = (log_p == -torch.inf) & (log_q == -torch.inf)
     log_m = torch.logaddexp(log_p.masked_fill(absent, 0.0), log_q.masked_fill(absent, 0.0)) - math.log(2)
@@ -59,22 +56,6 @@ def l2(base: Tensor, fine_tuned: Tensor) -> Tensor:
     """||pi_0 - pi||_2 = sqrt(sum_v (pi_0(v) - pi(v))^2), per token, between 0 and sqrt(2), no unit."""
     difference = _log_probabilities(base).exp() - _log_probabilities(fine_tuned).exp()
     return torch.linalg.vector_norm(difference, dim=-1)
-
-
-def all_measures(base: Tensor, fine_tuned: Tensor) -> dict[str, Tensor]:
-    """The five distances above by name, at little more than the price of one: the softmax is taken once.
-
-    {"forward_kl", "reverse_kl", "jensen_shannon", "total_variation", "l2"}, each [...].
-    """
-    log_p, log_q = _log_probabilities(base), _log_probabilities(fine_tuned)
-    difference = log_p.exp() - log_q.exp()
-    return {
-        "forward_kl": _kl(log_p, log_q),
-        "reverse_kl": _kl(log_q, log_p),
-        "jensen_shannon": _jensen_shannon(log_p, log_q),
-        "total_variation": difference.abs().sum(-1) / 2,
-        "l2": torch.linalg.vector_norm(difference, dim=-1),
-    }
 
 
 def per_token(values: Tensor, mask: Tensor) -> Tensor:
