@@ -13,7 +13,9 @@ class Stage:
     """The training of one task. Stage 0 is the base policy, which has none.
 
     number: 1 .. T; task: what is learned; past: tasks seen before that can be trained on, those of earlier stages
-    first, then the prior ones. ``Method.begin(policy, task, past)`` is given ``task`` and ``past`` one by one.
+    first, then the prior ones
+    ``begin(policy, task, past)`` of a method is given these one by one, no Stage, on purpose: methods that users wrote
+    for one task learn sequences as they are.
     """
 
     number: int
