@@ -50,8 +50,9 @@ class Layers(Section):
         )
         caption = (
             f"Drift of the model as a whole: of states the mean over blocks, on {texts}; of weights all of them. 1 is "
-            f"no drift for CKNNA (k = {k}; few texts can carry it a little above 1) and CKA, 0 for the changes, which "
-            "are relative. In brackets the least and the largest run."
+            f"no drift for CKNNA ({f'k = {k}; ' if k else ''}few inputs can carry it a little above 1), CKA and the "
+            "share of weights that stayed, 0 for the changes, which are relative but for the spectral norm. In "
+            "brackets the least and the largest run."
         )
         known = list(words.MEASURES)
         measures = sorted({row["measure"]: None for row in whole}, key=lambda name: (known + [name]).index(name))
