@@ -235,7 +235,7 @@ def test_a_dataclass_is_filled_from_its_fields(capsys, folder, monkeypatch):
 def test_every_verb_asks_for_things_that_there_are(verb):
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         keys = set(hydra.compose("config"))
-    known = keys | {"reproduce", "penalty", "config", "temperature", *OWN}
+    known = keys | {"reproduce", "penalty", "measure", "config", "temperature", *OWN}
 
     def asked(function):
         for name, parameter in inspect.signature(function, eval_str=True).parameters.items():

@@ -220,6 +220,8 @@ def test_a_measure_of_ones_own_is_one_class_and_one_yaml(tmp_path, monkeypatch, 
     assert "Hellinger distance, in 1/token" in capsys.readouterr().out
     assert cli.main(["run", "hydra.searchpath=[file://my_configs]", "measures=[l2,helinger]"]) == 2
     assert "unknown measure 'helinger'; choose one of: activation_l1_relative" in capsys.readouterr().err
+    assert cli.main(["run", "measure=l2"]) == 2
+    assert "measure= is for `check`; write measures=[forward_kl,l2]" in capsys.readouterr().err
 
 
 def test_the_document_names_every_measure():

@@ -67,6 +67,8 @@ class Arguments:
             else:
                 self.plain[name], self.names[name] = described(given), _named(given)
         check_root(self.plain)
+        if self.names["measure"] is not None and verb != "check":
+            raise UserError(f"measure= is for `check`; write measures=[forward_kl,{self.names['measure']}]")
         self._check_added()
 
     def _chosen(self) -> Composed:
