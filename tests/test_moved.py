@@ -10,7 +10,8 @@ import pytest
 
 from robot_forgetting.machine.user_modules import load_object
 from robot_forgetting.moved import MOVED, current
-from robot_forgetting.records.run_folder import RunFolder, differing_keys
+from robot_forgetting.records.config_file import differing_keys
+from robot_forgetting.records.run_folder import RunFolder
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 

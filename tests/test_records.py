@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 
 from robot_forgetting.errors import UserError
 from robot_forgetting.machine.files import follow_umask
-from robot_forgetting.records.run_folder import RunFolder, differing_keys, find_runs, plain, write_json
+from robot_forgetting.records.config_file import differing_keys
+from robot_forgetting.records.run_folder import RunFolder, find_runs, plain, write_json
 
 CONFIG = {"seed": 0, "method": {"name": "sft", "learning_rate": 1e-5}, "task": "stack_cube"}
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from robot_forgetting.errors import UserError
-from robot_forgetting.records.run_folder import RunFolder, differing_keys
+from robot_forgetting.records.config_file import differing_keys
+from robot_forgetting.records.run_folder import RunFolder
 from robot_forgetting.report.runs import with_defaults
 from robot_forgetting.report.words import plural, some
 from robot_forgetting.studies.digits.study_law import Law
