@@ -9,16 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass, replace
 from pathlib import Path
 
-from robot_forgetting.api.composing import (
-    GROUPS,
-    Composed,
-    beside,
-    compose,
-    entries,
-    key_of,
-    readable,
-    written,
-)
+from robot_forgetting.api.composing import GROUPS, Composed, beside, compose, entries, key_of, readable, written
 from robot_forgetting.api.config_checks import check_node, check_root
 from robot_forgetting.api.run_id import TASK_LISTS, folder_of
 from robot_forgetting.api.settings import Settings

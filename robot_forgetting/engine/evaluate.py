@@ -35,13 +35,7 @@ def compare_conventions(ours: ConventionSpec, name: str, tasks: Sequence[Task]) 
 
 
 def evaluate(
-    policy: Policy,
-    task: Task,
-    seeds: Sequence[int],
-    *,
-    temperature: float | None,
-    num_envs: int,
-    render: bool = False,
+    policy: Policy, task: Task, seeds: Sequence[int], *, temperature: float | None, num_envs: int, render: bool = False
 ) -> Iterator[Episode]:
     """One episode per seed, in the order in which they end. A scored task has no use for a temperature (None)."""
     policy.eval()

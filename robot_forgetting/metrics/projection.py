@@ -90,13 +90,7 @@ def supervised(base: Tensor, labels: Tensor, reward: Tensor, *, steps: int, rate
 
 
 def policy_gradient(
-    base: Tensor,
-    reward: Tensor,
-    *,
-    steps: int,
-    learning_rate: float,
-    natural: bool = False,
-    inner_steps: int = 1,
+    base: Tensor, reward: Tensor, *, steps: int, learning_rate: float, natural: bool = False, inner_steps: int = 1
 ) -> Trajectory:
     """Exact gradient ascent on E_pi R of a softmax over Y logits theta, started at log pi_0.
 

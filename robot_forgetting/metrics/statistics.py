@@ -63,10 +63,7 @@ def paired_difference(first: Sequence[bool], second: Sequence[bool], confidence:
     only_first, only_second = sum(map(bool, first)) - both, sum(map(bool, second)) - both
     neither = n - both - only_first - only_second
     p1, p2 = (both + only_first) / n, (both + only_second) / n
-    (l1, u1), (l2, u2) = (
-        wilson(both + only_first, n, confidence),
-        wilson(both + only_second, n, confidence),
-    )
+    (l1, u1), (l2, u2) = (wilson(both + only_first, n, confidence), wilson(both + only_second, n, confidence))
     margins = math.prod((both + only_first, neither + only_second, both + only_second, neither + only_first))
     cross = both * neither - only_first * only_second
     if cross > 0:

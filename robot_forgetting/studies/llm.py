@@ -73,13 +73,7 @@ class Study:
     composes = True  # its runs are configurations, see ``run``
 
     def __init__(
-        self,
-        *,
-        name: str,
-        common: dict[str, Plain],
-        grid: dict[str, Axes | list[Axes]],
-        seeds: Seeds,
-        quick: Quick,
+        self, *, name: str, common: dict[str, Plain], grid: dict[str, Axes | list[Axes]], seeds: Seeds, quick: Quick
     ):
         self.name, self.common, self.grid, self.seeds, self.quick = name, common, grid, seeds, quick
 

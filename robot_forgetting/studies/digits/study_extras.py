@@ -11,16 +11,8 @@ from robot_forgetting.metrics.statistics import bootstrap
 from robot_forgetting.report import words
 from robot_forgetting.report.figures import FAINT, INK, canvas
 from robot_forgetting.report.figures import percent as percent_axis
-from robot_forgetting.report.markup import (
-    columns,
-    note,
-    paragraph,
-)
-from robot_forgetting.studies.digits.study_figures import (
-    PROCESSES,
-    process_name,
-    style,
-)
+from robot_forgetting.report.markup import columns, note, paragraph
+from robot_forgetting.studies.digits.study_figures import PROCESSES, process_name, style
 from robot_forgetting.studies.digits.study_law import OTHER_RULES, RESAMPLES
 from robot_forgetting.studies.digits.study_runs import Study, label, points_of
 from robot_forgetting.studies.digits.study_sections import StudyPart, StudySection

@@ -11,23 +11,8 @@ from robot_forgetting.metrics.pareto import front_curve
 from robot_forgetting.report import words
 from robot_forgetting.report.figures import canvas
 from robot_forgetting.report.figures import percent as percent_axis
-from robot_forgetting.report.markup import (
-    bullets,
-    join,
-    note,
-    of,
-    paragraph,
-    strong,
-    table,
-)
-from robot_forgetting.studies.digits.study_figures import (
-    NEW,
-    PRIOR,
-    bases,
-    curve,
-    limits,
-    style,
-)
+from robot_forgetting.report.markup import bullets, join, note, of, paragraph, strong, table
+from robot_forgetting.studies.digits.study_figures import NEW, PRIOR, bases, curve, limits, style
 from robot_forgetting.studies.digits.study_matched import level_rows
 from robot_forgetting.studies.digits.study_runs import FIVE, Study, label
 from robot_forgetting.studies.digits.study_sections import StudyPart, StudySection

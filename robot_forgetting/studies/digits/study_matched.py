@@ -14,24 +14,8 @@ from robot_forgetting.metrics.statistics import clustered_mean
 from robot_forgetting.report import words
 from robot_forgetting.report.figures import FAINT, INK, canvas
 from robot_forgetting.report.figures import percent as percent_axis
-from robot_forgetting.report.markup import (
-    Cell,
-    join,
-    note,
-    of,
-    one,
-    strong,
-    table,
-    wrapped,
-)
-from robot_forgetting.studies.digits.study_figures import (
-    NEW,
-    PRIOR,
-    bases,
-    curve,
-    limits,
-    style,
-)
+from robot_forgetting.report.markup import Cell, join, note, of, one, strong, table, wrapped
+from robot_forgetting.studies.digits.study_figures import NEW, PRIOR, bases, curve, limits, style
 from robot_forgetting.studies.digits.study_law import MAIN, RESAMPLES
 from robot_forgetting.studies.digits.study_runs import FIVE, Study, label, points_of
 from robot_forgetting.studies.digits.study_sections import StudyPart, StudySection

@@ -26,9 +26,7 @@ from robot_forgetting.report.markup import (
 )
 from robot_forgetting.report.predictor_section import HEAD, transfer_cells
 from robot_forgetting.studies.digits import study_words
-from robot_forgetting.studies.digits.study_figures import (
-    style,
-)
+from robot_forgetting.studies.digits.study_figures import style
 from robot_forgetting.studies.digits.study_law import MAIN, Law
 from robot_forgetting.studies.digits.study_runs import Study, label
 from robot_forgetting.studies.digits.study_sections import StudyPart, StudySection

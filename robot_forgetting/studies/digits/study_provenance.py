@@ -9,13 +9,7 @@ import yaml
 from markupsafe import Markup
 
 from robot_forgetting.metrics import published
-from robot_forgetting.report.markup import (
-    bullets,
-    definitions,
-    join,
-    note,
-    paragraph,
-)
+from robot_forgetting.report.markup import bullets, definitions, join, note, paragraph
 from robot_forgetting.report.words import duration
 from robot_forgetting.studies.digits import study_words
 from robot_forgetting.studies.digits.study_runs import Study

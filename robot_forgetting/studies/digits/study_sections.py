@@ -9,14 +9,7 @@ from markupsafe import Markup
 
 from robot_forgetting.metrics import published
 from robot_forgetting.report import words
-from robot_forgetting.report.markup import (
-    Content,
-    columns,
-    note,
-    of,
-    pictured,
-    strong,
-)
+from robot_forgetting.report.markup import Content, columns, note, of, pictured, strong
 from robot_forgetting.report.section import Part, Section
 from robot_forgetting.studies.digits.study_law import MAIN
 from robot_forgetting.studies.digits.study_runs import Study, label
