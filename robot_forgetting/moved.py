@@ -13,7 +13,6 @@ PACKAGE = "robot_forgetting"
 # Old name -> today's; None: a package of which nothing but these modules is left.
 MOVED = {
     "train": "engine.train",
-    "cli.commands": "engine.one_task",
     "policies.causal_lm_vllm": "policies.causal_lm.vllm_sampler",
     "policies.qwen_nano": "policies.causal_lm.qwen_nano",
     "reproduce": None,

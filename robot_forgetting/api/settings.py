@@ -67,7 +67,7 @@ class Pretrain(TypedDict):
     batch_size: Count
     label_sigma: Annotated[float, Range(0, 256)]
     episodes: Episodes
-    optimiser: dict  # of train.Optimiser, which declares it
+    optimiser: dict  # of method.Optimiser, which declares it
 
 
 class Settings(TypedDict):

@@ -45,10 +45,8 @@ def evaluate_command(
     header |= benchmarks([task]) | {key: state[key] for key in ("checkpoint_state",) if key in state}
     with open_run(run_dir, config, header) as folder:
         for decode, degree in [(SCORED, None)] if task.scored else [("sampled", temperature), ("greedy", 0.0)]:
-            fields = {key: state[key] for key in ("stage", "iteration", "trained_on")} | {
-                "role": "new",
-                "decode": decode,
-            }
+            fields = {key: state[key] for key in ("stage", "iteration", "trained_on")}
+            fields |= {"role": "new", "decode": decode}
             rows = evaluate_into(folder, policy, task, seeds, temperature=degree, num_envs=num_envs, **fields)
             how = decode if degree is None else f"{decode} (temperature {degree})"
             say(f"{how}: " + success_line(task.name, rows))

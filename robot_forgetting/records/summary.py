@@ -11,6 +11,7 @@ from robot_forgetting.records.run_folder import SCHEMA_VERSION, RunFolder
 
 ROLES = ("new", "prior", "held_out")
 DECODES = ("sampled", "greedy")
+PLACE = ("stage", "iteration", "task", "role", "decode")  # of a group of episodes
 SCORED = "scored"  # "decode" of benchmarks with a protocol of their own, which stands in for either
 
 
@@ -103,7 +104,7 @@ def cut_table(episodes: Iterable[Mapping]) -> list[dict]:
     for key, seeds in _grouped(episodes, lambda row: row.get("flags") or {}).items():
         cut = [sum(bool(flags.get(name)) for flags in seeds.values()) for name in ("prompt_cut", "answer_cut")]
         if any(cut):
-            head = dict(zip(("stage", "iteration", "task", "role", "decode"), key, strict=True))
+            head = dict(zip(PLACE, key, strict=True))
             table.append({**head, "n": len(seeds), "prompts_cut": cut[0], "answers_cut": cut[1]})
     return table
 
@@ -116,23 +117,11 @@ def mostly_cut(episodes: Iterable[Mapping]) -> list[dict]:
 def success_table(episodes: Iterable[Mapping]) -> list[dict]:
     """Success per stage, iteration, task and decode with its Wilson interval and n."""
     table = []
-    for (stage, iteration, task, role, decode), seeds in outcomes(episodes).items():
+    for place, seeds in outcomes(episodes).items():
         successes, n = sum(seeds.values()), len(seeds)
         low, high = wilson(successes, n)
-        table.append(
-            {
-                "stage": stage,
-                "iteration": iteration,
-                "task": task,
-                "role": role,
-                "decode": decode,
-                "n": n,
-                "successes": successes,
-                "rate": successes / n,
-                "low": low,
-                "high": high,
-            }
-        )
+        row = {"n": n, "successes": successes, "rate": successes / n, "low": low, "high": high}
+        table.append({**dict(zip(PLACE, place, strict=True)), **row})
     return table
 
 
@@ -146,19 +135,16 @@ def forgetting_table(episodes: Iterable[Mapping]) -> list[dict]:
     # A task's role is no part of what is paired: what was new is a prior task in later stages.
     bases = {(task, decode): seeds for (stage, _, task, _, decode), seeds in groups.items() if stage == 0}
     table = []
-    for (stage, iteration, task, role, decode), seeds in groups.items():
-        base = bases.get((task, decode), {})
+    for place, seeds in groups.items():
+        head = dict(zip(PLACE, place, strict=True))
+        base = bases.get((head["task"], head["decode"]), {})
         common = sorted(set(base) & set(seeds))
-        if stage == 0 or not common:
+        if head["stage"] == 0 or not common:
             continue
         pair = paired_difference([base[seed] for seed in common], [seeds[seed] for seed in common])
         table.append(
             {
-                "stage": stage,
-                "iteration": iteration,
-                "task": task,
-                "role": role,
-                "decode": decode,
+                **head,
                 "n": pair.n,
                 "base": pair.first,
                 "fine_tuned": pair.second,
