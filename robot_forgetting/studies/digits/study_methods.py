@@ -35,6 +35,16 @@ class Details:
     teacher: dict[str, Tensor] | None = None
     refreshes: int = 8
 
+    def supervised(self, steps: int, seed: int, per_iteration: int = 1) -> dict:
+        """What every method that learns from labels is built with."""
+        common = {"iterations": steps // per_iteration, "steps_per_iteration": per_iteration, "seed": seed}
+        return common | {"batch_size": self.batch_size, "optimiser": None}
+
+    def rollouts(self, steps: int, seed: int) -> dict:
+        """What every method that learns from its own answers' rewards is built with."""
+        common = {"iterations": steps, "groups": self.batch_size, "group_size": self.group_size}
+        return common | {"optimiser": None, "seed": seed}
+
 
 class _Once(Labeler):
     """Another's labels, drawn once for the runs of a recipe: they follow from the base policy, the items and the seed.
@@ -53,15 +63,7 @@ class _Once(Labeler):
 
 def _sft(labels: Labeler) -> Callable:
     def build(steps: int, details: Details, seed: int) -> Method:
-        return SFT(
-            iterations=steps,
-            steps_per_iteration=1,
-            batch_size=details.batch_size,
-            demonstrations=1,
-            labels=_Once(labels),
-            optimiser=None,
-            seed=seed,
-        )
+        return SFT(**details.supervised(steps, seed), demonstrations=1, labels=_Once(labels))
 
     return build
 
@@ -73,44 +75,20 @@ def _teacher(steps: int, details: Details, seed: int) -> Method:
 
 
 def _grpo(steps: int, details: Details, seed: int) -> Method:
-    groups, size = details.batch_size, details.group_size
-    return GRPO(
-        iterations=steps, groups=groups, group_size=size, minibatch_size=groups * size, optimiser=None, seed=seed
-    )
+    return GRPO(**details.rollouts(steps, seed), minibatch_size=details.batch_size * details.group_size)
 
 
 def _one_zero(steps: int, details: Details, seed: int) -> Method:
-    return Reinforce(
-        iterations=steps,
-        groups=details.batch_size,
-        group_size=details.group_size,
-        advantage="one_zero",
-        optimiser=None,
-        seed=seed,
-    )
+    return Reinforce(**details.rollouts(steps, seed), advantage="one_zero")
 
 
 def _simpo(steps: int, details: Details, seed: int) -> Method:
-    return SimPO(
-        iterations=steps,
-        steps_per_iteration=1,
-        batch_size=details.batch_size,
-        labels=parity_labels(even=[0], odd=[1]),
-        optimiser=None,
-        seed=seed,
-    )
+    return SimPO(**details.supervised(steps, seed), labels=parity_labels(even=[0], odd=[1]))
 
 
 def _self_sft(iterative: bool) -> Callable:
     def build(steps: int, details: Details, seed: int, per_iteration: int = 1) -> Method:
-        return SelfSFT(
-            iterations=steps // per_iteration,
-            steps_per_iteration=per_iteration,
-            batch_size=details.batch_size,
-            iterative=iterative,
-            optimiser=None,
-            seed=seed,
-        )
+        return SelfSFT(**details.supervised(steps, seed, per_iteration), iterative=iterative)
 
     return build
 
