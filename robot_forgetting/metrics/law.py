@@ -23,6 +23,7 @@ from robot_forgetting.metrics.statistics import clustered_mean
 
 RESAMPLES = 1000
 DEGREE = 2
+CONFIDENCE = 0.95
 NO_INTERVAL = "no interval: fewer than half of the resamples can be fitted"
 
 
@@ -115,23 +116,17 @@ def residual_rows(points: Points, predictor: str) -> list[dict]:
 
 
 def band(
-    points: Points,
-    predictor: str,
-    grid: Sequence[float],
-    *,
-    resamples: int = RESAMPLES,
-    confidence: float = 0.95,
-    seed: int = 0,
+    points: Points, predictor: str, grid: Sequence[float], *, resamples: int = RESAMPLES
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """Pointwise percentile band (low, high) of the fitted curve at ``grid``; None with fewer than 3 runs or no fit."""
-    drawn = _Resampled.draw(points, predictor, resamples, seed)
+    drawn = _Resampled.draw(points, predictor, resamples)
     if drawn is None or fit(points, predictor).r2 is None:
         return None
     curves = drawn.solve() @ drawn.basis(np.asarray(grid, dtype=float)).T
     curves = curves[np.isfinite(curves).all(1)]
     if 2 * len(curves) < resamples:
         return None
-    low, high = np.quantile(curves, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
+    low, high = np.quantile(curves, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
     return low, high
 
 
@@ -142,8 +137,6 @@ def transfer(
     tested_on: Collection[str],
     *,
     resamples: int = RESAMPLES,
-    confidence: float = 0.95,
-    seed: int = 0,
 ) -> dict:
     """Does a law fitted on some methods predict others? One row: R^2 of the prediction on the methods tested.
 
@@ -173,37 +166,32 @@ def transfer(
     if np.ptp(y[test]) == 0:
         return row | {"note": "forgetting is the same at all points tested; R^2 has nothing to explain"}
     row["r2"] = float(1 - (error**2).sum() / ((y[test] - y[test].mean()) ** 2).sum())
-    drawn = _Resampled.draw(points, predictor, resamples, seed)
+    drawn = _Resampled.draw(points, predictor, resamples)
     if drawn is None or row["runs"] < LEAST_RUNS:
         return row | {"note": _too_few(row["runs"])}
     of_run = np.array(points.run_methods)
     seen, asked = np.isin(of_run, list(trained_on)), np.isin(of_run, list(tested_on))
     square, spread = drawn.errors(drawn.solve(seen), asked)
-    row |= _interval(_ratio(square, spread), confidence)
+    row |= _interval(_ratio(square, spread))
     return row | ({"note": NO_INTERVAL} if row["low"] is None else {})
 
 
-def leave_one_method_out(
-    points: Points, predictor: str, *, resamples: int = RESAMPLES, confidence: float = 0.95, seed: int = 0
-) -> list[dict]:
+def leave_one_method_out(points: Points, predictor: str, *, resamples: int = RESAMPLES) -> list[dict]:
     """``transfer`` from all other methods to each method in turn, with the method as "held_out"."""
     methods = list(dict.fromkeys(points.run_methods))
     if len(methods) < 2:
         raise UserError(f"one method only ({methods[0]}): leaving it out leaves nothing; add runs of another method")
-    options = {"resamples": resamples, "confidence": confidence, "seed": seed}
     return [
-        {"held_out": held, **transfer(points, predictor, [m for m in methods if m != held], [held], **options)}
+        {
+            "held_out": held,
+            **transfer(points, predictor, [m for m in methods if m != held], [held], resamples=resamples),
+        }
         for held in methods
     ]
 
 
 def predictor_rows(
-    points: Points,
-    predictors: Sequence[str] | None = None,
-    *,
-    resamples: int = RESAMPLES,
-    confidence: float = 0.95,
-    seed: int = 0,
+    points: Points, predictors: Sequence[str] | None = None, *, resamples: int = RESAMPLES
 ) -> list[dict]:
     """One row per predictor (all by default), the best R^2 first and those without a fit last.
 
@@ -214,12 +202,12 @@ def predictor_rows(
     mean and standard deviation of R^2 over fits to one seed each; None with one seed. over: what was drawn for the
     intervals, "runs" or "seeds and runs". All predictors see the same draws, so that their intervals can be compared.
     """
-    weights = _weights(points, resamples, seed)
-    rows = [_row(points, name, weights, confidence) for name in predictors or points.predictors]
+    weights = _weights(points, resamples)
+    rows = [_row(points, name, weights) for name in predictors or points.predictors]
     return sorted(rows, key=lambda row: (row["r2"] is None, -(row["r2"] or 0.0)))
 
 
-def _row(points: Points, predictor: str, weights: np.ndarray | None, confidence: float) -> dict:
+def _row(points: Points, predictor: str, weights: np.ndarray | None) -> dict:
     usable = points.usable(predictor)
     found, runs = fit(points, predictor), np.unique(points.run[usable])
     notes = [found.note] if found.note else []
@@ -238,16 +226,16 @@ def _row(points: Points, predictor: str, weights: np.ndarray | None, confidence:
             drawn = None
         else:
             drawn = _Resampled(points, predictor, weights)
-            row |= _interval(_ratio(*drawn.errors(drawn.solve())), confidence)
+            row |= _interval(_ratio(*drawn.errors(drawn.solve())))
             row["over"] = "seeds and runs" if len(set(points.run_seeds)) > 1 else "runs"
             notes += [NO_INTERVAL] if row["low"] is None else []
-        left_out, note = _left_out(points, predictor, drawn, confidence)
+        left_out, note = _left_out(points, predictor, drawn)
         row |= left_out
         notes += [note] if note else []
     return {**row, "note": "; ".join(notes)}
 
 
-def _left_out(points: Points, predictor: str, drawn: _Resampled | None, confidence: float) -> tuple[dict, str]:
+def _left_out(points: Points, predictor: str, drawn: _Resampled | None) -> tuple[dict, str]:
     usable, x, y, method = points.usable(predictor), points.column(predictor), points.forgetting, points.method
     methods = [m for m in dict.fromkeys(points.run_methods) if (usable & (method == m)).any()]
     if len(methods) < 2:
@@ -263,7 +251,7 @@ def _left_out(points: Points, predictor: str, drawn: _Resampled | None, confiden
     if drawn is not None:
         of_run = np.array(points.run_methods)
         squares = sum(drawn.errors(drawn.solve(of_run != held), of_run == held)[0] for held in methods)
-        interval = _interval(_ratio(squares, drawn.spread()), confidence)
+        interval = _interval(_ratio(squares, drawn.spread()))
         found |= {f"left_out_{side}": value for side, value in interval.items()}
     return found, ""
 
@@ -299,9 +287,9 @@ class _Resampled:
         self.weights = weights
 
     @classmethod
-    def draw(cls, points: Points, predictor: str, resamples: int, seed: int) -> _Resampled | None:
+    def draw(cls, points: Points, predictor: str, resamples: int) -> _Resampled | None:
         usable = points.usable(predictor)
-        weights = _weights(points, resamples, seed)
+        weights = _weights(points, resamples)
         if (
             weights is None
             or len(np.unique(points.run[usable])) < LEAST_RUNS
@@ -345,18 +333,18 @@ class _Resampled:
         return squares - total**2 / np.maximum(n, 1)
 
 
-def _weights(points: Points, resamples: int, seed: int) -> np.ndarray | None:
+def _weights(points: Points, resamples: int) -> np.ndarray | None:
     if len(points.run_names) < LEAST_RUNS:
         return None
-    return run_weights(points.run_seeds, resamples=resamples, generator=np.random.default_rng(seed))
+    return run_weights(points.run_seeds, resamples=resamples, generator=np.random.default_rng(0))
 
 
 def _ratio(error: np.ndarray, spread: np.ndarray) -> np.ndarray:
     return 1 - np.divide(error, spread, out=np.full_like(error, np.nan), where=spread > 1e-12)
 
 
-def _interval(values: np.ndarray, confidence: float) -> dict:
-    low, high = percentiles(values, confidence) or (None, None)
+def _interval(values: np.ndarray) -> dict:
+    low, high = percentiles(values, CONFIDENCE) or (None, None)
     return {"low": low, "high": high}
 
 

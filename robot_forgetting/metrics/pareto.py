@@ -102,6 +102,7 @@ def quadratic_fit(x: Sequence[float], y: Sequence[float]) -> Fit:
 
 
 RATES = np.geomspace(0.05, 200, 240)  # nearly straight ... nearly a corner, over the width of the kept points
+GRID = 60  # points of a curve
 
 
 @dataclass(frozen=True)
@@ -138,10 +139,7 @@ def front_curve(
     seeds: Sequence[Hashable] | None = None,
     *,
     tolerance: float = 0.02,
-    size: int = 60,
     resamples: int = 1000,
-    confidence: float = 0.95,
-    seed: int = 0,
 ) -> FrontCurve:
     """The paper's protocol (RL's Razor, App. B.1): keep the points within 2 points of the front, fit an exponential.
 
@@ -177,14 +175,14 @@ def front_curve(
     level, drop, _ = (float(v[0, 0]) for v in _exponentials(where, y, np.ones((1, len(y))), np.array([rate])))
     note = "the points near the front do not fall: a level line" if drop == 0 else ""
     curve = FrontCurve(len(kept), count, kept, level, drop, rate, right, width, note=note)
-    grid = np.linspace(x.min(), right, size)
-    low, high, over = [None] * size, [None] * size, None
+    grid = np.linspace(x.min(), right, GRID)
+    low, high, over = [None] * GRID, [None] * GRID, None
     clusters = {key: i for i, key in enumerate(dict.fromkeys((runs[i], seeds[i]) for i in fine))}
     if len(clusters) >= LEAST_RUNS:
-        generator = np.random.default_rng(seed)
+        generator = np.random.default_rng(0)
         weights = run_weights([s for _, s in clusters], resamples=resamples, generator=generator)
         weights = weights[:, [clusters[runs[i], seeds[i]] for i in fine]]
-        low, high = _band(np.array([points[i] for i in fine], dtype=float), weights, tolerance, curve, grid, confidence)
+        low, high = _band(np.array([points[i] for i in fine], dtype=float), weights, tolerance, curve, grid)
         over = "seeds and runs" if len({s for _, s in clusters}) > 1 else "runs"
     else:
         note = f"{note}; " * bool(note) + f"no band: {len(clusters)} runs, needs {LEAST_RUNS}"
@@ -220,7 +218,7 @@ def _near_fronts(points: np.ndarray, weights: np.ndarray, tolerance: float) -> n
     return kept
 
 
-def _band(points: np.ndarray, weights: np.ndarray, tolerance: float, curve: FrontCurve, grid: np.ndarray, confidence):
+def _band(points: np.ndarray, weights: np.ndarray, tolerance: float, curve: FrontCurve, grid: np.ndarray):
     weights = weights * _near_fronts(points, weights, tolerance)
     there = weights > 0
     x, y = points.T
@@ -233,5 +231,5 @@ def _band(points: np.ndarray, weights: np.ndarray, tolerance: float, curve: Fron
     curves[usable] = level - drop * np.exp(RATES[best] * (grid - curve.right) / curve.width)
     reach = np.where(there, x, -np.inf).max(1)
     curves[grid[None] > reach[:, None] + 1e-12] = np.nan
-    found = [percentiles(column, confidence) or (None, None) for column in curves.T]
+    found = [percentiles(column, 0.95) or (None, None) for column in curves.T]
     return zip(*found, strict=True)

@@ -12,7 +12,7 @@ import errno
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Self
 
@@ -54,13 +54,11 @@ class RunFolder:
             )
 
     @classmethod
-    def create(
-        cls, path: str | Path, *, config: Mapping, run: Mapping | None = None, ignore: Sequence[str] = PASSING_KEYS
-    ) -> RunFolder:
+    def create(cls, path: str | Path, *, config: Mapping, run: Mapping | None = None) -> RunFolder:
         """Makes the folder, or continues the one that is there, and locks it until ``close``.
 
         config: the resolved configuration as plain values, written to config.yaml; continuing with another one is an
-            error that names the differing keys (top-level keys in ``ignore`` excepted).
+            error that names the differing keys (``PASSING_KEYS`` excepted).
         run: further keys of run.json (verb, name, policy, task, method, penalty, seed, decode, roles, ...).
         """
         path = Path(path)
@@ -72,7 +70,7 @@ class RunFolder:
             if earlier is not None:
                 cls(path)  # refuses a newer schema before anything is touched
             try:
-                check_config(path, config, ignore)
+                check_config(path, config, PASSING_KEYS)
             except UserError:
                 if holds_records(path):
                     raise
@@ -88,20 +86,9 @@ class RunFolder:
                     "status": "running",
                     "verb": None,
                     "name": path.name,
-                    "policy": None,
-                    "task": None,
-                    "method": None,
-                    "penalty": None,
-                    "seed": None,
-                    "decode": None,
-                    "roles": {},
-                    "versions": {},
-                    "hardware": {},
-                    "render": {},
-                    "timings": {},
-                    "peak_memory_bytes": None,
-                    "shipped": None,
-                    "error": None,
+                    **dict.fromkeys(("policy", "task", "method", "penalty", "seed", "decode")),
+                    **{key: {} for key in ("roles", "versions", "hardware", "render", "timings")},
+                    **dict.fromkeys(("peak_memory_bytes", "shipped", "error")),
                     "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                     "restarts": 0,
                 } | dict(run or {})

@@ -6,21 +6,17 @@ from collections.abc import Sequence
 
 from robot_forgetting.errors import UserError
 from robot_forgetting.metrics import law, published
+from robot_forgetting.report import words
 
 RESAMPLES = 200  # of what is slow
 MAIN = "forward_kl|new"
-# Order and names in the table of predictors: what is measured on inputs of both tasks, then the weights alone.
+# Names in the table of predictors, where they are not those of every page.
 PREDICTORS = {
-    "forward_kl": "forward KL",
-    "reverse_kl": "reverse KL",
     "jensen_shannon": "Jensen-Shannon",
-    "total_variation": "total variation",
     "l2": "L2 of outputs",
     "activation_l1": "activation change, L1",
     "activation_l2": "activation change, L2",
     "cka": "CKA (linear)",
-    "cknna_intersection": "CKNNA (mask as published)",
-    "cknna_union": "CKNNA (mask as replicated)",
     "weight_fisher_l2": "weight change, Fisher L2",
     "weight_l1": "weight change, L1",
     "weight_l2": "weight change, L2",
@@ -52,7 +48,8 @@ class Law:
         self.rows = [self._row(row) for row in law.predictor_rows(self.points, names)]
 
     def _row(self, row: dict) -> dict:
-        row = {**row, "label": PREDICTORS.get(row["predictor"], row["predictor"].replace("_", " "))}
+        name = row["predictor"]
+        row = {**row, "label": PREDICTORS.get(name) or words.MEASURES.get(name, name.replace("_", " "))}
         key = f"{row['predictor']}|{row['inputs']}"
         if row["excluded"] and row["r2"] is not None and row["excluded"] == sum(key not in p for p in self._recorded):
             row["note"] = f"measured at {row['n']} checkpoints only"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from robot_forgetting.report import words
 from robot_forgetting.report.words import plural, r2, two
 from robot_forgetting.studies.digits.study_figures import process_name
-from robot_forgetting.studies.digits.study_law import PREDICTORS, Law
+from robot_forgetting.studies.digits.study_law import Law
 from robot_forgetting.studies.digits.study_runs import Study, label
 
 
@@ -90,7 +90,7 @@ def _excluded(row: dict) -> str:
 
 
 def _where(row: dict, first: bool = False) -> str:
-    name = PREDICTORS.get(row["predictor"], row["predictor"])
+    name = row["label"]
     name = name[0].upper() + name[1:] if first else name
     return name + {"new": " on new-task inputs", "prior": " on prior-task inputs"}.get(row["inputs"], "")
 
