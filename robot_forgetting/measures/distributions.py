@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -55,10 +56,7 @@ class TokenDistance(Measure):
                 mine = {one.name: one for one in members if one.along == along}
                 if not mine:
                     continue
-                if along == BASE:
-                    with policy.base():
-                        action = policy.act(obs, temperature=1.0, noise=noise)
-                else:
+                with policy.base() if along == BASE else nullcontext():
                     action = policy.act(obs, temperature=1.0, noise=noise)
                 values = policy.compared(obs, action, {name: one.distance for name, one in mine.items()})
                 for name, value in values.items():

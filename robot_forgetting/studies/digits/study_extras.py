@@ -274,12 +274,6 @@ class Theorem(StudySection):
 
 def theorem_rows(study: Study) -> list[dict]:
     """Per process: largest difference of a probability from argmin KL(pi || pi_0) at its end, and the KL there."""
-    last = {}
-    for row in study.theorem:
-        last[row["process"]] = row
     keys = ("process", "iteration", "distance", "success", "kl")
-    return [{key: row.get(key) for key in keys} | {"arrives": _small(row.get("distance"))} for row in last.values()]
-
-
-def _small(distance: float | None) -> bool:
-    return distance is not None and distance < 1e-6
+    last = {row["process"]: {key: row.get(key) for key in keys} for row in study.theorem}
+    return [row | {"arrives": row["distance"] is not None and row["distance"] < ARRIVED} for row in last.values()]

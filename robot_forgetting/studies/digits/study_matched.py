@@ -79,8 +79,7 @@ class TwoByTwo(StudySection):
         n = sum(len(part.study.of(row["method"])) for row in part.rows(self.name))
         return (
             "On-policy data (blue) or not (orange), with negative examples (filled) or without (hollow). Lines: "
-            f"exponentials through the points near each front. n = {n} checkpoints, "
-            f"{part.seeds}."
+            f"exponentials through the points near each front. n = {n} checkpoints, {part.seeds}."
         )
 
     def content(self, part: StudyPart, figure: Markup) -> Markup:
@@ -219,8 +218,7 @@ class Teacher(StudySection):
     def caption(self, part: StudyPart) -> str:
         return (
             "SFT on labels sampled from a policy that was trained by RL, beside that teacher and its method. n = "
-            f"{len(part.study.of('sft_teacher'))} checkpoints of students, "
-            f"{part.seeds}."
+            f"{len(part.study.of('sft_teacher'))} checkpoints of students, {part.seeds}."
         )
 
     def content(self, part: StudyPart, figure: Markup) -> Markup:

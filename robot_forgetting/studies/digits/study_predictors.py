@@ -200,8 +200,7 @@ class StudyPredictors(StudySection):
     def caption(self, part: StudyPart) -> str:
         return (
             "How much of the variation in forgetting a quadratic of each predictor explains: here with 95 % intervals, "
-            f"and as published. n = {max(row['n'] for row in part.rows(self.name))} checkpoints, "
-            f"{part.seeds}."
+            f"and as published. n = {max(row['n'] for row in part.rows(self.name))} checkpoints, {part.seeds}."
         )
 
     def content(self, part: StudyPart, figure: Markup) -> Markup:
