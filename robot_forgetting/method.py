@@ -1,4 +1,4 @@
-"""Fine-tuning methods and penalties: what data, what loss. The optimiser loop is in ``train.py``."""
+"""Fine-tuning methods and penalties: what data, what loss. The optimiser loop is in ``engine/train.py``."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ PACKAGE = "robot_forgetting"
 # Old name -> today's; None: a package of which nothing but these modules is left.
 MOVED = {
     "train": "engine.train",
+    "conformance.toy": "conformance.toy_task",
     "policies.causal_lm_vllm": "policies.causal_lm.vllm_sampler",
     "policies.qwen_nano": "policies.causal_lm.qwen_nano",
     "reproduce": None,
@@ -20,8 +21,12 @@ MOVED = {
     "reproduce.llm": "studies.llm",
     "reproduce.parity_mnist": "studies.digits.sweep",
     "robot": None,
+    "robot.bridge": "tasks.widowx.bridge",
     "robot.expert": "tasks.simulator.expert",
+    "robot.google_robot_cabinet": "tasks.google_robot.cabinet",
     "robot.google_robot_expert": "tasks.google_robot.google_robot_expert",
+    "robot.google_robot_move_near": "tasks.google_robot.move_near",
+    "robot.google_robot_scenes": "tasks.google_robot.scenes",
     "robot.google_robot_tasks": "tasks.google_robot.google_robot_tasks",
     "robot.grasp": "tasks.simulator.grasp",
     "robot.grid": "tasks.simulator.grid",

@@ -80,6 +80,14 @@ class Demonstration:
         for name, value in (("observations", rows), ("commands", commands), ("seed", seed)):
             object.__setattr__(self, name, value)
 
+    @property
+    def images(self) -> np.ndarray:
+        return self.observations["image"]
+
+    @property
+    def instruction(self) -> Sequence[str]:
+        return self.observations["instruction"]
+
 
 class Task(BuiltWith, ABC):
     """One task. Train and test seeds never overlap."""

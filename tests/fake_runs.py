@@ -241,7 +241,7 @@ def make_demo(folder: Path, *, videos: bool = True, n: int = 60) -> list[Path]:
         make_run(folder / f"stack_cube-{method}-seed0", method=method, videos=videos, n=n)
         for method in ("sft", "reinforce")
     ]
-    source = "computed on the developers' machine, see docs/results.md"
+    source = "computed on the developers' machine, see results/"
     for method in ("sft", "reinforce", "grpo"):
         for seed in range(3):
             name = f"shipped-stack_cube-{method}-seed{seed}"

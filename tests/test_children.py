@@ -136,7 +136,7 @@ def test_programs_that_are_started(tmp_path, what):
     hanging = tmp_path / "python"  # as the probe would be while a driver hangs
     hanging.write_text(
         f"#!{sys.executable}\nimport os, sys, time\nsys.path.insert(0, {str(ROOT)!r})\n"
-        "from robot_forgetting import children\nchildren.end_with(int(sys.argv[-1]))\ntime.sleep(600)\n"
+        "from robot_forgetting.machine import children\nchildren.end_with(int(sys.argv[-1]))\ntime.sleep(600)\n"
     )
     hanging.chmod(0o755)
     with subprocess.Popen([sys.executable, "-c", PROGRAMS[what], hanging], cwd=ROOT) as process:

@@ -74,10 +74,14 @@ def test_the_page_shows_it(page):
     ]
 
 
-def test_a_stage_that_is_not_done_is_left_out(tmp_path):
+@pytest.mark.parametrize("evaluated", [True, False])
+def test_a_stage_that_is_not_done_is_left_out(tmp_path, evaluated):
     folder = make_sequence(tmp_path / "sft", n=4)
     state = json.loads((folder / "run.json").read_text())
-    (folder / "run.json").write_text(json.dumps(state | {"status": "failed"}))
+    (folder / "run.json").write_text(json.dumps(state | {"status": "failed", "stage": 3}))
+    if not evaluated:  # it was stopped before anything of stage 3 was
+        rows = (folder / "episodes.jsonl").read_text().splitlines(keepends=True)
+        (folder / "episodes.jsonl").write_text("".join(row for row in rows if json.loads(row)["stage"] < 3))
     (folder / "summary.json").unlink()
     tables = read_tables([folder])
     assert {row["stage"] for row in tables["matrix"]} == {0, 1, 2} and tables["sequence"] == []

@@ -156,6 +156,7 @@ def test_more_noise_leaves_the_first_sixteen_numbers_as_they_are():
 
 def test_columns_of_demonstrations():
     old = Demonstration(np.zeros((2, 4, 4, 3)), np.ones((2, 7)), "go", 3)
+    assert old.images.shape == (2, 4, 4, 3) and old.instruction == ["go", "go"]
     named = Demonstration(images=np.zeros((2, 4, 4, 3)), commands=np.ones((2, 7)), instruction=["go", "go"], seed=3)
     for one in (old, named):
         assert one.observations["instruction"] == ["go", "go"] and one.observations["image"].shape == (2, 4, 4, 3)

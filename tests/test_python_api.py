@@ -125,6 +125,8 @@ def test_an_interrupted_call_continues(monkeypatch, tmp_path):
         ({"policy": ToyTask()}, "policy= gives ToyTask"),
         ({"decode": {"temprature": 1}}, "did you mean: decode.temperature"),
         ({"sequence": [ToyTask()]}, "a task beside a sequence"),
+        ({"prior": ToyTask("mirror")}, "prior is a list; write prior=[...]"),
+        ({"polcy": ToyTask()}, "polcy=ToyTask(...): objects are given as policy, task"),
     ],
     ids=str,
 )

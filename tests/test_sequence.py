@@ -328,6 +328,15 @@ def test_a_benchmark_cannot_be_learned(tmp_path):
     assert stage.past == [other]
 
 
+def test_the_first_task_brings_its_keys(capsys):
+    """A key that only its yaml adds, and ``--cfg`` shows the configuration that would run."""
+    command = "run sequence=[skill_over,skill_add] policy=qwen-nano method=sft answer_tokens=6"
+    assert Arguments("run", command.split()[1:]).plain["answer_tokens"] == 6
+    assert main([*command.split(), "--cfg", "job"]) == 0
+    said = capsys.readouterr().out
+    assert "kind: text" in said and "answer_tokens: 6" in said and "stack_cube" not in said.split("pretrain:")[0]
+
+
 def test_a_sequence_of_one_is_the_task():
     one, other = (Arguments("run", [text]) for text in ("sequence=[place_sphere]", "task=place_sphere"))
     assert {**one.plain, "sequence": None} == other.plain

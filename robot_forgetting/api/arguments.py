@@ -66,11 +66,10 @@ class Arguments:
         """The command's configuration. Its policy is that of checkpoint=RUN where there is one, which has to be known
         before what the command says of the policy can be read."""
         others = [text for text in self.overrides if not re.match(r"[+~]*policy[.=]", text)]
-        composed = compose(others)
-        if first := self._first_of_sequence(composed):
+        if first := self._first_of_sequence():
             self.overrides.append(f"task={first}")
             others.append(self.overrides[-1])
-            composed = compose(others)
+        composed = compose(others)
         checkpoint = composed.config.checkpoint
         if said := problem("checkpoint", checkpoint, str | None):
             raise UserError(said)
@@ -82,13 +81,12 @@ class Arguments:
             self._recorded = RecordedPolicy.of(checkpoint)
         return composed if others == self.overrides and not self._recorded else self._composed(self.overrides)
 
-    def _first_of_sequence(self, composed: Composed) -> str | None:
-        """The task whose yaml the whole configuration goes by: the first one of sequence=[a,b]."""
-        from omegaconf import OmegaConf
-
-        sequence = composed.config.sequence
-        sequence = OmegaConf.to_container(sequence) if OmegaConf.is_config(sequence) else sequence
-        sequence = self._objects.get("sequence", sequence)
+    def _first_of_sequence(self) -> str | None:
+        """The task whose yaml the whole configuration goes by, and which other keys may need: the first of sequence."""
+        sequence = self._objects.get("sequence")
+        own = [text for text in self.overrides if key_of(text) in ("sequence", "hydra.searchpath")]
+        if sequence is None and any(key_of(text) == "sequence" for text in own):
+            sequence = compose(own).plain()["sequence"]
         if sequence is None:
             return None
         if self._verb != "run":

@@ -20,6 +20,7 @@ from robot_forgetting.errors import UserError
 from robot_forgetting.machine.user_modules import search
 
 PARTS = ("policy", "task", "method", "penalty")
+PLAIN = (str, bool, int, float, list, tuple, Mapping, type(None))  # what a key of config.yaml can be
 # What has to be an object where no yaml is to be read.
 NEEDED = {"run": {"policy", "task", "method"}, "evaluate": {"policy", "task"}, "record": {"policy", "task"}}
 
@@ -83,12 +84,18 @@ def _arguments(verb: str, given: Mapping) -> Arguments:
     if "sequence" in given and "task" in given:
         raise UserError("a task beside a sequence, which names the tasks itself; leave one of the two out")
     objects = {name: given.pop(name) for name in (*PARTS, *LISTS) if not _named(given.get(name))}
+    for name, value in objects.items():
+        if name in LISTS and not isinstance(value, list | tuple):
+            raise UserError(f"{name} is a list; write {name}=[...]")
     first = objects.get("task") or next(iter(objects.get("sequence", [])), None)
     if first is not None and not isinstance(first, str):
         objects |= {name: [] for name in ("prior", "held_out") if name not in given and name not in objects}
         objects["task"] = first
     settings = dict(_settings(given))
-    for key in settings:
+    for key, value in settings.items():
+        if not isinstance(value, PLAIN):
+            kind, known = type(value).__name__, ", ".join((*PARTS, *LISTS))
+            raise UserError(f"{key}={kind}(...): objects are given as {known}, and {key} is none of them")
         if (part := key.lstrip("+").partition(".")[0]) in objects:
             raise UserError(f"{part} is an object here: what {key} would set is said where it is built")
     texts = [f"{key}={written(value)}" for key, value in settings.items()]

@@ -70,10 +70,12 @@ class Runs:
 
     def _tables(self, section: str) -> dict:
         from robot_forgetting.report.page import read_tables
+        from robot_forgetting.report.section import HIDDEN
 
         frame = _frames()
         tables = read_tables([run.path for run in self.runs], [section])
-        return {name: frame(rows) for name, rows in tables.items() if isinstance(rows, list)}
+        empty = [*HIDDEN, "task"]
+        return {n: frame(rows, columns=None if rows else empty) for n, rows in tables.items() if isinstance(rows, list)}
 
 
 def _frames() -> type:

@@ -223,7 +223,8 @@ def _shown(verb: str, flags: list[str], overrides: list[str]) -> int:
     register_resolvers()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us instead of being printed
     chosen = overrides
-    if {"checkpoint", "policy"} <= {key_of(text).partition(".")[0] for text in overrides}:
+    keys = {key_of(text).partition(".")[0] for text in overrides}
+    if "sequence" in keys or {"checkpoint", "policy"} <= keys:
         chosen = Arguments(verb, overrides).with_recorded_policy()
     texts = [text for override in chosen for text in replacing(override)]
     before, sys.argv = sys.argv, [f"robot-forgetting {verb}", *flags, *texts]

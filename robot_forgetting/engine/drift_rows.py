@@ -113,7 +113,8 @@ class Drift:
             folder.append("divergence", *({**here, **fields, **row} for row in rows))
             odd = {row["measure"]: row["value"] for row in rows if not np.isfinite(row["value"] or 0.0)}
             for measure, value in odd.items():
-                say(f"  {folder.id}, iteration {iteration}: {measure} ({name}) is {value}; its row says null")
+                where = f"{folder.id}, stage {stage}, iteration {iteration}"
+                say(f"  {where}: {measure} ({name}) is {value}; its row says null")
 
     def _places(self, roles: Mapping[str, Sequence[Task]], interim: bool) -> Iterator[tuple[Task | None, dict]]:
         """(task, {"task", "role", "states"}) of everything that is looked at, in the order of the rows."""

@@ -96,7 +96,7 @@ def identified(policy: Policy, tasks: Sequence[Task]) -> dict:
         "tasks": {task.name: _task_mark(task) for task in tasks},
         "code": code_of([policy, *tasks], [*named, rollout.__module__]),
     }
-    return {"fingerprint": _mark(json.dumps(parts).encode()), "fingerprint_parts": parts}
+    return {"fingerprint": _mark(json.dumps(parts, sort_keys=True).encode()), "fingerprint_parts": parts}
 
 
 def _policy_mark(policy: Policy) -> str:
@@ -146,7 +146,7 @@ def check_same_base(run_dir: Path, now: dict) -> None:
         what = ["another base policy"] * (before["policy"] != parts["policy"])
         what += [f"other settings of task {', '.join(tasks)}"] * bool(tasks)
         what += [f"other code (changed since: {', '.join(code[:4])}{', ...' if len(code) > 4 else ''})"] * bool(code)
-        what = " and ".join(what) or "its tasks in another order"
+        what = " and ".join(what)
     raise UserError(
         f"{run_dir} began with {what} (fingerprint {earlier['fingerprint']}, now {now['fingerprint']}): new rows would "
         "not belong to those it has; delete it, or choose another run_dir"

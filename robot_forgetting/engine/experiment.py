@@ -89,6 +89,8 @@ def run(setup: Setup) -> int:
     check_same_base(setup.run_dir, header)
     with open_run(setup.run_dir, setup.config, header) as folder:
         if folder.finished:
+            if not setup.keep_stages:
+                drop_stages(folder)  # where it was stopped before it could
             say(f"{folder.path} is finished already; delete it to measure again")
             return 0
         experiment.go(folder)

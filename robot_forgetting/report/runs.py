@@ -80,8 +80,8 @@ class Run:
     def ends(self) -> dict[int, tuple[int, int]]:
         """Stage -> the checkpoint at its end; without a stage that a run which is not finished is in. (0, 0): base."""
         last = {stage: (stage, iteration) for stage, iteration in self.checkpoints}
-        if self.status != "finished" and last:
-            del last[max(last)]
+        if self.status != "finished":
+            last.pop(self.state.get("stage") or 1, None)
         return {0: (0, 0), **last}
 
     @property
