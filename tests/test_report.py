@@ -340,6 +340,16 @@ def test_temperature_of_evaluation_is_that_of_rollouts_only_at_1(tmp_path, tempe
     assert f"Decode: sampled ({text}" in write_report([path], tmp_path / "r.html").read_text()
 
 
+def test_the_page_of_a_folder_named_from_here_is_the_same(tmp_path, monkeypatch):
+    """Videos too, which `run` records and no episode names."""
+    folder = make_run(tmp_path / "sft", n=FEW, videos=True)
+    rows = [json.loads(row) | {"video": None} for row in (folder / "episodes.jsonl").read_text().splitlines()]
+    (folder / "episodes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
+    whole, here = (write_report([one], tmp_path / "r.html").read_text() for one in (folder, Path("sft")))
+    assert whole.count("<video") == here.count("<video") > 0
+
+
 def test_too_many_videos_are_left_out_and_said_so(demo, tmp_path, monkeypatch):
     monkeypatch.setattr("robot_forgetting.report.media.BUDGET_BYTES", 30_000)
     monkeypatch.setattr("robot_forgetting.report.media.Embedder.__init__.__defaults__", (30_000,))

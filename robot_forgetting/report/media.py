@@ -26,7 +26,7 @@ def recorded(run: Run) -> list[dict]:
             found[path] = {key: row.get(key) for key in keys} | {"success": succeeded(row), "path": path}
     roles = {task: role for role, tasks in run.tasks.items() for task in tasks}
     for path in sorted(run.folder.videos.glob("*.mp4")) if run.folder.videos.is_dir() else []:
-        match, path = NAME.fullmatch(path.name), run.folder.file(path)
+        match, path = NAME.fullmatch(path.name), run.folder.file(f"videos/{path.name}")
         if match and path is not None and path not in found:
             stage = 0 if match["who"] == BASE else int(match["stage"] or 1)
             found[path] = {
