@@ -75,7 +75,10 @@ def command(tmp_path):
     def begin(**options):
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        process = subprocess.Popen([sys.executable, "command.py"], cwd=tmp_path, env=environment, **pipes, **options)
+        # Of a shell's background job, as which the tests may run, Ctrl-C is ignored.
+        heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+        given = {"cwd": tmp_path, "env": environment, **pipes, **heard, **options}
+        process = subprocess.Popen([sys.executable, "command.py"], **given)
         started.append(process)
         return process, [int(word) for word in process.stdout.readline().split()]
 
