@@ -132,8 +132,9 @@ class Policy(BuiltWith, nn.Module, ABC):
         own = getattr(cls, hook) is not getattr(Policy, hook)
         return own or (hook in ("log_prob", "compared") and cls.can("logits"))
 
-    def _lacks(self, hook: str, what: str) -> UserError:
-        return UserError(f"policy '{self.name}' {what}; it lacks `{hook}`")
+    def lacks(self, hook: str, what: str) -> str:
+        """Why something cannot be had of this policy, in words."""
+        return f"policy '{self.name}' {what}; it lacks `{hook}`"
 
     @abstractmethod
     def act(self, obs: dict, *, temperature: float = 1.0, noise: Tensor | None = None) -> Action:
@@ -150,7 +151,7 @@ class Policy(BuiltWith, nn.Module, ABC):
 
         obs are columns in the host's memory; the action may be there or on the device.
         """
-        raise self._lacks("logits", "has no tokens")
+        raise UserError(self.lacks("logits", "has no tokens"))
 
     def log_prob(self, obs: dict, action: Action) -> Tensor:
         """Log-probability of each token (or number: its density) in nats at temperature 1, [N, T], differentiable; zero
@@ -196,16 +197,16 @@ class Policy(BuiltWith, nn.Module, ABC):
 
     def encode(self, commands, *, statistics: str | None = None) -> Action:
         """The inverse of ``decode``: demonstrations' commands to actions (tokens: of the nearest bins)."""
-        raise self._lacks("encode", "cannot turn demonstrations into actions")
+        raise UserError(self.lacks("encode", "cannot turn demonstrations into actions"))
 
     def set_statistics(self, ranges: dict) -> None:
         """Replaces the ranges by which commands are normalised: key -> {"action": {"q01", "q99", "min", "max": [A]
         float each, "mask": [A] bool}}. `pretrain` measures them before it trains a policy for robots."""
-        raise self._lacks("set_statistics", "has no ranges of commands")
+        raise UserError(self.lacks("set_statistics", "has no ranges of commands"))
 
     def save(self, folder) -> None:
         """Writes what `pretrain` has trained into a folder, for the policy's own constructor to read."""
-        raise self._lacks("save", "cannot be saved")
+        raise UserError(self.lacks("save", "cannot be saved"))
 
     @abstractmethod
     def base(self) -> AbstractContextManager:
@@ -248,16 +249,16 @@ class Policy(BuiltWith, nn.Module, ABC):
         The first layer is the embedding, then come the blocks. ``layers_read`` is the column that must be there: a
         language model reads plain texts, and is then compared on held-out ones; others read what tasks show.
         """
-        raise self._lacks("hidden_states", "does not show its layers")
+        raise UserError(self.lacks("hidden_states", "does not show its layers"))
 
     def layer_weights(self) -> Iterator[tuple[int | None, dict[str, Tensor], dict[str, Tensor]]]:
         """Per layer its number as in ``hidden_states``, and the base's and its own weights by name; None: the rest."""
-        raise self._lacks("layer_weights", "does not show its layers")
+        raise UserError(self.lacks("layer_weights", "does not show its layers"))
 
     def base_slopes(self, obs: dict, action: Action) -> Iterator[tuple[Tensor, Tensor]]:
         """Of each weight tensor that was trained, adapters merged: the gradient of the decisions' log-probability by it
         at the base's weights, and its change since."""
-        raise self._lacks("base_slopes", "does not show the gradients of its base")
+        raise UserError(self.lacks("base_slopes", "does not show the gradients of its base"))
 
     def cut_off(self, action: Action) -> list[bool]:
         """Of each row, whether its decision was stopped by its longest length before it had ended."""

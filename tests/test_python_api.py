@@ -195,7 +195,7 @@ def test_nothing_is_imported_before_it_is_used():
 @pytest.mark.parametrize(
     "value",
     [1, -2.5, 1e-7, True, None, "text", "true", "7", "1e-4", "a b", "it's", "a\\", "a,b", "${x}", "", [1, "a", None],
-     {"a": [1, {"b": "c d"}]}, "/tmp/x-y_z.1"],
+     {"a": [1, {"b": "c d"}]}, "/data/x-y_z.1"],
     ids=repr,
 )  # fmt: skip
 def test_values_reach_hydra_as_they_are(value):

@@ -37,7 +37,7 @@ class TokenDistance(Measure):
         """Of logits [..., V] float32 of both policies, [...]."""
 
     def undefined(self, policy: Policy) -> str | None:
-        return None if policy.can("compared") else f"policy '{policy.name}' has no tokens; it lacks `logits`"
+        return None if policy.can("compared") else policy.lacks("logits", "has no tokens")
 
     def measure(self, policy: Policy, states: States) -> list[dict]:
         return self.together([self], policy, states)

@@ -42,9 +42,7 @@ class WeightChange(Measure):
         return (WEIGHTS,)
 
     def undefined(self, policy: Policy) -> str | None:
-        if policy.can("layer_weights"):
-            return None
-        return f"policy '{policy.name}' does not show its weights; it lacks `layer_weights`"
+        return None if policy.can("layer_weights") else policy.lacks("layer_weights", "does not show its weights")
 
     def measure(self, policy: Policy, states: States) -> list[dict]:
         return self.together([self], policy, states)
@@ -169,9 +167,8 @@ class FisherL2(Measure):
         return (BASE,)
 
     def undefined(self, policy: Policy) -> str | None:
-        if policy.can("base_slopes"):
-            return None
-        return f"policy '{policy.name}' does not show the gradients of its base; it lacks `base_slopes`"
+        what = "does not show the gradients of its base"
+        return None if policy.can("base_slopes") else policy.lacks("base_slopes", what)
 
     def measure(self, policy: Policy, states: States) -> list[dict]:
         chosen = np.unique(np.linspace(0, len(states) - 1, min(self.decisions, len(states))).round().astype(int))

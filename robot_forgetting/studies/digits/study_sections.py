@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,9 +42,9 @@ class StudySection(Section):
     def html(self, part: StudyPart, figure: Markup) -> Content:
         return self.content(part, self.pictured(part, figure)) or note(self.missing)
 
+    @abstractmethod
     def content(self, part: StudyPart, figure: Markup) -> Markup:
         """HTML with the figure; empty where there are no numbers."""
-        raise NotImplementedError
 
     def pictured(self, part: StudyPart, figure: Markup) -> Markup:
         if not figure:
